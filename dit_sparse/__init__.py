@@ -9,7 +9,7 @@ if (_checkout / "pyproject.toml").is_file():
 
 from dit_sparse.config import SparseConfig  # noqa: E402  (needs the path above)
 
-__all__ = ["SparseAttnProcessor", "SparseConfig", "Session", "sparsify"]
+__all__ = ["Session", "SparseAttnProcessor", "SparseConfig", "sparsify"]
 __version__ = "0.1.0"
 
 

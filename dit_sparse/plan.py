@@ -28,7 +28,9 @@ class BlockPlan:
         return cls(counts, indices[..., : width or mask.shape[-1]].contiguous(), mask.shape[-1])
 
     @classmethod
-    def full(cls, batch: int, heads: int, query_blocks: int, key_blocks: int, device: torch.device | str) -> "BlockPlan":
+    def full(
+        cls, batch: int, heads: int, query_blocks: int, key_blocks: int, device: torch.device | str
+    ) -> "BlockPlan":
         return cls.from_mask(torch.ones(batch, heads, query_blocks, key_blocks, dtype=torch.bool, device=device))
 
     def mask(self) -> Tensor:
