@@ -25,7 +25,7 @@ class TokenGrid:
 
 @dataclass(frozen=True)
 class Layout:
-    """Vision tokens first, then `text` tokens; the vision tokens are cut into blocks of `block`, the last may be short."""
+    """Vision tokens first, then `text` tokens; vision is cut into blocks of `block`, the last may be short."""
 
     grid: TokenGrid
     text: int = 0

@@ -1,4 +1,4 @@
-"""The two values an attention kernel is given besides q, k and v: which blocks to visit, and what to add for the rest."""
+"""What an attention kernel is given besides q, k and v: which blocks to visit, and what to add for the rest."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +22,7 @@ class BlockPlan:
 
     @classmethod
     def from_mask(cls, mask: Tensor, width: int | None = None) -> "BlockPlan":
-        """mask [B, H, Nq, Nk] bool, at least one True a row; `width` W is the longest list allowed, Nk if not given."""
+        """mask [B, H, Nq, Nk] bool, at least one True a row; width W is the longest list allowed, else Nk."""
         counts = mask.sum(-1, dtype=torch.int32)
         indices = torch.argsort((~mask).to(torch.int8), dim=-1, stable=True).to(torch.int32)
         return cls(counts, indices[..., : width or mask.shape[-1]].contiguous(), mask.shape[-1])
@@ -67,7 +67,7 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Tail:
-    """The blocks a plan leaves out, each as one pseudo-key that stands for all its tokens (softmax weight and mean value).
+    """The blocks a plan leaves out, each as one pseudo-key that stands for all its tokens.
 
     keys, values  [B, H, N, D]    block means
     log_weights   [N] or [B, N]   float32, ln of the number of real tokens

@@ -1,0 +1,171 @@
+"""What a user may choose."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dit_sparse import schedule
+
+Method = Literal["anchor", "tail", "reshape", "rectify", "none", "dense"]
+Order = Literal["hilbert", "tile", "raster"]
+Storage = Literal["bf16", "fp8", "int4"]
+
+# Options that mean something to some methods only: setting one for another method is an error, not a no-op.
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "anchor_density": ("anchor",),
+    "stagger": ("anchor",),
+    "residual": ("anchor", "reshape"),
+    "max_state_gib": ("anchor", "reshape"),
+    "second_order": ("anchor", "tail"),
+    "ramp": ("reshape",),
+    "clamp": ("reshape",),
+    "keep_mass": ("reshape",),
+    "critical_mass": ("rectify",),
+}
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """How attention is made sparse; every field has a working default, and unknown or pointless settings raise."""
+
+    method: Method = "anchor"
+    """What stands in for the blocks left out. anchor: pooled tail plus what it got wrong at the last dense step;
+    tail: pooled tail; reshape: Re-ttention; rectify: Rectified SpaAttn; none: nothing; dense: no sparsity."""
+    density: float = 0.1
+    """Share of key blocks computed exactly for each query block, at most (top-k), before forced blocks."""
+    top_p: float | None = None
+    """Also keep the best blocks until they hold at least this share of the row's estimated score."""
+    block: int | Literal["auto"] = "auto"
+    """Tokens per block: 16, 32, 64 or 128; auto takes the largest that still gives 128 key blocks."""
+    order: Order = "hilbert"
+    """How tokens are laid out before they are cut into blocks: hilbert (space-filling curve), tile, raster."""
+    tile: tuple[int, int, int] = (4, 4, 8)
+    """Frames, rows and columns of one tile of order "tile"."""
+    routing: Literal["auto", "mass", "error"] = "auto"
+    """Keep the blocks with most estimated mass, or those whose pooled stand-in errs most; auto is error with a tail."""
+    neighbours: bool = False
+    """Also keep blocks that touch the query block in space and time, as Rectified SpaAttn does."""
+    first_frame: bool = False
+    """Also keep the blocks that hold tokens of the first frame."""
+    dense_steps: schedule.Span = 0.15
+    """Steps computed dense: a count from the start, a share of the scheduler's steps, or ranges such as "0-2,19"."""
+    dense_layers: schedule.Span = 0
+    """Layers computed dense at every step, written like dense_steps."""
+    refresh_every: int | None = None
+    """After the dense steps, every so many steps are computed dense (4 for anchor, 5 for reshape, else never)."""
+    anchor_density: float | None = None
+    """Density of the anchors after the first one ("soft anchors"); dense if not given."""
+    stagger: bool = False
+    """Spread the anchors after the first over the layers, so that no step is all anchor."""
+    residual: Literal["auto"] | Storage = "auto"
+    """Storage of what an anchor remembers; auto takes the finest that fits."""
+    max_state_gib: float | None = None
+    """Memory the remembered state may take, in GiB; what is free if not given."""
+    second_order: bool = True
+    """Tail: weigh a block by the variance of its keys too."""
+    ramp: float = 0.0
+    """Re-ttention's lambda, added to rho at each step after a refresh; the paper uses 0.04."""
+    clamp: bool = True
+    """Re-ttention: never let rho exceed 1."""
+    keep_mass: bool = False
+    """Re-ttention: weigh the residual so that each row's attention sums to 1."""
+    critical_mass: bool = False
+    """Rectified SpaAttn: scale by the kept mass alone, as the paper describes, not as the code does."""
+    strict: bool = False
+    """Raise where attention would otherwise fall back to dense, and on NaN or Inf in q, k or v."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("method", Method), ("order", Order)):
+            _one_of(name, getattr(self, name), get_args(kind))
+        _one_of("routing", self.routing, ("auto", "mass", "error"))
+        _one_of("residual", self.residual, ("auto", *get_args(Storage)))
+        _one_of("block", self.block, ("auto", 16, 32, 64, 128))
+        for name in ("density", "top_p", "anchor_density"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or not 0 < value <= 1):
+                raise ValueError(f"{name} is a share above 0 and at most 1, not {value!r}.")
+        if self.anchor_density is not None and self.anchor_density <= self.density:
+            raise ValueError(f"anchor_density must exceed density {self.density}, or the anchor knows no more: "
+                             f"{self.anchor_density!r} does not.")  # fmt: skip
+        if self.refresh_every is not None and (not isinstance(self.refresh_every, int) or self.refresh_every < 1):
+            raise ValueError(f"refresh_every is a number of steps from 1 on, not {self.refresh_every!r}.")
+        if self.max_state_gib is not None and (not _is_number(self.max_state_gib) or self.max_state_gib <= 0):
+            raise ValueError(f"max_state_gib is a positive number of GiB, not {self.max_state_gib!r}.")
+        if not _is_number(self.ramp) or not 0 <= self.ramp < 1:
+            raise ValueError(f"ramp is at least 0 and below 1, not {self.ramp!r}.")
+        if len(self.tile) != 3 or not all(isinstance(n, int) and n >= 1 for n in self.tile):
+            raise ValueError(f"tile is three positive numbers (frames, rows, columns), not {self.tile!r}.")
+        for name in ("dense_steps", "dense_layers"):
+            try:
+                schedule.check(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        for field in fields(self):
+            methods = _ONLY_FOR.get(field.name)
+            if methods and self.method not in methods and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name} only means something to method {' or '.join(methods)}, not to {self.method!r}."
+                )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SparseConfig":
+        """The config with these fields; an unknown key raises ValueError with the nearest known one."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+                raise ValueError(f"Unknown option {key!r}: {hint}")
+        values = dict(values)
+        if isinstance(values.get("tile"), list):
+            values["tile"] = tuple(values["tile"])
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "SparseConfig":
+        """The config in a YAML file of option: value lines."""
+        import yaml
+
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} should hold option: value lines, but it holds a {type(values).__name__}.")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def interval(self) -> int | None:
+        """Steps from one refresh to the next, with the method's default; None is no refresh."""
+        return self.refresh_every or {"anchor": 4, "reshape": 5}.get(self.method)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the method keeps state from one step to the next."""
+        return self.method in ("anchor", "reshape")
+
+    @property
+    def has_tail(self) -> bool:
+        return self.method in ("anchor", "tail")
+
+    @property
+    def by_error(self) -> bool:
+        """Error-aware routing helps where a tail stands in for the rest, and hurts where nothing does."""
+        return self.has_tail if self.routing == "auto" else self.routing == "error"
+
+    def block_size(self, tokens: int) -> int:
+        """Tokens per block for a sequence of `tokens`."""
+        if self.block != "auto":
+            return self.block
+        return next((size for size in (128, 64, 32) if tokens >= 128 * size), 16)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
+    if value not in accepted or isinstance(value, bool):
+        raise ValueError(f"Unknown {name} {value!r}: choose from {', '.join(map(str, accepted))}.")
