@@ -16,10 +16,14 @@ def span(spec: Span, total: int) -> frozenset[int]:
     if isinstance(spec, str):
         return _ranges(spec, total) if any(c in spec for c in ",-") else span(number(spec), total)
     if isinstance(spec, bool) or not isinstance(spec, int | float) or not 0 <= spec < math.inf:
-        raise ValueError(f"{spec!r} names no steps or layers: give a count, a share from 0 to 1, or ranges like '0-1,39'.")
+        raise ValueError(
+            f"{spec!r} names no steps or layers: give a count, a share from 0 to 1, or ranges like '0-1,39'."
+        )
     if isinstance(spec, float):
         if spec > 1:
-            raise ValueError(f"A share of steps or layers lies between 0 and 1, not {spec}; write a count without a point.")
+            raise ValueError(
+                f"A share of steps or layers lies between 0 and 1, not {spec}; write a count without a point."
+            )
         spec = math.ceil(spec * total - 1e-9)  # 0.15 of 20 is 3, whatever the float product says
     return frozenset(range(min(spec, total)))
 
@@ -56,7 +60,9 @@ def _ranges(text: str, total: int) -> frozenset[int]:
                 low = high = int(part)
                 low = high = low + total if low < 0 else low
         except ValueError:
-            raise ValueError(f"{part.strip()!r} is not an index or a range in {text!r}; write for example '0-1,39'.") from None
+            raise ValueError(
+                f"{part.strip()!r} is not an index or a range in {text!r}; write for example '0-1,39'."
+            ) from None
         if not 0 <= low <= high < total:
             raise ValueError(f"{part.strip()!r} in {text!r} lies outside 0..{total - 1}.")
         chosen.update(range(low, high + 1))
