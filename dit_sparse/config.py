@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from dit_sparse import schedule
 
 Method = Literal["anchor", "tail", "reshape", "rectify", "none", "dense"]
-Order = Literal["hilbert", "tile", "raster"]
+Order = Literal["hilbert", "tile", "raster", "pixel"]
 Storage = Literal["bf16", "fp8", "int4"]
 
 # Options that mean something to some methods only: setting one for another method is an error, not a no-op.
@@ -40,11 +40,12 @@ class SparseConfig:
     block: int | Literal["auto"] = "auto"
     """Tokens per block: 16, 32, 64 or 128; auto takes the largest that still gives 128 key blocks."""
     order: Order = "hilbert"
-    """How tokens are laid out before they are cut into blocks: hilbert (space-filling curve), tile, raster."""
+    """How tokens are laid out before they are cut into blocks: hilbert (space-filling curve), tile, raster, or pixel
+    (all frames of one pixel side by side)."""
     tile: tuple[int, int, int] = (4, 4, 8)
     """Frames, rows and columns of one tile of order "tile"."""
     routing: Literal["auto", "mass", "error"] = "auto"
-    """Keep the blocks with most estimated mass, or those whose pooled stand-in errs most; auto is error with a tail."""
+    """Keep the blocks with most estimated mass, or where the pooled stand-in errs most; auto is error with a tail."""
     neighbours: bool = False
     """Also keep blocks that touch the query block in space and time, as Rectified SpaAttn does."""
     first_frame: bool = False
@@ -89,20 +90,26 @@ class SparseConfig:
         if self.anchor_density is not None and self.anchor_density <= self.density:
             raise ValueError(f"anchor_density must exceed density {self.density}, or the anchor knows no more: "
                              f"{self.anchor_density!r} does not.")  # fmt: skip
-        if self.refresh_every is not None and (not isinstance(self.refresh_every, int) or self.refresh_every < 1):
+        every = self.refresh_every
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ValueError(f"refresh_every is a number of steps from 1 on, not {self.refresh_every!r}.")
         if self.max_state_gib is not None and (not _is_number(self.max_state_gib) or self.max_state_gib <= 0):
             raise ValueError(f"max_state_gib is a positive number of GiB, not {self.max_state_gib!r}.")
         if not _is_number(self.ramp) or not 0 <= self.ramp < 1:
             raise ValueError(f"ramp is at least 0 and below 1, not {self.ramp!r}.")
-        if len(self.tile) != 3 or not all(isinstance(n, int) and n >= 1 for n in self.tile):
-            raise ValueError(f"tile is three positive numbers (frames, rows, columns), not {self.tile!r}.")
+        tile = self.tile
+        if not isinstance(tile, tuple) or len(tile) != 3 or not all(isinstance(n, int) and n >= 1 for n in tile):
+            raise ValueError(f"tile is a tuple of three positive numbers (frames, rows, columns), not {tile!r}.")
         for name in ("dense_steps", "dense_layers"):
             try:
                 schedule.check(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+        if tile != SparseConfig.tile and self.order != "tile":
+            raise ValueError(f"tile only means something to order 'tile', not to {self.order!r}.")
         for field in fields(self):
+            if field.type is bool and not isinstance(getattr(self, field.name), bool):
+                raise ValueError(f"{field.name} is True or False, not {getattr(self, field.name)!r}.")
             methods = _ONLY_FOR.get(field.name)
             if methods and self.method not in methods and getattr(self, field.name) != field.default:
                 raise ValueError(
@@ -115,7 +122,7 @@ class SparseConfig:
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                near = get_close_matches(key, known, n=1)
+                near = get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
                 raise ValueError(f"Unknown option {key!r}: {hint}")
         values = dict(values)
@@ -167,5 +174,5 @@ def _is_number(value: object) -> bool:
 
 
 def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
-    if value not in accepted or isinstance(value, bool):
+    if value not in accepted or isinstance(value, bool | float):
         raise ValueError(f"Unknown {name} {value!r}: choose from {', '.join(map(str, accepted))}.")

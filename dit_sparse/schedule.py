@@ -6,7 +6,8 @@ from functools import lru_cache
 Span = int | float | str
 
 
-@lru_cache(maxsize=256)
+# Typed, because 1 (the first) and 1.0 (all) are equal as keys.
+@lru_cache(maxsize=256, typed=True)
 def span(spec: Span, total: int) -> frozenset[int]:
     """The indices below `total` that `spec` names.
 
@@ -14,11 +15,11 @@ def span(spec: Span, total: int) -> frozenset[int]:
     such as "0-1,39", where "-1" is the last. Indices past the end are an error, since they would name nothing.
     """
     if isinstance(spec, str):
-        return _ranges(spec, total) if any(c in spec for c in ",-") else span(number(spec), total)
+        if not _lists(spec):
+            return span(number(spec), total)
+        return frozenset(index for low, high in _ranges(spec, total) for index in range(low, high + 1))
     if isinstance(spec, bool) or not isinstance(spec, int | float) or not 0 <= spec < math.inf:
-        raise ValueError(
-            f"{spec!r} names no steps or layers: give a count, a share from 0 to 1, or ranges like '0-1,39'."
-        )
+        raise _unclear(spec)
     if isinstance(spec, float):
         if spec > 1:
             raise ValueError(
@@ -30,10 +31,12 @@ def span(spec: Span, total: int) -> frozenset[int]:
 
 def check(spec: Span) -> None:
     """Raise ValueError if `spec` could not be understood for any total."""
-    if not (isinstance(spec, str) and any(c in spec for c in ",-")):
+    if isinstance(spec, str) and _lists(spec):
+        _ranges(spec, 1 << 30)
+    elif isinstance(spec, Span):
         span(spec, 1)
     else:
-        _ranges(spec, 1 << 30)
+        raise _unclear(spec)
 
 
 def number(text: str) -> int | float:
@@ -44,13 +47,16 @@ def number(text: str) -> int | float:
         try:
             return float(text)
         except ValueError:
-            raise ValueError(
-                f"{text!r} names no steps or layers: give a count, a share from 0 to 1, or ranges like '0-1,39'."
-            ) from None
+            raise _unclear(text) from None
 
 
-def _ranges(text: str, total: int) -> frozenset[int]:
-    chosen: set[int] = set()
+def _lists(text: str) -> bool:
+    return "," in text or "-" in text
+
+
+def _ranges(text: str, total: int) -> list[tuple[int, int]]:
+    """The ranges in `text`, first and last index of each."""
+    ranges = []
     for part in text.split(","):
         first, dash, last = part.strip().rpartition("-")
         try:
@@ -63,7 +69,15 @@ def _ranges(text: str, total: int) -> frozenset[int]:
             raise ValueError(
                 f"{part.strip()!r} is not an index or a range in {text!r}; write for example '0-1,39'."
             ) from None
+        if low > high:
+            raise ValueError(f"{part.strip()!r} in {text!r} runs backwards; write the smaller index first.")
         if not 0 <= low <= high < total:
             raise ValueError(f"{part.strip()!r} in {text!r} lies outside 0..{total - 1}.")
-        chosen.update(range(low, high + 1))
-    return frozenset(chosen)
+        ranges.append((low, high))
+    return ranges
+
+
+def _unclear(spec: object) -> ValueError:
+    return ValueError(
+        f"{spec!r} names no steps or layers: give a count, a share from 0 to 1, or ranges like '0-1,39'."
+    )
