@@ -1,0 +1,278 @@
+"""block_attention against kernels/reference.py in float64, for both implementations."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from dit_sparse.kernels import reference
+from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
+from dit_sparse.residual import pack
+from tests.close import assert_no_worse
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLS = ["torch", "triton"]
+
+
+def inputs(batch=1, heads=2, queries=80, keys=None, dim=16, strided=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(batch, n, heads, dim) for n in (queries, keys or queries, keys or queries)]
+    qkv = [torch.randn(s, generator=g, dtype=torch.float64).transpose(1, 2) for s in shapes]
+    return [(x if strided else x.contiguous()).to(DEVICE) for x in qkv]
+
+
+def random_plan(batch, heads, rows, columns, density=0.4, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, heads, rows, columns, generator=g) < density
+    mask |= torch.nn.functional.one_hot(torch.randint(columns, mask.shape[:-1], generator=g), columns).bool()
+    return BlockPlan.from_mask(mask.to(DEVICE), width=int(mask.sum(-1).max()))
+
+
+def corrected(q, k, v, plan, block, text, parts):
+    """A Correction with the named parts, of the right shapes for these inputs, in float64."""
+    g = torch.Generator().manual_seed(2)
+    rows, columns = q.shape[2] - text, k.shape[2] - text
+    draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(DEVICE)  # noqa: E731
+    tail = scale = residual = None
+    if "tail" in parts:
+        lengths = (columns - torch.arange(0, columns, block, device=DEVICE)).clamp(max=block)
+        stats = reference.block_stats(k[:, :, :columns], lengths, block)
+        values = reference.block_stats(v[:, :, :columns], lengths, block).mean
+        tail = Tail(stats.mean, values, lengths.double().log(), stats.var if "second" in parts else None)
+    leading = q.shape[:2]
+    if "scale" in parts:
+        scale = draw(*leading, rows).abs()
+    if "block_scale" in parts:
+        scale = draw(*leading, plan.counts.shape[-1]).abs()
+    if "residual" in parts:
+        residual = Residual(draw(*leading, rows, q.shape[-1]))
+    if "block_residual" in parts:
+        residual = Residual(draw(*leading, plan.counts.shape[-1], q.shape[-1]))
+    for kind in ("fp8", "int4"):
+        if kind in parts:
+            residual = pack(draw(*leading, rows, q.shape[-1]).float(), kind)
+    return Correction(scale, residual, tail)
+
+
+def cast(correction, dtype):
+    tail, residual, scale = correction.tail, correction.residual, correction.scale
+    if tail is not None:
+        var = None if tail.variances is None else tail.variances.to(dtype)
+        tail = Tail(tail.keys.to(dtype), tail.values.to(dtype), tail.log_weights.float(), var)
+    if residual is not None and residual.kind == "full":
+        residual = Residual(residual.codes.to(dtype))
+    return Correction(None if scale is None else scale.float(), residual, tail)
+
+
+CASES = {
+    "even": dict(queries=64),
+    "ragged": dict(queries=75),
+    "one short block": dict(queries=9),
+    "odd dim": dict(queries=75, dim=40),
+    "fewer keys": dict(queries=80, keys=45),
+    "batch, strided": dict(batch=2, queries=70, strided=True),
+    "text": dict(queries=75 + 5, text=5),
+    "text of several blocks": dict(queries=48 + 37, text=37, batch=2),
+    "key mask": dict(batch=2, queries=70, masked=True),
+    "text, key mask": dict(batch=2, queries=53 + 21, text=21, masked=True, strided=True),
+}
+PARTS = [
+    (), ("tail",), ("tail", "second"), ("scale",), ("block_scale",), ("residual",), ("block_residual",),
+    ("fp8",), ("int4",), ("tail", "second", "scale", "residual"), ("tail", "block_scale", "int4"),
+]  # fmt: skip
+
+
+def build(case, parts, block=16):
+    case = dict(CASES[case])
+    text, masked = case.pop("text", 0), case.pop("masked", False)
+    q, k, v = inputs(**case)
+    columns = k.shape[2] - text
+    plan = random_plan(*q.shape[:2], -(-(q.shape[2] - text) // block), -(-columns // block))
+    key_mask = None
+    if masked:
+        g = torch.Generator().manual_seed(3)
+        key_mask = (torch.rand(len(q), k.shape[2], generator=g) < 0.7).to(DEVICE)
+    correction = corrected(q, k, v, plan, block, text, parts)
+    return q, k, v, plan, correction, dict(block=block, key_mask=key_mask, text=text)
+
+
+@pytest.mark.parametrize("parts", PARTS, ids="+".join)
+@pytest.mark.parametrize("case", CASES)
+def test_torch_is_the_reference_in_float64(case, parts):
+    q, k, v, plan, correction, options = build(case, parts)
+    expected = reference.block_attention(q, k, v, plan, correction, scale=0.3, **options)
+    actual = block_attention(q, k, v, plan, correction, scale=0.3, impl="torch", **options)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        *((case, ("tail", "second", "scale", "residual")) for case in CASES),
+        *(("text, key mask", parts) for parts in PARTS),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "+".join(x),
+)
+def test_error_is_at_most_twice_pytorchs(case, parts, impl, dtype):
+    if impl == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
+    q, k, v, plan, correction, options = build(case, parts)
+    low = [x.to(dtype) for x in (q, k, v)]
+    exact_in = [x.double() for x in low]
+    low_correction = cast(correction, dtype)
+    exact = reference.block_attention(*exact_in, plan, cast(low_correction, torch.float64), scale=0.3, **options)
+    eager = reference.block_attention(*low, plan, low_correction, scale=0.3, **options)
+    actual = block_attention(*low, plan, low_correction, scale=0.3, impl=impl, **options)
+    assert actual[0].dtype == dtype and actual[1].dtype == torch.float32
+    seen = exact[1].isfinite()
+    assert torch.equal(actual[1].isfinite(), seen)
+    assert_no_worse(actual[0], eager[0], exact[0])
+    assert_no_worse(actual[1][seen], eager[1][seen], exact[1][seen])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dim", [8, 24, 64, 72, 128, 256])
+def test_head_dims(impl, dim):
+    q, k, v = (x.float() for x in inputs(heads=1, queries=40, dim=dim))
+    plan = BlockPlan.full(1, 1, 3, 3, DEVICE)
+    out, lse = block_attention(q, k, v, plan, block=16, impl=impl)
+    torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse, (q @ k.mT * dim**-0.5).logsumexp(-1), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_blocks(impl, block):
+    q, k, v = (x.float() for x in inputs(heads=1, queries=2 * block + 7))
+    plan = random_plan(1, 1, 3, 3)
+    out, _ = block_attention(q, k, v, plan, block=block, impl=impl)
+    expected, _ = reference.block_attention(q, k, v, plan, None, block=block, scale=0.25)
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_outputs_keep_the_layout_of_the_queries(impl):
+    q, k, v = (x.float() for x in inputs(batch=2, strided=True))
+    out, _ = block_attention(q, k, v, BlockPlan.full(2, 2, 5, 5, DEVICE), block=16, impl=impl)
+    assert out.stride() == q.stride() and not out.is_contiguous()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_that_see_nothing_are_zero(impl):
+    q, k, v = (x.float() for x in inputs())
+    mask = torch.ones(1, 80, dtype=torch.bool, device=DEVICE)
+    mask[:, 16:32] = False
+    plan = BlockPlan.from_mask(torch.eye(5, dtype=torch.bool, device=DEVICE).expand(1, 2, 5, 5), width=1)
+    out, lse = block_attention(q, k, v, plan, block=16, key_mask=mask, impl=impl)
+    assert (out[:, :, 16:32] == 0).all() and (lse[:, :, 16:32] == float("-inf")).all()
+    assert out[:, :, :16].isfinite().all() and lse[:, :, 32:].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_masked_key_has_no_influence(impl):
+    q, k, v, plan, _, options = build("text, key mask", ())
+    q, k, v = (x.float() for x in (q, k, v))
+    before = block_attention(q, k, v, plan, impl=impl, **options)
+    hidden = ~options["key_mask"][:, None, :, None].expand_as(k)
+    after = block_attention(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), plan, impl=impl, **options)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_batch_rows_are_independent(impl):
+    q, k, v, plan, correction, options = build("batch, strided", ("tail", "second", "scale", "int4"))
+    correction = cast(correction, torch.float32)
+    q, k, v = (x.float() for x in (q, k, v))
+    both, _ = block_attention(q, k, v, plan, correction, impl=impl, block=16)
+    for b in range(2):
+        at = slice(b, b + 1)
+        t, r = correction.tail, correction.residual
+        one = Correction(
+            correction.scale[at],
+            Residual(r.codes[at], r.scales[at], r.kind),
+            Tail(t.keys[at], t.values[at], t.log_weights, t.variances[at]),
+        )
+        alone, _ = block_attention(
+            q[at],
+            k[at],
+            v[at],
+            BlockPlan(plan.counts[at], plan.indices[at], plan.key_blocks),
+            one,
+            impl=impl,
+            block=16,
+        )
+        torch.testing.assert_close(both[at], alone, atol=1e-6, rtol=1e-6)
+
+
+def test_very_uneven_counts():
+    q, k, v = inputs(heads=3, queries=16 * 40 - 3)
+    mask = torch.zeros(1, 3, 40, 40, dtype=torch.bool, device=DEVICE)
+    for h, i in itertools.product(range(3), range(40)):
+        mask[0, h, i, : 1 + (7 * i + h) % 40] = True
+    plan = BlockPlan.from_mask(mask)
+    out, lse = block_attention(q, k, v, plan, block=16, impl="torch")
+    expected = reference.block_attention(q, k, v, plan, None, block=16, scale=0.25)
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(lse, expected[1])
+
+
+@pytest.mark.parametrize("parts", [(), ("tail", "second", "scale", "fp8")], ids="+".join)
+def test_custom_op_contract_and_compile(parts):
+    q, k, v, plan, correction, options = build("ragged", parts)
+    q, k, v = (x.float() for x in (q, k, v))
+    correction = cast(correction, torch.float32)
+
+    def call(q, k, v):
+        return block_attention(q * 1.0, k, v, plan, correction, impl="torch", block=16)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(q, k, v), call(q, k, v), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(block=48), "block must be 16, 32, 64 or 128, not 48"),
+        (dict(text=80), "text must leave at least one vision token of 80"),
+        (dict(impl="cuda"), "Unknown impl 'cuda'"),
+        (dict(key_mask=torch.ones(1, 80)), "key_mask must be bool"),
+        (dict(block=32), "The plan covers"),
+        (dict(correction=Correction(scale=torch.ones(1, 2, 7))), "scale must be one of"),
+        (dict(correction=Correction(residual=Residual(torch.ones(1, 2, 80, 15)))), "residual must be one of"),
+        (
+            dict(correction=Correction(residual=Residual(torch.ones(1, 2, 80, 16, dtype=torch.uint8), kind="fp8"))),
+            "needs one scale a row",
+        ),
+        (
+            dict(correction=Correction(tail=Tail(torch.ones(1, 2, 4, 16), torch.ones(1, 2, 5, 16), torch.ones(5)))),
+            "tail.keys must be",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_does_not_fit_is_refused(change, message):
+    q, k, v = inputs()
+    options = dict(block=16, correction=None) | change
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        block_attention(q, k, v, BlockPlan.full(1, 2, 5, 5, DEVICE), **options)
+
+
+def test_unlike_inputs_are_refused():
+    q, k, v = inputs()
+    plan = BlockPlan.full(1, 2, 5, 5, DEVICE)
+    with pytest.raises(ValueError, match="must share one float type"):
+        block_attention(q.float(), k, v, plan, block=16)
+    with pytest.raises(ValueError, match="must agree"):
+        block_attention(q, k[:, :1], v[:, :1], plan, block=16)
+    with pytest.raises(ValueError, match="multiple of 8 up to 256, not 12"):
+        block_attention(*(x[..., :12] for x in (q, k, v)), plan, block=16)
+    with pytest.raises(ValueError, match="takes float16, bfloat16 or float32, not torch.float64"):
+        block_attention(q, k, v, plan, block=16, impl="triton")
+    with pytest.raises(ValueError, match="last dimension"):
+        block_attention(q.mT.contiguous().mT, k, v, plan, block=16)
