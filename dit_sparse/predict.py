@@ -10,7 +10,7 @@ from dit_sparse.layout import TokenGrid
 Phase = Literal["dense", "anchor", "sparse"]
 
 # How fast kept work runs beside dense attention. At 10 % density gathered blocks reached 0.7 of dense SDPA's rate on a
-# CPU with AVX-512 (4 heads, 8192 tokens, fp32), a plain Triton loop 0.8 of cuDNN's on an H200 (40 heads, 75648 tokens).
+# CPU with AVX-512 (4 heads, 8192 tokens), a plain Triton loop 0.8 of cuDNN's on an H200 (40 heads, 75648 tokens).
 SPARSE_RATE = 0.7
 
 # Below this a user would not notice, and the quality given up buys nothing.

@@ -1,0 +1,216 @@
+"""Which model is meant, whether all of it is there and safe to load, and what sizes it takes; no weight is read."""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+# Components that a pipeline may be told to load with these libraries' own classes; anything else is foreign code.
+_LIBRARIES = ("diffusers", "transformers")
+
+_COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The configuration files of one diffusers pipeline.
+
+    source        what from_pretrained takes: a directory or a Hugging Face id
+    index         model_index.json
+    transformers  component name -> (class name, config.json) of each transformer the pipeline has
+    vae           the config.json of its autoencoder
+    """
+
+    source: str
+    index: dict[str, Any]
+    transformers: dict[str, tuple[str, dict[str, Any]]]
+    vae: dict[str, Any]
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.source).is_dir()
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """The shape of a model whose weights need not be at hand."""
+
+    class_name: str
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    height: int
+    width: int
+    num_frames: int
+
+
+def _wan(heads: int, layers: int, ffn_dim: int, height: int, width: int, frames: int, spatial: int) -> PublishedModel:
+    return PublishedModel(
+        class_name="WanTransformer3DModel",
+        transformer={
+            "patch_size": [1, 2, 2],
+            "num_attention_heads": heads,
+            "attention_head_dim": 128,
+            "num_layers": layers,
+            "ffn_dim": ffn_dim,
+        },
+        vae={"scale_factor_spatial": spatial, "scale_factor_temporal": 4},
+        height=height,
+        width=width,
+        num_frames=frames,
+    )
+
+
+PUBLISHED = {
+    "wan2.1-1.3b": _wan(12, 30, 8960, 480, 832, 81, spatial=8),
+    "wan2.1-14b": _wan(40, 40, 13824, 720, 1280, 81, spatial=8),
+    "wan2.2-a14b": _wan(40, 40, 13824, 720, 1280, 81, spatial=8),
+    "wan2.2-ti2v-5b": _wan(24, 30, 14336, 704, 1280, 121, spatial=16),
+}
+
+
+def published(name: str) -> PublishedModel:
+    """The published model of that name; raises ValueError with the names there are."""
+    if name.lower() not in PUBLISHED:
+        near = get_close_matches(name.lower(), PUBLISHED, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(PUBLISHED)}."
+        raise ValueError(f"Unknown family {name!r}: {hint}")
+    return PUBLISHED[name.lower()]
+
+
+def demo_directory() -> Path:
+    """Where the demo model lies: samples/demo in a checkout, dit_sparse/demo in a wheel."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent / "samples" / "demo"
+    return checkout if (package.parent / "pyproject.toml").is_file() else package / "demo"
+
+
+def find(model_id: str | None) -> ModelFiles:
+    """The model that `model_id` names, or the demo model; raises ValueError unless all of its parts are there.
+
+    A directory is checked in full. Of a Hugging Face id only the configuration is fetched.
+    """
+    if model_id is None:
+        if not (demo_directory() / "model_index.json").is_file():
+            raise ValueError(
+                f"The demo model is not at {demo_directory()}: give --model_id a directory saved by diffusers or a "
+                "Hugging Face id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            )
+        model_id = str(demo_directory())
+    folder = Path(model_id).expanduser()
+    if folder.is_dir():
+        return _read(folder, str(folder), weights=True)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model_id):
+        raise ValueError(
+            f"model_id {model_id!r} is no directory here: give a directory saved by diffusers or a Hugging Face id "
+            "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    return _read(_fetch(model_id), model_id, weights=False)
+
+
+def _fetch(model_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model_id, allow_patterns="*.json"))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"model_id {model_id!r} is neither a directory nor to be had from Hugging Face: {first}."
+        ) from None
+
+
+def _read(folder: Path, source: str, weights: bool) -> ModelFiles:
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{source} has no model_index.json, so it is no diffusers pipeline: give one that has.")
+    index = _json(folder / "model_index.json")
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{source} brings its own pipeline code, and only the pipelines of diffusers are run.")
+    for name, value in _components(index):
+        library, class_name = value
+        if library not in _LIBRARIES:
+            raise ValueError(
+                f"{source} wants {class_name} from {library} as its {name}, and only classes of diffusers and "
+                "transformers are loaded."
+            )
+        if not any((folder / name / file).is_file() for file in _COMPONENT_CONFIGS):
+            raise ValueError(f"{source} lacks {name}: model_index.json names it, but {name}/ holds no configuration.")
+        if weights and (folder / name / "config.json").is_file():
+            _check_weights(source, folder / name)
+    transformers = {
+        name: (value[1], _json(folder / name / "config.json"))
+        for name, value in _components(index)
+        if name.startswith("transformer")
+    }
+    vae = folder / "vae" / "config.json"
+    return ModelFiles(source, index, transformers, _json(vae) if vae.is_file() else {})
+
+
+def _components(index: dict[str, Any]) -> Iterable[tuple[str, tuple[str, str]]]:
+    for name, value in index.items():
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[0] is not None:
+            yield name, (value[0], value[1])
+
+
+def _check_weights(source: str, component: Path) -> None:
+    name = component.name
+    for index in component.glob("*.safetensors.index.json"):
+        shards = set(_json(index).get("weight_map", {}).values())
+        missing = sorted(shard for shard in shards if not (component / shard).is_file())
+        if missing:
+            raise ValueError(f"{source} lacks {name}/{missing[0]}, one of the {len(shards)} files its weights are in.")
+    if not any(component.glob("*.safetensors")):
+        pickled = next((file.name for kind in _PICKLES for file in component.glob(kind)), None)
+        if pickled:
+            raise ValueError(f"{source} has {name}/{pickled}, a pickle, and only safetensors are loaded.")
+        raise ValueError(f"{source} lacks the weights of {name}: there is no .safetensors file in {name}/.")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should hold a JSON object, but it holds a {type(values).__name__}.")
+    return values
+
+
+def check_known(files: ModelFiles, known: Iterable[str]) -> None:
+    """Raise ValueError unless each transformer's class is among `known`."""
+    if not files.transformers:
+        raise ValueError(f"{files.source} is a {files.index['_class_name']} without a transformer to make sparse.")
+    for name, (class_name, _) in files.transformers.items():
+        if class_name not in set(known):
+            raise ValueError(
+                f"{files.source} has a {class_name} as its {name}; known transformers are {', '.join(sorted(known))}."
+            )
+
+
+def check_size(transformer: dict[str, Any], vae: dict[str, Any], height: int, width: int, num_frames: int) -> None:
+    """Raise ValueError, with the nearest legal values, unless a Wan model can make such a video."""
+    patch = transformer["patch_size"]
+    spatial, temporal = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    for name, value, cells in (("height", height, patch[1]), ("width", width, patch[2])):
+        # WanPipeline refuses what is no multiple of 16, whatever the autoencoder and the patches are.
+        multiple = math.lcm(16, spatial * cells)
+        if value < 1 or value % multiple:
+            raise ValueError(
+                f"{name} is a multiple of {multiple} for this model, not {value}: {_near(value, multiple, 0)}."
+            )
+    step = temporal * patch[0]
+    if num_frames < 1 or (num_frames - 1) % step:
+        raise ValueError(
+            f"num_frames is 1 more than a multiple of {step} for this model, not {num_frames}: "
+            f"{_near(num_frames, step, 1)}."
+        )
+
+
+def _near(value: int, multiple: int, offset: int) -> str:
+    below = (value - offset) // multiple * multiple + offset
+    legal = [n for n in (below, below + multiple) if n >= max(1, offset)] or [offset or multiple]
+    return f"nearest {'is' if len(legal) == 1 else 'are'} {' and '.join(map(str, legal))}"
