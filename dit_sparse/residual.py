@@ -27,3 +27,14 @@ def pack(x: Tensor, storage: Storage) -> Residual:
 def bytes_per_row(head_dim: int, storage: Storage) -> float:
     """Bytes that one row of one head takes."""
     return {"bf16": 2.0 * head_dim, "fp8": head_dim + 4.0, "int4": head_dim / 2 + 4.0}[storage]
+
+
+def unpack(residual: Residual) -> Tensor:
+    """The residual as numbers, [..., D]."""
+    if residual.kind == "full":
+        return residual.codes
+    if residual.kind == "fp8":
+        values = residual.codes.view(torch.float8_e4m3fn).float()
+    else:  # The low halves of the bytes are the first D/2 channels, each a signed number plus 8.
+        values = torch.cat([residual.codes & 15, residual.codes >> 4], dim=-1).float() - 8
+    return values * residual.scales[..., None]

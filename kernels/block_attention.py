@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_select import plan_mask
 from dit_sparse.kernels.tuning import attention_tile
 from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
+from dit_sparse.residual import unpack
 
 try:
     import triton
@@ -365,7 +365,7 @@ def _correct_rows(out: Tensor, correction: Correction, at: tuple[int, int], pick
         out = out * here(correction.scale)[:, None]
     if (residual := correction.residual) is not None:
         scales = None if residual.scales is None else here(residual.scales)
-        out = out + reference.unpack(Residual(here(residual.codes), scales, residual.kind)).to(out.dtype)
+        out = out + unpack(Residual(here(residual.codes), scales, residual.kind)).to(out.dtype)
     return out
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_sparse.plan import BlockPlan, Correction, Residual
+from dit_sparse.plan import BlockPlan, Correction
+from dit_sparse.residual import unpack
 
 
 class BlockStats(NamedTuple):
@@ -103,17 +104,6 @@ def _correct(
 def per_row(x: Tensor, rows: int, dim: int, block: int) -> Tensor:
     """A value per query block, repeated for its rows; a value per row as it is."""
     return x if x.shape[dim] == rows else x.repeat_interleave(block, dim).narrow(dim, 0, rows)
-
-
-def unpack(residual: Residual) -> Tensor:
-    """The residual as numbers, [..., D]."""
-    if residual.kind == "full":
-        return residual.codes
-    if residual.kind == "fp8":
-        values = residual.codes.view(torch.float8_e4m3fn).float()
-    else:  # The low halves of the bytes are the first D/2 channels, each a signed number plus 8.
-        values = torch.cat([residual.codes & 15, residual.codes >> 4], dim=-1).float() - 8
-    return values * residual.scales[..., None]
 
 
 def permute(x: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""What each method adds for the blocks left out, as one Correction: out = scale * merge(exact, tail) + residual."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_sparse.config import Storage
+from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
+from dit_sparse.residual import pack, unpack
+from dit_sparse.routing import Pooled, Routing
+
+
+def pooled_tail(pooled: Pooled, dtype: torch.dtype, *, second_order: bool) -> Tail:
+    """Every block as one pseudo-key; the kernel leaves out the routed ones. dtype is that of q, k and v."""
+    return Tail(
+        pooled.k.mean.to(dtype),
+        pooled.v.mean.to(dtype),
+        pooled.lengths.to(pooled.k.mean.dtype).log(),
+        pooled.k.var.to(dtype) if second_order else None,
+    )
+
+
+def rectify(routing: Routing, pooled: Pooled, *, critical_mass: bool = False) -> Correction:
+    """Rectified SpaAttn (arXiv 2511.19835): a dropped block that passes the gain test gives its pooled mass times its
+    mean value (GAPR); the exact part is scaled to what is left (IPAR), or, with `critical_mass`, to the kept mass."""
+    blocks = len(pooled.lengths)
+    kept = routing.plan.mask()
+    mass = routing.mass[..., :blocks]
+    compensated = mass.masked_fill(kept | ~gain(pooled), 0)
+    if critical_mass:
+        scale = mass.masked_fill(~kept, 0).sum(-1) + routing.mass[..., blocks:].sum(-1)
+    else:
+        scale = 1 - compensated.sum(-1)
+    return Correction(scale=scale, residual=Residual(compensated @ pooled.v.mean))
+
+
+def gain(pooled: Pooled) -> Tensor:
+    """GAPR's test (Rectified SpaAttn, section 3 of its code's description): [B, H, N, N], True where pooling gains."""
+    q, k = pooled.q, pooled.k
+    error = (q.mad @ k.mean.mT).abs() + (q.mean @ k.mad.mT).abs()
+    return (q.mean @ k.mean.mT).abs() > error
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a refresh leaves for the steps after it; residual and rho are right only with the plan they were made on.
+
+    plan      BlockPlan
+    residual  what the sparse output of that step lacked, [B, H, L, D] over vision rows
+    rho       [B, H, L] float32, Re-ttention's share of softmax mass inside the plan; None for anchor
+    step      the step it was learned at
+    visited   () int64, query-key block pairs in the plan
+    """
+
+    plan: BlockPlan
+    residual: Residual
+    rho: Tensor | None
+    step: int
+    visited: Tensor
+
+
+def learn_anchor(dense: Tensor, approximate: Tensor, storage: Storage) -> Residual:
+    """What the tail got wrong at an anchor, [B, H, L, D] (spec: R = O - tail)."""
+    return _difference(dense, approximate, None, storage)
+
+
+def learn_reshape(
+    dense: Tensor, dense_lse: Tensor, sparse: Tensor, sparse_lse: Tensor, storage: Storage
+) -> tuple[Residual, Tensor]:
+    """Re-ttention (arXiv 2505.22918, section 4.2): rho [B, H, L] = exp(lse_S - lse) and R = O - rho O_S."""
+    rho = (sparse_lse - dense_lse).exp()
+    return _difference(dense, sparse, rho, storage), rho
+
+
+def _difference(dense: Tensor, part: Tensor, rho: Tensor | None, storage: Storage) -> Residual:
+    """dense - rho * part in `storage`, one head at a time: a whole one in float32 would take twice the memory of q."""
+
+    def head(h: int) -> Residual:
+        known = part[:, h] if rho is None else rho[:, h, :, None] * part[:, h]
+        return pack(dense[:, h] - known, storage)
+
+    heads = dense.shape[1]
+    first = head(0)
+    codes, scales = (x if x is None else _room_for_heads(x, heads) for x in (first.codes, first.scales))
+    for h in range(heads):
+        one = first if h == 0 else head(h)
+        codes[:, h] = one.codes
+        if scales is not None:
+            scales[:, h] = one.scales
+    return Residual(codes, scales, first.kind)
+
+
+def _room_for_heads(x: Tensor, heads: int) -> Tensor:
+    return x.new_empty(x.shape[0], heads, *x.shape[1:])
+
+
+def reshape(learned: Learned, nth: int, *, ramp: float, clamp: bool, keep_mass: bool) -> Correction:
+    """Re-ttention's correction at the nth step after its refresh, n from 1: rho + ramp (n - 1), and the residual.
+
+    clamp keeps rho at most 1. keep_mass weighs the residual by (1 - ramped rho) / (1 - rho), so rows sum to 1.
+    """
+    ramped = learned.rho + ramp * (nth - 1)
+    if clamp:
+        # Rounding may leave a full row a hair above 1, which must not count as ramped down.
+        ramped = torch.minimum(ramped, learned.rho.clamp(min=1))
+    residual = learned.residual
+    if keep_mass:
+        rest = (1 - learned.rho).clamp(min=torch.finfo(ramped.dtype).eps)
+        residual = Residual(unpack(residual) * ((1 - ramped) / rest)[..., None])
+    return Correction(scale=ramped, residual=residual)

@@ -1,0 +1,79 @@
+"""Dense attention with its log-sum-exp, on the fastest kernel installed."""
+
+import importlib.util
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.plan import BlockPlan
+
+Backend = Literal["fa4", "cudnn", "flash", "cpu", "block"]
+
+
+@lru_cache(maxsize=64)
+def dense_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    """The fastest dense kernel here for these inputs: FlashAttention-4, cuDNN, torch's FlashAttention-2, torch's CPU
+    kernel, or, where none of them takes the dtype or head dimension, our own block kernel with every block listed."""
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return "block"
+    major, _ = torch.cuda.get_device_capability(device)
+    if major in (9, 10) and head_dim in (64, 96, 128) and importlib.util.find_spec("flash_attn.cute") is not None:
+        return "fa4"
+    if major >= 9 and head_dim <= 128 and torch.backends.cudnn.is_available():
+        return "cudnn"
+    return "flash" if major >= 8 else "block"
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    backend: Backend | Literal["auto"] = "auto",
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over every key: q [B, H, Lq, D], k and v [B, H, Lk, D], key_mask [B, Lk] bool or None.
+
+    Returns out like q, and lse [B, H, Lq] float32 (float64 for float64), natural logarithm. backend "auto" is
+    `dense_backend`, or the block kernel where a key mask is given on a GPU; a named one never falls back.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "auto":
+        backend = dense_backend(q.device, q.dtype, q.shape[-1])
+        if key_mask is not None and backend != "cpu":
+            backend = "block"
+    if key_mask is not None and backend not in ("cpu", "block"):
+        raise ValueError(f"The dense kernel {backend!r} takes no key mask; 'cpu' and 'block' do.")
+    match backend:
+        case "cpu":
+            bias = None
+            if key_mask is not None:
+                bias = torch.zeros(key_mask.shape, dtype=q.dtype).masked_fill_(~key_mask, float("-inf"))[:, None, None]
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, False, attn_mask=bias, scale=scale
+            )
+        case "cudnn":
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q, k, v, None, True, 0.0, False, False, scale=scale
+            )
+            return out, lse.reshape(q.shape[:-1])
+        case "flash":
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
+            return out, lse
+        case "fa4":
+            from flash_attn.cute import flash_attn_func
+
+            out, lse = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, return_lse=True)
+            return out.transpose(1, 2), lse
+        case "block":
+            size = 128
+            blocks = (-(-x.shape[2] // size) for x in (q, k))
+            plan = BlockPlan.full(*q.shape[:2], *blocks, q.device)
+            return block_attention(q, k, v, plan, block=size, scale=scale, key_mask=key_mask)
+    raise ValueError(f"Unknown dense kernel {backend!r}: choose from auto, fa4, cudnn, flash, cpu, block.")
