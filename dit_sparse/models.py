@@ -38,9 +38,10 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """The shape of a model whose weights need not be at hand."""
+    """The shape of a model whose weights need not be at hand, and the size it is mostly used at."""
 
     class_name: str
+    transformers: int
     transformer: dict[str, Any]
     vae: dict[str, Any]
     height: int
@@ -48,9 +49,13 @@ class PublishedModel:
     num_frames: int
 
 
-def _wan(heads: int, layers: int, ffn_dim: int, height: int, width: int, frames: int, spatial: int) -> PublishedModel:
+def _wan(
+    heads: int, layers: int, ffn_dim: int, size: tuple[int, int, int], *, spatial: int = 8, transformers: int = 1
+) -> PublishedModel:
+    num_frames, height, width = size
     return PublishedModel(
         class_name="WanTransformer3DModel",
+        transformers=transformers,
         transformer={
             "patch_size": [1, 2, 2],
             "num_attention_heads": heads,
@@ -61,15 +66,15 @@ def _wan(heads: int, layers: int, ffn_dim: int, height: int, width: int, frames:
         vae={"scale_factor_spatial": spatial, "scale_factor_temporal": 4},
         height=height,
         width=width,
-        num_frames=frames,
+        num_frames=num_frames,
     )
 
 
 PUBLISHED = {
-    "wan2.1-1.3b": _wan(12, 30, 8960, 480, 832, 81, spatial=8),
-    "wan2.1-14b": _wan(40, 40, 13824, 720, 1280, 81, spatial=8),
-    "wan2.2-a14b": _wan(40, 40, 13824, 720, 1280, 81, spatial=8),
-    "wan2.2-ti2v-5b": _wan(24, 30, 14336, 704, 1280, 121, spatial=16),
+    "wan2.1-1.3b": _wan(12, 30, 8960, (81, 480, 832)),
+    "wan2.1-14b": _wan(40, 40, 13824, (81, 720, 1280)),
+    "wan2.2-a14b": _wan(40, 40, 13824, (81, 720, 1280), transformers=2),
+    "wan2.2-ti2v-5b": _wan(24, 30, 14336, (121, 704, 1280), spatial=16),
 }
 
 

@@ -43,7 +43,12 @@ def parse(options: type[T], arguments: Sequence[str], program: str) -> T:
             raise
         raise ValueError(_reason(stop, complaint.getvalue(), hints)) from None
     if unknown:
-        raise ValueError(_unknown(unknown[0], hints))
+        stray = unknown[0]
+        if not stray.startswith("-"):
+            raise ValueError(
+                f"{stray!r} stands where an option should: write --name value, and quote a value that has spaces."
+            )
+        raise ValueError(_unknown(stray, hints))
     return parsed
 
 
@@ -58,12 +63,13 @@ def _hints(options: type) -> dict[str, Any]:
 
 
 def _unknown(token: str, hints: Mapping[str, Any]) -> str:
-    if not token.startswith("-"):
-        return f"{token!r} stands where an option should: write --name value, and quote a value that has spaces."
-    name = token.lstrip("-").partition("=")[0].replace("-", "_")
+    """`token` is an option with its dashes, the name of one from a file, or a stray value."""
+    shown = token.partition("=")[0]
+    name = shown.lstrip("-").replace("-", "_")
+    dashes = "--" if token.startswith("-") else ""
     near = get_close_matches(name, hints, n=1)
-    hint = f"did you mean --{near[0]}?" if near else f"known are {', '.join(f'--{known}' for known in hints)}."
-    return f"Unknown option {token.partition('=')[0]!r}: {hint}"
+    hint = f"did you mean {dashes}{near[0]}?" if near else f"known are {', '.join(dashes + known for known in hints)}."
+    return f"Unknown option {shown!r}: {hint}"
 
 
 def _from_file(arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
@@ -87,7 +93,7 @@ def _from_file(arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in hints or name == "config":
-            raise ValueError(f"{path}: {_unknown(f'--{key}', {k: v for k, v in hints.items() if k != 'config'})}")
+            raise ValueError(f"{path}: {_unknown(str(key), {k: v for k, v in hints.items() if k != 'config'})}")
         if hints[name] is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"{path}: {name} is true or false, not {value!r}.")

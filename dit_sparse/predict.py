@@ -1,13 +1,13 @@
 """What sparse attention can and cannot gain, from shapes alone."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 from dit_sparse import schedule
-from dit_sparse.config import SparseConfig
+from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.layout import TokenGrid
-
-Phase = Literal["dense", "anchor", "sparse"]
+from dit_sparse.residual import bytes_per_row
+from dit_sparse.state import Generation, Phase
 
 # How fast kept work runs beside dense attention. At 10 % density gathered blocks reached 0.7 of dense SDPA's rate on a
 # CPU with AVX-512 (4 heads, 8192 tokens), a plain Triton loop 0.8 of cuDNN's on an H200 (40 heads, 75648 tokens).
@@ -15,9 +15,6 @@ SPARSE_RATE = 0.7
 
 # Below this a user would not notice, and the quality given up buys nothing.
 WORTH = 1.1
-
-# Bytes per channel, and per row for the scale that the rows of the packed formats carry.
-_STORAGE = {"bf16": (2.0, 0), "fp8": (1.0, 4), "int4": (0.5, 4)}
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,7 @@ class ModelShape:
     ffn_dim      hidden channels of the feed-forward part
     text_tokens  tokens that cross-attention attends to, padding included; 0 is no cross-attention
     branches     forwards per step: 2 with classifier-free guidance, else 1
+    transformers that share the steps between them, each with a state of its own: 2 for Wan 2.2 A14B
     """
 
     grid: TokenGrid
@@ -40,6 +38,7 @@ class ModelShape:
     ffn_dim: int
     text_tokens: int
     branches: int = 2
+    transformers: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class Prediction:
     block            tokens per block
     blocks           key blocks
     attention_share  self-attention's QK^T and PV among all matrix products of one dense forward
-    work             self-attention work of the whole run relative to dense; dense steps and layers, anchors counted
+    work             self-attention work of the whole run relative to dense: dense steps and layers, anchors, the tail
+                     and padding counted; blocks that top_p, neighbours and first_frame add depend on the input
     ceiling          speed-up of the transformer if self-attention took no time at all
     best             speed-up if kept work ran as fast as dense attention does
     expected         speed-up if it runs at SPARSE_RATE of that, for the work that is not dense
@@ -77,29 +77,20 @@ class Prediction:
 
 def predict(shape: ModelShape, config: SparseConfig, steps: int) -> Prediction:
     """`steps` is the number of denoising steps; raises ValueError if the config names steps or layers beyond it."""
-    tokens = shape.grid.tokens
-    block = config.block_size(tokens)
-    blocks = -(-tokens // block)
     share = attention_share(shape)
-    dense_layers = len(schedule.span(config.dense_layers, shape.layers))
-    sparse_layers = 1 - dense_layers / shape.layers
-    told = phases(config, steps)
-    dense_work = sparse_work = 0.0
-    for phase in told:
-        dense, sparse = _work(config, phase, blocks, block)
-        dense_work += (1 - sparse_layers + sparse_layers * dense) / steps
-        sparse_work += sparse_layers * sparse / steps
+    dense, sparse = attention_work(shape, config, steps)
+    block = config.block_size(shape.grid.tokens)
     return Prediction(
-        tokens=tokens,
+        tokens=shape.grid.tokens,
         block=block,
-        blocks=blocks,
+        blocks=-(-shape.grid.tokens // block),
         attention_share=share,
-        work=dense_work + sparse_work,
+        work=dense + sparse,
         ceiling=1 / (1 - share),
-        best=1 / (1 - share + share * (dense_work + sparse_work)),
-        expected=1 / (1 - share + share * (dense_work + sparse_work / SPARSE_RATE)),
+        best=1 / (1 - share + share * (dense + sparse)),
+        expected=1 / (1 - share + share * (dense + sparse / SPARSE_RATE)),
         state=state_bytes(shape, config),
-        phases=told,
+        phases=phases(config, steps),
     )
 
 
@@ -113,58 +104,52 @@ def attention_share(shape: ModelShape) -> float:
     return attention / (attention + projections + cross + feed_forward)
 
 
+def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple[float, float]:
+    """Self-attention work of a run relative to dense, done by the dense and by the block-sparse kernel."""
+    tokens = shape.grid.tokens
+    block = config.block_size(tokens)
+    blocks = -(-tokens // block)
+    padding = (blocks * block / tokens) ** 2
+    tail = blocks / tokens if config.has_tail else 0.0
+    sparse_call = padding * _kept(config.density, blocks) / blocks + tail
+    dense_layers = schedule.span(config.dense_layers, shape.layers)
+    dense = sparse = 0.0
+    for layer in range(shape.layers):
+        told = phases(config, steps, layer if config.stagger else 0)
+        for step, phase in enumerate(told):
+            if layer in dense_layers or phase == "dense":
+                dense += 1
+                continue
+            sparse += sparse_call
+            if phase == "anchor":
+                # It computes what it outputs, too: densely, or from an anchor before it, with the denser plan.
+                if config.anchor_density is None or "anchor" not in told[:step]:
+                    dense += 1
+                else:
+                    sparse += padding * _kept(config.anchor_density, blocks) / blocks
+    return dense / (steps * shape.layers), sparse / (steps * shape.layers)
+
+
 def state_bytes(shape: ModelShape, config: SparseConfig) -> dict[str, int]:
     """Storage -> bytes that the method remembers between steps: one residual row per query, and the plan."""
     if not config.learns:
         return {}
     tokens = shape.grid.tokens
-    block = config.block_size(tokens)
-    blocks = -(-tokens // block)
+    blocks = -(-tokens // config.block_size(tokens))
     sparse_layers = shape.layers - len(schedule.span(config.dense_layers, shape.layers))
-    calls = sparse_layers * shape.branches * shape.heads
-    plan = calls * blocks * 4 * (1 + _kept(config.density, blocks))
-    rows = calls * tokens
-    return {
-        kind: int(rows * (per_channel * shape.head_dim + per_row)) + plan
-        for kind, (per_channel, per_row) in _STORAGE.items()
-    }
+    calls = shape.transformers * sparse_layers * shape.branches * shape.heads
+    # A list of key blocks has room for the block's own, and has its length beside it; all are int32.
+    plan = calls * blocks * (_kept(config.density, blocks) + 2) * 4
+    rho = calls * tokens * 4 if config.method == "reshape" else 0
+    return {kind: int(calls * tokens * bytes_per_row(shape.head_dim, kind)) + plan + rho for kind in get_args(Storage)}
 
 
-def phases(config: SparseConfig, steps: int) -> tuple[Phase, ...]:
-    """What each of `steps` steps is; a dense step also serves as an anchor, so the interval counts from the last."""
-    dense = schedule.span(config.dense_steps, steps)
-    told: list[Phase] = []
-    full: int | None = None
-    for step in range(steps):
-        if config.method == "dense" or step in dense:
-            told.append("dense")
-            full = step
-        elif (full is None and config.learns) or (
-            full is not None and config.interval is not None and step - full >= config.interval
-        ):
-            told.append("anchor")
-            full = step
-        else:
-            told.append("sparse")
-    return tuple(told)
+def phases(config: SparseConfig, steps: int, offset: int = 0) -> tuple[Phase, ...]:
+    """What each of `steps` steps is, for a layer whose anchors are shifted by `offset`."""
+    generation = Generation(config)
+    return tuple(generation.phase_at(step, steps, offset) for step in range(steps))
 
 
 def _kept(density: float, blocks: int) -> int:
-    """Key blocks a query block keeps."""
-    return max(1, round(density * blocks))
-
-
-def _work(config: SparseConfig, phase: Phase, blocks: int, block: int) -> tuple[float, float]:
-    """Dense and sparse attention work of one sparse layer at one step, relative to dense."""
-    if phase == "dense":
-        return 1.0, 0.0
-    tail = 1 / block if config.has_tail else 0.0
-    sparse = _kept(config.density, blocks) / blocks + tail
-    if phase == "sparse":
-        return 0.0, sparse
-    if not config.learns:
-        return 1.0, 0.0
-    # An anchor computes both what it outputs and what the steps after it will, to know the difference.
-    if config.anchor_density is not None:
-        return 0.0, sparse + _kept(config.anchor_density, blocks) / blocks + tail
-    return 1.0, sparse
+    """Key blocks that top-k leaves a query block."""
+    return max(1, int(density * blocks))

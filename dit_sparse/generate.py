@@ -1,0 +1,347 @@
+"""The command that makes a video: every input is checked before a weight is read."""
+
+import importlib.metadata
+import inspect
+import math
+import platform
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import tyro
+
+from dit_sparse import models, predict, schedule, video
+from dit_sparse.config import SparseConfig
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# What the demo model was trained for; other models have their pipeline's own defaults.
+DEMO = {
+    "prompt": "a large striped red circle moves right over a navy checkered background",
+    "height": 160,
+    "width": 192,
+    "num_frames": 33,
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+}
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Generate a video from a prompt with sparse attention, and write beside it a JSON file of how it was made.
+
+    Attention is cut into blocks of tokens. A step of the sampler is "dense" (all blocks, as the model was trained),
+    "sparse" (the chosen share of blocks, which is the density), or an "anchor" (dense, and it remembers what the
+    sparse result would have lacked, which the sparse steps after it add). A token is one patch of the latent video.
+    Attention work is relative to computing every step dense. A fallback is a call that had to be dense.
+    """
+
+    model_id: str | None = None
+    """Directory saved by diffusers, or a Hugging Face id; if not given, the demo model that comes with dit-sparse.
+    Only safetensors are loaded, and never code."""
+    prompt: str | None = None
+    """What to show. The demo model has one of its own."""
+    negative_prompt: str | None = None
+    """What to stay away from; only used where guidance_scale is above 1."""
+    height: int | None = None
+    """Pixels; if not given, as the model's pipeline has it."""
+    width: int | None = None
+    """Pixels; if not given, as the model's pipeline has it."""
+    num_frames: int | None = None
+    """Frames; if not given, as the model's pipeline has it."""
+    num_inference_steps: int | None = None
+    """Denoising steps; if not given, as the model's pipeline has it."""
+    guidance_scale: float | None = None
+    """How strongly to follow the prompt; above 1 the model runs twice a step (the two branches of guidance)."""
+    seed: int = 0
+    """Of the noise that the video starts from; the same on every device."""
+    sparse: tyro.conf.OmitArgPrefixes[SparseConfig] = SparseConfig()
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the model; auto is bfloat16 on a GPU and float32 on a CPU. The autoencoder runs in float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto is cuda where there is one."""
+    output_file: Path | None = None
+    """Ends in .mp4, .gif or .png (one file a frame). If not given, a name in this directory that tells the settings.
+    The JSON file has the same name with .json."""
+    fps: int = 16
+    """Frames per second of the mp4 or gif."""
+    config: Path | None = None
+    """YAML file of option: value lines, with the same names; what the command line says beats it."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile; the first steps are slow, the others faster."""
+    offload: Literal["none", "model", "sequential", "group"] = "none"
+    """Keep weights in main memory and move them to the GPU when needed: whole models, single layers (slowest, least
+    memory), or groups of layers."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def run(options: GenerateOptions) -> int:
+    """Exit code. Raises ValueError for input that cannot work, before any model work where that can be known."""
+    if options.output_file is not None:
+        video.check_writable(options.output_file)
+    files = models.find(options.model_id)
+    device, dtype = _placement(options)
+    options = _with_defaults(options, files)
+    _check(options, files)
+
+    from dit_sparse.pipelines.session import FAMILIES, sparsify
+
+    models.check_known(files, FAMILIES)
+    for _, config in files.transformers.values():
+        models.check_size(config, files.vae, options.height, options.width, options.num_frames)
+    output = options.output_file or Path(_name(options, files))
+    video.check_writable(output)
+
+    start = time.perf_counter()
+    pipe = _load(options, files, device, dtype)
+    loaded = time.perf_counter()
+    with sparsify(pipe, options.sparse) as session:
+        frames = _denoise(pipe, options, files, device)
+        report = session.report()
+    made = time.perf_counter()
+    written = video.write_video(output, frames, options.fps)
+    seconds = {
+        "load": loaded - start,
+        "generate": made - loaded,
+        "steps": sum(step.seconds for step in report.steps),
+        "write": time.perf_counter() - made,
+    }
+    record = {
+        "settings": _settings(options, files, device, dtype),
+        "versions": _versions(),
+        "device": _device_name(device),
+        "seconds": seconds,
+        "seconds_by_phase": _by_phase((step.phase, step.seconds) for step in report.steps),
+        "peak_memory_bytes": _peak_memory(device),
+        "attention": report.to_dict(),
+        "files": [str(file) for file in written],
+    }
+    video.write_record(output.with_suffix(".json"), record)
+    print(
+        f"{written[0]}{f' and {len(written) - 1} more' if len(written) > 1 else ''}: "
+        f"{seconds['generate']:.1f} s, density {report.density:.3f}, attention work {report.work:.3f} of dense"
+        + "".join(f"; {count} calls dense because {reason}" for reason, count in report.fallbacks.items())
+    )
+    return 0
+
+
+def _placement(options: GenerateOptions) -> tuple[torch.device, torch.dtype]:
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"Unknown device {name!r}: choose from auto, cpu, cuda, cuda:0 and so on.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is cpu or cuda, not {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"There is no device {name!r} here: torch sees {torch.cuda.device_count()} CUDA devices.")
+    if device.type == "cpu" and options.offload != "none":
+        raise ValueError(f"offload {options.offload!r} moves weights to a GPU; on the CPU it can only be 'none'.")
+    if options.dtype == "auto":
+        return device, torch.float32 if device.type == "cpu" else torch.bfloat16
+    return device, getattr(torch, options.dtype)
+
+
+def _with_defaults(options: GenerateOptions, files: models.ModelFiles) -> GenerateOptions:
+    """The options with everything filled in that the user left to the model."""
+    if options.model_id is None:
+        defaults: dict[str, Any] = DEMO
+    else:
+        import diffusers
+
+        pipeline = getattr(diffusers, files.index["_class_name"], None)
+        if pipeline is None:
+            raise ValueError(
+                f"{files.source} is a {files.index['_class_name']}, which diffusers {diffusers.__version__} has not."
+            )
+        parameters = inspect.signature(pipeline.__call__).parameters
+        defaults = {name: parameters[name].default for name in DEMO if name in parameters}
+    missing = {name: defaults.get(name) for name in DEMO if getattr(options, name) is None}
+    options = replace(options, **missing)
+    for name in DEMO:
+        if getattr(options, name) is None:
+            raise ValueError(f"{name} is missing: give --{name}, since {files.source} has no default for it.")
+    return options
+
+
+def _check(options: GenerateOptions, files: models.ModelFiles) -> None:
+    if options.num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is at least 1, not {options.num_inference_steps}.")
+    if not math.isfinite(options.guidance_scale) or options.guidance_scale < 0:
+        raise ValueError(f"guidance_scale is a number from 0 on, not {options.guidance_scale}.")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"seed is a whole number from 0 to 2**63 - 1, not {options.seed}.")
+    if not 1 <= options.fps <= 240:
+        raise ValueError(f"fps is from 1 to 240, not {options.fps}.")
+    spans = [("dense_steps", options.sparse.dense_steps, options.num_inference_steps)]
+    spans += [
+        ("dense_layers", options.sparse.dense_layers, config["num_layers"])
+        for _, config in files.transformers.values()
+        if "num_layers" in config
+    ]
+    for name, spec, total in spans:
+        try:
+            schedule.span(spec, total)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def _load(
+    options: GenerateOptions, files: models.ModelFiles, device: torch.device, dtype: torch.dtype
+) -> "DiffusionPipeline":
+    import diffusers
+    import transformers
+
+    # The CLI has a bar of its own, and says in its own words what it refuses.
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        files.source,
+        dtype={"default": dtype, "vae": torch.float32},
+        use_safetensors=True,
+        local_files_only=files.is_local,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    match options.offload:
+        case "none":
+            pipe.to(device)
+        case "model":
+            pipe.enable_model_cpu_offload(device=device)
+        case "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        case "group":
+            pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)
+    if options.compile:
+        for name in files.transformers:
+            getattr(pipe, name).compile_repeated_blocks(fullgraph=True)
+    return pipe
+
+
+def _denoise(
+    pipe: "DiffusionPipeline", options: GenerateOptions, files: models.ModelFiles, device: torch.device
+) -> Any:
+    """The frames, [F, H, W, 3] floats from 0 to 1, with a bar on standard error while they are made."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    steps = options.num_inference_steps
+    # The session learns the number of steps only when the pipeline runs.
+    phases = predict.phases(options.sparse, steps)
+    seen: list[tuple[str, float]] = []
+    bar = Progress(
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TextColumn("{task.fields[phase]:6}"),
+        TextColumn("{task.fields[left]}"),
+        console=Console(stderr=True),
+    )
+    task = bar.add_task("", total=steps, phase=phases[0], left="")
+    clock = time.perf_counter()
+
+    def step_done(_pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal clock
+        if device.type == "cuda":
+            # Kernels are queued; without this the bar would run ahead of the work.
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        seen.append((phases[step], now - clock))
+        clock = now
+        ahead = phases[step + 1 :]
+        left = f"{seconds_left(seen, ahead):.0f} s left" if ahead else "decoding"
+        bar.update(task, completed=step + 1, phase=ahead[0] if ahead else "", left=left)
+        return {}
+
+    # WanPipeline rounds to a whole number of latent frames and adds one even where one latent is one frame.
+    whole = files.vae.get("scale_factor_temporal", 4) == 1
+    with bar:
+        return pipe(
+            prompt=options.prompt,
+            negative_prompt=options.negative_prompt,
+            height=options.height,
+            width=options.width,
+            num_frames=options.num_frames - whole,
+            num_inference_steps=steps,
+            guidance_scale=options.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(options.seed),
+            output_type="np",
+            callback_on_step_end=step_done,
+        ).frames[0]
+
+
+def seconds_left(seen: Sequence[tuple[str, float]], ahead: Iterable[str]) -> float:
+    """How long the phases ahead will take, if each takes the mean of its kind, or of all where its kind is new."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for phase, took in seen:
+        seconds[phase].append(took)
+    mean = sum(took for _, took in seen) / len(seen)
+    return sum(sum(seconds[p]) / len(seconds[p]) if p in seconds else mean for p in ahead)
+
+
+def _by_phase(steps: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]:
+    total: dict[str, dict[str, float]] = {}
+    for phase, seconds in steps:
+        entry = total.setdefault(phase, {"steps": 0, "seconds": 0.0})
+        entry["steps"] += 1
+        entry["seconds"] += seconds
+    return total
+
+
+def _name(options: GenerateOptions, files: models.ModelFiles) -> str:
+    model = "demo" if options.model_id is None else Path(files.source).name
+    size = f"{options.height}x{options.width}x{options.num_frames}"
+    config = options.sparse
+    method = config.method if config.method == "dense" else f"{config.method}-d{config.density:g}"
+    if config.top_p is not None and config.method != "dense":
+        method += f"-p{config.top_p:g}"
+    return f"{model}.{size}.{options.num_inference_steps}steps.{method}.seed{options.seed}.mp4"
+
+
+def _settings(
+    options: GenerateOptions, files: models.ModelFiles, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    settings = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("sparse", "debug")}
+    settings |= asdict(options.sparse)
+    settings |= {"model_id": files.source, "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+
+
+def _versions() -> dict[str, str | None]:
+    names = ("dit-sparse", "torch", "triton", "diffusers", "transformers", "accelerate", "imageio-ffmpeg")
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    from dit_sparse import __version__
+
+    # A checkout is not installed, so it has no metadata of its own.
+    return found | {"dit-sparse": __version__}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Of the GPU while generating, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
