@@ -72,7 +72,7 @@ def sparse_attention(
         part, part_lse = block_attention(q, k, v, plan, correction, **kernel)
         visited_blocks = plan.counts.sum()
         vision = slice(0, grid.tokens)
-        if config.anchor_density is None or generation.is_first_anchor(layer):
+        if config.anchor_density is None or generation.recall(layer) is None:
             out, lse = dense_attention(q, k, v, key_mask=key_mask)
             known = pairs
         else:

@@ -26,7 +26,7 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Routing:
-    """mass [B, H, N, N], N + 1 wide with text: estimated softmax mass of each key block, the text's last; rows sum to 1."""
+    """mass [B, H, N, N], or N + 1 wide, the text last: estimated softmax mass of each key block; rows sum to 1."""
 
     plan: BlockPlan
     mass: Tensor
@@ -99,7 +99,7 @@ def forced_blocks(
     with_first_frame: bool,
     device: torch.device,
 ) -> tuple[Tensor, int]:
-    """Key blocks kept whatever their score, [N, N] bool, and the most in any row. A query block's own is always one."""
+    """Key blocks kept whatever their score, [N, N] bool, and the most in a row. A query block's own always is."""
     blocks = -(-grid.tokens // block)
     forced = torch.eye(blocks, dtype=torch.bool)
     if with_neighbours:

@@ -64,6 +64,7 @@ class Generation:
     dense_backend: str = ""
     _run: object = None
     _batch: int = 0
+    _device: torch.device = torch.device("cpu")
     _at_step: list[str] = field(default_factory=list)  # branches seen at the present step
     _prompts: list[object] = field(default_factory=list)  # whose identity tells branches apart
 
@@ -110,16 +111,16 @@ class Generation:
         if last is None or step != last.step:
             self._at_step = []
         self._at_step.append(branch)
-        self._run, self._batch, self.grid = run, batch, grid
+        self._run, self._batch, self._device, self.grid = run, batch, device, grid
         self.moment = Moment(step, branch, timestep, total)
         if fresh:
             self._begin(device)
         self.tally.marks.append((step, Mark(device), None))
 
-    def leave(self, device: torch.device) -> None:
+    def leave(self) -> None:
         """End the forward begun last."""
         step, start, _ = self.tally.marks[-1]
-        self.tally.marks[-1] = (step, start, Mark(device))
+        self.tally.marks[-1] = (step, start, Mark(self._device))
 
     def reset(self) -> None:
         """Forget what was learned; the report stays until the next generation begins."""
@@ -207,9 +208,9 @@ class Generation:
         layers = max(layer.of for layer in self.layers)
         fit = int(layers * free / least)
         raise StateTooLarge(
-            f"Method {self.config.method!r} must remember {least / GIB:.2f} GiB in {asked[-1]}, but "
-            f"{free / GIB:.2f} GiB may be used: method='tail' remembers nothing, dense_layers={layers - fit} fits, and "
-            f"so does max_state_gib={least / GIB:.2f} where the memory is there."
+            f"Method {self.config.method!r} must remember {least / GIB:.2f} GiB in {asked[-1]}, "
+            f"but {free / GIB:.2f} GiB may be used: method='tail' remembers nothing, dense_layers={layers - fit} fits, "
+            f"and so does max_state_gib={least / GIB:.2f} where the memory is there."
         )
 
     def _state_bytes(self, layout: Layout, kind: Storage) -> float:

@@ -1,12 +1,12 @@
 """Attention over listed key blocks, with everything a method adds for the rest done before the output is written."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_select import plan_mask
+from dit_sparse.kernels.implementation import Impl, check_device, resolve
 from dit_sparse.kernels.tuning import attention_tile
 from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
 from dit_sparse.residual import unpack
@@ -16,8 +16,6 @@ try:
     import triton.language as tl
 except ImportError:  # Triton has no wheel for macOS and Windows; the torch implementation needs none.
     triton = None
-
-Impl = Literal["auto", "torch", "triton"]
 
 LN2 = math.log(2)
 # Bytes of keys and values that the torch implementation gathers at a time: about a core's share of the last cache.
@@ -50,13 +48,8 @@ def block_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     correction = correction or Correction()
-    _check(q, k, v, plan, correction, block, key_mask, text)
-    if impl == "auto":
-        impl = "triton" if q.is_cuda else "torch"
-    if impl not in ("torch", "triton"):
-        raise ValueError(f"Unknown impl {impl!r}: choose from auto, torch, triton.")
-    if impl == "triton" and q.dtype == torch.float64:
-        raise ValueError("impl 'triton' takes float16, bfloat16 or float32, not torch.float64; 'torch' takes it.")
+    impl = resolve(impl, q)
+    _check(q, k, v, plan, correction, block, key_mask, text, impl)
     tail, residual = correction.tail, correction.residual
     return _block_attention(
         q,
@@ -90,6 +83,7 @@ def _check(
     block: int,
     key_mask: Tensor | None,
     text: int,
+    impl: str,
 ) -> None:
     if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
@@ -104,8 +98,8 @@ def _check(
         raise ValueError(f"The head dimension must be a multiple of 8 up to 256, not {dim}.")
     if {q.stride(-1), k.stride(-1), v.stride(-1)} != {1}:
         raise ValueError("The last dimension of q, k and v must be contiguous.")
-    if block not in (16, 32, 64, 128):
-        raise ValueError(f"block must be 16, 32, 64 or 128, not {block}.")
+    if block < 1 or (impl == "triton" and block not in (16, 32, 64, 128)):
+        raise ValueError(f"block must be {'16, 32, 64 or 128' if impl == 'triton' else 'at least 1'}, not {block}.")
     if not 0 <= text < min(queries, keys):
         raise ValueError(f"text must leave at least one vision token of {min(queries, keys)}, but it is {text}.")
     rows, key_blocks = -(-(queries - text) // block), -(-(keys - text) // block)
@@ -570,8 +564,7 @@ def _triton(
     key_mask: Tensor | None,
     text: int,
 ) -> tuple[Tensor, Tensor]:
-    if triton is None:
-        raise ValueError("impl 'triton' needs the triton package, which is not installed; 'torch' does not.")
+    check_device(_block_attention_kernel, q)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     out = torch.empty_like(q)

@@ -238,7 +238,8 @@ def test_custom_op_contract_and_compile(parts):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(block=48), "block must be 16, 32, 64 or 128, not 48"),
+        (dict(block=48, impl="triton"), "block must be 16, 32, 64 or 128, not 48"),
+        (dict(block=0), "block must be at least 1, not 0"),
         (dict(text=80), "text must leave at least one vision token of 80"),
         (dict(impl="cuda"), "Unknown impl 'cuda'"),
         (dict(key_mask=torch.ones(1, 80)), "key_mask must be bool"),
@@ -260,7 +261,7 @@ def test_what_does_not_fit_is_refused(change, message):
     q, k, v = inputs()
     options = dict(block=16, correction=None) | change
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        block_attention(q, k, v, BlockPlan.full(1, 2, 5, 5, DEVICE), **options)
+        block_attention(q.float(), k.float(), v.float(), BlockPlan.full(1, 2, 5, 5, DEVICE), **options)
 
 
 def test_unlike_inputs_are_refused():

@@ -1,0 +1,89 @@
+"""Wan 2.1 and 2.2: self-attention is `attn1`, vision tokens only; text comes through cross-attention."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, _get_qkv_projections
+from torch import Tensor
+
+from dit_sparse.layout import TokenGrid
+from dit_sparse.pipelines.family import Attend, Family
+from dit_sparse.predict import ModelShape
+
+
+class SparseWanAttnProcessor:
+    """WanAttnProcessor's self-attention with another attention call; tests hold it to that, module by module."""
+
+    # Where diffusers writes set_attention_backend's and enable_parallelism's choices.
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, attend: Attend):
+        self.attend = attend
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        if rotary_emb is not None:
+            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if attention_mask is not None:
+            reason = "a mask was given to Wan's self-attention, and only text padding can be masked"
+            out = self.attend.dense(query, key, value, attention_mask, self, reason)
+        elif encoder_hidden_states is not None:
+            out = self.attend.dense(query, key, value, None, self, "attn1 was used as cross-attention")
+        elif self._parallel_config is not None:
+            out = self.attend.dense(query, key, value, None, self, "context parallelism is on")
+        else:
+            out = self.attend(query, key, value, self)
+
+        out = out.transpose(1, 2).flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out.type_as(x)
+
+
+def _grid(transformer: torch.nn.Module, hidden_states: Tensor) -> TokenGrid:
+    return TokenGrid(*(n // p for n, p in zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)))
+
+
+def _shape(
+    transformer: Mapping[str, Any], height: int, width: int, num_frames: int, vae: Mapping[str, Any]
+) -> ModelShape:
+    temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    latent = ((num_frames - 1) // temporal + 1, height // spatial, width // spatial)
+    return ModelShape(
+        grid=TokenGrid(*(n // p for n, p in zip(latent, transformer["patch_size"], strict=True))),
+        heads=transformer["num_attention_heads"],
+        head_dim=transformer["attention_head_dim"],
+        layers=transformer["num_layers"],
+        ffn_dim=transformer["ffn_dim"],
+        text_tokens=512,
+    )
+
+
+FAMILY = Family(
+    name="wan",
+    is_self_attention=lambda name: name.endswith(".attn1"),
+    grid=_grid,
+    processor=SparseWanAttnProcessor,
+    stock=WanAttnProcessor,
+    shape=_shape,
+)
