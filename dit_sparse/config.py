@@ -174,5 +174,5 @@ def _is_number(value: object) -> bool:
 
 
 def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
-    if value not in accepted or isinstance(value, bool | float):
+    if value not in accepted or isinstance(value, float):
         raise ValueError(f"Unknown {name} {value!r}: choose from {', '.join(map(str, accepted))}.")

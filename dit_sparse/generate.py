@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import tyro
 
-from dit_sparse import models, predict, schedule, video
+from dit_sparse import models, predict, video
 from dit_sparse.config import SparseConfig
 
 if TYPE_CHECKING:
@@ -89,11 +89,11 @@ def run(options: GenerateOptions) -> int:
     files = models.find(options.model_id)
     device, dtype = _placement(options)
     options = _with_defaults(options, files)
-    _check(options, files)
 
     from dit_sparse.pipelines.session import FAMILIES, sparsify
 
     models.check_known(files, FAMILIES)
+    _check(options, files)
     for _, config in files.transformers.values():
         models.check_size(config, files.vae, options.height, options.width, options.num_frames)
     output = options.output_file or Path(_name(options, files))
@@ -182,17 +182,9 @@ def _check(options: GenerateOptions, files: models.ModelFiles) -> None:
         raise ValueError(f"seed is a whole number from 0 to 2**63 - 1, not {options.seed}.")
     if not 1 <= options.fps <= 240:
         raise ValueError(f"fps is from 1 to 240, not {options.fps}.")
-    spans = [("dense_steps", options.sparse.dense_steps, options.num_inference_steps)]
-    spans += [
-        ("dense_layers", options.sparse.dense_layers, config["num_layers"])
-        for _, config in files.transformers.values()
-        if "num_layers" in config
-    ]
-    for name, spec, total in spans:
-        try:
-            schedule.span(spec, total)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    predict.phases(options.sparse, options.num_inference_steps)
+    for _, config in files.transformers.values():
+        predict.dense_layers(options.sparse, config["num_layers"])
 
 
 def _load(

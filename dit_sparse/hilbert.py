@@ -18,13 +18,13 @@ def hilbert_curve(frames: int, height: int, width: int) -> np.ndarray:
     @cache
     def walk(a: int, b: int, c: int) -> np.ndarray:
         """Offsets along the three sides of the box, in the order visited, [|a b c|, 3]."""
-        if a * b * c == 0 or sorted((abs(a), abs(b), abs(c)))[1] == 1:
-            lines = [np.arange(abs(side), dtype=np.int64) * _sign(side) for side in (a, b, c)]
+        if sorted((abs(a), abs(b), abs(c)))[1] <= 1:
+            lines = [np.arange(abs(side)) * _sign(side) for side in (a, b, c)]
             return np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, 3)
         pieces = [np.roll(walk(*sides), turn, axis=1) + start for start, turn, sides in _pieces(a, b, c)]
         return np.concatenate(pieces)
 
-    return walk(width, height, frames) @ np.array([1, width, width * height])
+    return walk(width, height, frames) @ np.array([1, width, width * height], dtype=np.int64)
 
 
 def _pieces(a: int, b: int, c: int) -> list[tuple[Triple, int, Triple]]:

@@ -112,12 +112,12 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
     padding = (blocks * block / tokens) ** 2
     tail = blocks / tokens if config.has_tail else 0.0
     sparse_call = padding * _kept(config.density, blocks) / blocks + tail
-    dense_layers = schedule.span(config.dense_layers, shape.layers)
+    in_full = dense_layers(config, shape.layers)
     dense = sparse = 0.0
     for layer in range(shape.layers):
         told = phases(config, steps, layer if config.stagger else 0)
         for step, phase in enumerate(told):
-            if layer in dense_layers or phase == "dense":
+            if layer in in_full or phase == "dense":
                 dense += 1
                 continue
             sparse += sparse_call
@@ -136,12 +136,20 @@ def state_bytes(shape: ModelShape, config: SparseConfig) -> dict[str, int]:
         return {}
     tokens = shape.grid.tokens
     blocks = -(-tokens // config.block_size(tokens))
-    sparse_layers = shape.layers - len(schedule.span(config.dense_layers, shape.layers))
+    sparse_layers = shape.layers - len(dense_layers(config, shape.layers))
     calls = shape.transformers * sparse_layers * shape.branches * shape.heads
     # A list of key blocks has room for the block's own, and has its length beside it; all are int32.
     plan = calls * blocks * (_kept(config.density, blocks) + 2) * 4
     rho = calls * tokens * 4 if config.method == "reshape" else 0
     return {kind: int(calls * tokens * bytes_per_row(shape.head_dim, kind)) + plan + rho for kind in get_args(Storage)}
+
+
+def dense_layers(config: SparseConfig, layers: int) -> frozenset[int]:
+    """Which of a transformer's layers are dense at every step."""
+    try:
+        return schedule.span(config.dense_layers, layers)
+    except ValueError as error:
+        raise ValueError(f"dense_layers: {error}") from None
 
 
 def phases(config: SparseConfig, steps: int, offset: int = 0) -> tuple[Phase, ...]:

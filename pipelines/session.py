@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from dit_sparse.attention import address, attend
 from dit_sparse.config import Method, SparseConfig
-from dit_sparse.kernels.implementation import HAS_TRITON
 from dit_sparse.pipelines import wan
 from dit_sparse.pipelines.family import Family
 from dit_sparse.report import RunReport
@@ -97,7 +97,7 @@ class Session:
             residual=g.storage,
             fallbacks=dict(tally.fallbacks),
             dense_backend=g.dense_backend,
-            kernel="triton" if HAS_TRITON and self._device.type == "cuda" else "torch",
+            kernel="triton" if find_spec("triton") and self._device.type == "cuda" else "torch",
         )
 
     def set_attn_processor(self, processor: Any) -> None:
