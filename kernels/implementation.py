@@ -1,0 +1,37 @@
+"""Which implementation of an op runs."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError:  # Triton has no wheel for macOS and Windows; the torch implementations need none.
+    triton = None
+
+Impl = Literal["auto", "torch", "triton"]
+
+
+def resolve(impl: Impl, x: Tensor) -> Literal["torch", "triton"]:
+    """The implementation to run on tensors like x; a named one is taken or refused, never replaced.
+
+    "auto" is triton for CUDA tensors of float16, bfloat16 or float32 and torch otherwise. Raises ValueError for an
+    unknown name, and where triton would run but is not installed or does not take x's dtype.
+    """
+    if impl not in get_args(Impl):
+        raise ValueError(f"Unknown impl {impl!r}: choose from {', '.join(get_args(Impl))}.")
+    takes = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if impl == "torch" or (impl == "auto" and not (x.is_cuda and takes)):
+        return "torch"
+    if not takes:
+        raise ValueError(f"impl 'triton' takes float16, bfloat16 or float32, not {x.dtype}; 'torch' takes it.")
+    if triton is None:
+        raise ValueError(f"impl {impl!r} on {x.device} tensors needs the triton package; impl 'torch' needs none.")
+    return "triton"
+
+
+def check_device(kernel: object, x: Tensor) -> None:
+    """Raise ValueError where a compiled kernel is given anything but CUDA tensors; an interpreted one takes any."""
+    if isinstance(kernel, triton.JITFunction) and not x.is_cuda:
+        raise ValueError(f"impl 'triton' takes CUDA tensors, not {x.device} ones; 'torch' takes them.")

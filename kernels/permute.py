@@ -1,0 +1,133 @@
+"""Tokens in another order: q, k and v in one launch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.implementation import Impl, check_device, resolve
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton has no wheel for macOS and Windows; the torch implementation needs none.
+    triton = None
+
+# Numbers a program moves for each tensor: 64 a thread, which keeps three tensors' loads in flight without spilling.
+TILE, WARPS = 8192, 4
+
+
+def permute(tensors: Sequence[Tensor], index: Tensor, *, impl: Impl = "auto") -> tuple[Tensor, ...]:
+    """out[..., i, :] = x[..., index[i], :] for i < n; the tokens behind the first n stay as they are.
+
+    tensors [B, H, L, D], all of one shape and of one float type (float64 in torch only), any strides with the last
+    dimension contiguous; index [n] int32 or int64, a permutation of 0..n-1, which is not checked on the device. Each
+    output has the memory layout of its input, so a view of [B, L, H, D] gives one. The inverse index undoes it.
+    Raises ValueError where these do not fit together.
+    """
+    tensors = list(tensors)
+    if not tensors:
+        raise ValueError("permute takes at least one tensor, not none.")
+    first = tensors[0]
+    if first.dim() != 4 or first.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"tensors must be [B, H, L, D] of a float type, not {tuple(first.shape)} of {first.dtype}.")
+    for x in tensors:
+        if x.shape != first.shape or x.dtype != first.dtype or x.device != first.device:
+            raise ValueError(
+                f"All tensors must be like the first, {tuple(first.shape)} {first.dtype} on {first.device}, not "
+                f"{tuple(x.shape)} {x.dtype} on {x.device}."
+            )
+        if x.stride(-1) != 1:
+            raise ValueError(
+                f"The last dimension of each tensor must be contiguous, but its stride is {x.stride(-1)}."
+            )
+    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or index.device != first.device:
+        raise ValueError(
+            f"index must be [n] int32 or int64 on {first.device}, not {tuple(index.shape)} {index.dtype} on "
+            f"{index.device}."
+        )
+    if index.numel() > first.shape[-2]:
+        raise ValueError(f"index has {index.numel()} places, but there are {first.shape[-2]} tokens.")
+    return tuple(_permute(tensors, index, resolve(impl, first)))
+
+
+@torch.library.custom_op("dit_sparse::permute", mutates_args=())
+def _permute(tensors: list[Tensor], index: Tensor, impl: str) -> list[Tensor]:
+    return (_permute_triton if impl == "triton" else _permute_torch)(tensors, index)
+
+
+@_permute.register_fake
+def _(tensors: list[Tensor], *_: object) -> list[Tensor]:
+    return [torch.empty_like(x) for x in tensors]
+
+
+def _permute_torch(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
+    n = index.numel()
+    out = [torch.empty_like(x) for x in tensors]
+    for pair in zip(tensors, out, strict=True):
+        # Rows are copied fastest along the outermost dimension in memory: whole tokens where heads lie inside them.
+        if pair[0].stride(1) < pair[0].stride(2):
+            rows = zip(*(x.transpose(1, 2) for x in pair), strict=True)
+        else:
+            rows = zip(*([head for item in x for head in item] for x in pair), strict=True)
+        for x, y in rows:
+            torch.index_select(x, 0, index, out=y[:n])
+            y[n:] = x[n:]
+    return out
+
+
+if triton is not None:
+
+    @triton.jit
+    def permute_fwd_kernel(
+        xs,
+        ys,
+        x_strides,
+        y_strides,
+        index,
+        n,
+        L,
+        H,
+        D: tl.constexpr,
+        BT: tl.constexpr,
+        BD: tl.constexpr,
+    ):
+        # Heads go fastest: with [B, L, H, D] underneath, neighbouring programs read one stretch of memory.
+        i = tl.program_id(0).to(tl.int64)
+        i_h, i = i % H, i // H
+        i_t, i_b = i % tl.cdiv(L, BT), i // tl.cdiv(L, BT)
+        o_t = i_t * BT + tl.arange(0, BT)
+        o_d = tl.arange(0, BD)
+        # [BT]
+        b_from = tl.load(index + o_t, mask=o_t < n, other=0).to(tl.int64)
+        b_from = tl.where(o_t < n, b_from, o_t)
+        m = (o_t < L)[:, None] & (o_d < D)[None, :]
+        for j in tl.static_range(len(xs)):
+            # [BT, BD]
+            p_x = xs[j] + i_b * x_strides[j][0] + i_h * x_strides[j][1] + b_from[:, None] * x_strides[j][2]
+            b_x = tl.load(p_x + o_d[None, :], mask=m)
+            p_y = ys[j] + i_b * y_strides[j][0] + i_h * y_strides[j][1] + o_t[:, None] * y_strides[j][2]
+            tl.store(p_y + o_d[None, :], b_x, mask=m)
+
+
+def _permute_triton(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
+    check_device(permute_fwd_kernel, index)
+    out = [torch.empty_like(x) for x in tensors]
+    batch, heads, tokens, dim = tensors[0].shape
+    channels = triton.next_power_of_2(dim)
+    rows = max(TILE // channels, 1)
+    permute_fwd_kernel[(batch * heads * triton.cdiv(tokens, rows),)](
+        tuple(tensors),
+        tuple(out),
+        tuple(x.stride()[:3] for x in tensors),
+        tuple(y.stride()[:3] for y in out),
+        index.contiguous(),
+        index.numel(),
+        tokens,
+        heads,
+        D=dim,
+        BT=rows,
+        BD=channels,
+        num_warps=WARPS,
+    )
+    return out

@@ -1,0 +1,105 @@
+"""Every kernel compiles for Ampere, Hopper and Blackwell without spilling, on a machine with no GPU."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from dit_sparse.kernels import block_select, block_stats, permute
+from tests.kernels.aot import Build, Resources, compile_kernels
+
+CAPABILITIES = (80, 90, 100)
+
+
+def stats(capability: int, dtype: str = "bf16", dim: int = 128, rows: int = 128, channels: int = 64) -> Build:
+    out = dict.fromkeys(("mean", "var", "mad"), "*fp32:16")
+    strides = dict.fromkeys(("stride_xb", "stride_xh", "stride_xl"), "i32:16")
+    sizes = dict.fromkeys(("stride_lb", "L", "H", "N"), "i32")
+    return Build(
+        block_stats.block_stats_fwd_kernel,
+        {"x": f"*{dtype}:16", "lengths": "*i64:16", **out, **strides, **sizes},
+        {"stride_ln": 1, "D": dim, "BLOCK": rows, "BT": rows, "BD": channels, "FIELDS": 3},
+        capability,
+        block_stats.WARPS,
+    )
+
+
+def select(capability: int, row: int = 1024, top_p: bool = True, forced: bool = True) -> Build:
+    signature = {"scores": "*fp32:16", "counts": "*i32:16", "indices": "*i32:16", "top_p": "fp32"}
+    constexprs = {"stride_sk": 1, "BN": row, "HAS_TOP_P": top_p, "HAS_FORCED": forced}
+    strides = ["stride_sb", "stride_sh", "stride_sq"]
+    if forced:
+        signature["forced"] = "*i1"
+        strides += ["stride_fb", "stride_fh", "stride_fq", "stride_fk"]
+    else:
+        constexprs |= dict.fromkeys(("forced", "stride_fb", "stride_fh", "stride_fq", "stride_fk"))
+    signature |= dict.fromkeys([*strides, "least", "most", "H", "Q", "N", "W"], "i32")
+    warps = min(max(row // block_select.SCORES_PER_WARP, 1), block_select.MOST_WARPS)
+    return Build(block_select.block_select_fwd_kernel, signature, constexprs, capability, warps)
+
+
+def mask(capability: int) -> Build:
+    signature = {"counts": "*i32:16", "indices": "*i32:16", "mask": "*u8:16", "N": "i32", "W": "i32"}
+    return Build(block_select.plan_mask_fwd_kernel, signature, {"BW": 1024}, capability)
+
+
+def gather(capability: int, dtype: str = "bf16", dim: int = 128, padded: int = 128) -> Build:
+    signature = {
+        **dict.fromkeys(("xs", "ys"), (f"*{dtype}:16",) * 3),
+        **dict.fromkeys(("x_strides", "y_strides"), (("i32:16",) * 3,) * 3),
+        "index": "*i64:16",
+        **dict.fromkeys(("n", "L", "H"), "i32"),
+    }
+    constexprs = {"D": dim, "BT": permute.TILE // padded, "BD": padded}
+    return Build(permute.permute_fwd_kernel, signature, constexprs, capability, permute.WARPS)
+
+
+USUAL = [make(capability) for capability in CAPABILITIES for make in (stats, select, mask, gather)]
+# A tile of 8192 numbers in one warp is 256 a thread, and a thread has 255 registers.
+SPILLING = replace(stats(90, "fp32"), num_warps=1)
+
+
+@pytest.fixture(scope="module")
+def usual() -> list[Resources]:
+    return compile_kernels([*USUAL, SPILLING])
+
+
+def assert_fits(build: Build, used: Resources) -> None:
+    assert used.spill_bytes == 0, (build, used.registers)
+    # A multiprocessor has 65536 registers: two programs of four warps must fit, or one of eight.
+    assert used.registers * build.num_warps * 32 <= 32768 * (1 + build.num_warps // 8), (build, used.registers)
+
+
+def test_usual_shapes_fit(usual: list[Resources]) -> None:
+    for build, used in zip(USUAL, usual, strict=False):
+        assert_fits(build, used)
+
+
+def test_memory_is_read_16_bytes_at_a_time(usual: list[Resources]) -> None:
+    for build, used in zip(USUAL, usual, strict=False):
+        if build.fn in (block_stats.block_stats_fwd_kernel, permute.permute_fwd_kernel):
+            assert "LDG.E.128" in used.sass, build
+
+
+def test_the_helper_sees_spills(usual: list[Resources]) -> None:
+    assert usual[-1].spill_bytes > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_extreme_shapes_fit(capability: int) -> None:
+    builds = [
+        stats(capability, "fp32"),
+        stats(capability, "fp32", 256, 64, 64),
+        stats(capability, "fp32", 8, 1024, 8),
+        stats(capability, "fp16", 40, 16, 64),
+        select(capability, 16, top_p=False, forced=False),
+        select(capability, 256),
+        select(capability, 8192),
+        gather(capability, "fp32"),
+        gather(capability, "fp32", 256, 256),
+        gather(capability, "fp16", 72, 128),
+    ]
+    for build, used in zip(builds, compile_kernels(builds), strict=True):
+        assert_fits(build, used)
