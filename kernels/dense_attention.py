@@ -1,8 +1,8 @@
 """Dense attention with its log-sum-exp, on the fastest kernel installed."""
 
-import importlib.util
 from functools import lru_cache
-from typing import Literal
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,19 +14,29 @@ Backend = Literal["fa4", "cudnn", "flash", "cpu", "block"]
 
 
 @lru_cache(maxsize=64)
-def dense_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+def dense_backend(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> Backend:
     """The fastest dense kernel here for these inputs: FlashAttention-4, cuDNN, torch's FlashAttention-2, torch's CPU
-    kernel, or, where none of them takes the dtype or head dimension, our own block kernel with every block listed."""
+    kernel, or, where none of them takes the dtype, the head dimension or a key mask, our own block kernel with every
+    block listed."""
     if device.type == "cpu":
         return "cpu"
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+    if device.type != "cuda" or masked or dtype not in (torch.float16, torch.bfloat16):
         return "block"
     major, _ = torch.cuda.get_device_capability(device)
-    if major in (9, 10) and head_dim in (64, 96, 128) and importlib.util.find_spec("flash_attn.cute") is not None:
+    if major in (9, 10) and head_dim in (64, 96, 128) and _installed("flash-attn-4"):
         return "fa4"
     if major >= 9 and head_dim <= 128 and torch.backends.cudnn.is_available():
         return "cudnn"
     return "flash" if major >= 8 else "block"
+
+
+def _installed(distribution: str) -> bool:
+    # Not by module: flash-attn 2 has a flash_attn too, and looking inside a missing package raises.
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def dense_attention(
@@ -40,14 +50,21 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v over every key: q [B, H, Lq, D], k and v [B, H, Lk, D], key_mask [B, Lk] bool or None.
 
-    Returns out like q, and lse [B, H, Lq] float32 (float64 for float64), natural logarithm. backend "auto" is
-    `dense_backend`, or the block kernel where a key mask is given on a GPU; a named one never falls back.
+    Returns out like q, and lse [B, H, Lq] float32 (float64 for float64), natural logarithm; rows that see no key give
+    zeros and -inf. backend "auto" is `dense_backend`; a named one never falls back. Raises ValueError for an unknown
+    backend, and for one that does not take the key mask or the device.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "auto":
-        backend = dense_backend(q.device, q.dtype, q.shape[-1])
-        if key_mask is not None and backend != "cpu":
-            backend = "block"
+        backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None)
+    if backend not in get_args(Backend):
+        raise ValueError(f"Unknown dense kernel {backend!r}: choose from auto, {', '.join(get_args(Backend))}.")
+    if backend != "block" and q.is_cuda == (backend == "cpu"):
+        raise ValueError(f"The dense kernel {backend!r} does not run on {q.device}; 'auto' takes one that does.")
+    if key_mask is not None and (key_mask.shape != (k.shape[0], k.shape[2]) or key_mask.dtype != torch.bool):
+        raise ValueError(
+            f"key_mask must be bool {(k.shape[0], k.shape[2])}, not {key_mask.dtype} {tuple(key_mask.shape)}."
+        )
     if key_mask is not None and backend not in ("cpu", "block"):
         raise ValueError(f"The dense kernel {backend!r} takes no key mask; 'cpu' and 'block' do.")
     match backend:
@@ -55,9 +72,11 @@ def dense_attention(
             bias = None
             if key_mask is not None:
                 bias = torch.zeros(key_mask.shape, dtype=q.dtype).masked_fill_(~key_mask, float("-inf"))[:, None, None]
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, False, attn_mask=bias, scale=scale
             )
+            # Where a row sees no key, the kernel says 0.
+            return out, lse if key_mask is None else lse.masked_fill(~key_mask.any(-1)[:, None, None], float("-inf"))
         case "cudnn":
             out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
                 q, k, v, None, True, 0.0, False, False, scale=scale
@@ -71,9 +90,8 @@ def dense_attention(
 
             out, lse = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, return_lse=True)
             return out.transpose(1, 2), lse
-        case "block":
+        case _:
             size = 128
             blocks = (-(-x.shape[2] // size) for x in (q, k))
             plan = BlockPlan.full(*q.shape[:2], *blocks, q.device)
             return block_attention(q, k, v, plan, block=size, scale=scale, key_mask=key_mask)
-    raise ValueError(f"Unknown dense kernel {backend!r}: choose from auto, fa4, cudnn, flash, cpu, block.")

@@ -1,0 +1,149 @@
+"""dense_attention against kernels/reference.py in float64, for every backend that runs here."""
+
+import pytest
+import torch
+
+from dit_sparse.kernels import dense_attention as module
+from dit_sparse.kernels import reference
+from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
+from dit_sparse.plan import BlockPlan
+from tests.close import assert_no_worse
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BACKENDS = ["auto", "block", "cudnn", "flash"] if GPU else ["auto", "block", "cpu"]
+
+
+def inputs(batch=2, heads=3, queries=70, keys=150, dim=64, strided=False):
+    q, k, v = (torch.randn(batch, n, heads, dim, dtype=torch.float64).transpose(1, 2) for n in (queries, keys, keys))
+    return [x.to(DEVICE) if strided else x.contiguous().to(DEVICE) for x in (q, k, v)]
+
+
+def exact(q, k, v, scale, key_mask=None):
+    plan = BlockPlan.full(*q.shape[:2], 1, 1, q.device)
+    block = max(q.shape[2], k.shape[2])
+    return reference.block_attention(q, k, v, plan, None, block=block, scale=scale, key_mask=key_mask)
+
+
+@pytest.mark.skipif(GPU, reason="the GPU kernels have no float64")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_is_the_reference_in_float64(backend, strided, masked):
+    q, k, v = inputs(strided=strided)
+    mask = torch.rand(2, k.shape[2], device=DEVICE) < 0.6 if masked else None
+    actual = dense_attention(q, k, v, scale=0.3, key_mask=mask, backend=backend)
+    for a, e in zip(actual, exact(q, k, v, 0.3, mask), strict=True):
+        torch.testing.assert_close(a, e, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_is_at_most_twice_pytorchs(backend, masked, dtype):
+    if backend in ("cudnn", "flash") and (masked or dtype == torch.float32):
+        pytest.skip("torch's GPU kernels take 16-bit floats and no key mask")
+    q, k, v = (x.to(dtype) for x in inputs(strided=True))
+    mask = torch.rand(2, k.shape[2], device=DEVICE) < 0.6 if masked else None
+    out, lse = dense_attention(q, k, v, key_mask=mask, backend=backend)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    eager = exact(q, k, v, 64**-0.5, mask)
+    true = exact(q.double(), k.double(), v.double(), 64**-0.5, mask)
+    assert_no_worse(out, eager[0], true[0])
+    assert_no_worse(lse, eager[1], true[1])
+
+
+@pytest.mark.parametrize("backend", ["auto", "block"])
+def test_a_row_that_sees_no_key_is_zero(backend):
+    q, k, v = (x.float() for x in inputs())
+    mask = torch.ones(2, k.shape[2], dtype=torch.bool, device=DEVICE)
+    mask[1] = False
+    out, lse = dense_attention(q, k, v, key_mask=mask, backend=backend)
+    assert (out[1] == 0).all() and (lse[1] == float("-inf")).all()
+    assert out[0].isfinite().all() and lse[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "block"])
+def test_a_masked_key_has_no_influence(backend):
+    q, k, v = (x.float() for x in inputs())
+    mask = torch.rand(2, k.shape[2], device=DEVICE) < 0.6
+    before = dense_attention(q, k, v, key_mask=mask, backend=backend)
+    hidden = ~mask[:, None, :, None].expand_as(k)
+    after = dense_attention(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), key_mask=mask, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "dtype", "dim", "masked", "expected"),
+    [
+        ((9, 0), True, torch.bfloat16, 128, False, "fa4"),
+        ((10, 0), True, torch.float16, 64, False, "fa4"),
+        ((9, 0), False, torch.bfloat16, 128, False, "cudnn"),
+        ((9, 0), True, torch.bfloat16, 80, False, "cudnn"),
+        ((12, 0), True, torch.bfloat16, 128, False, "cudnn"),
+        ((9, 0), True, torch.bfloat16, 256, False, "flash"),
+        ((8, 0), True, torch.bfloat16, 128, False, "flash"),
+        ((7, 5), False, torch.float16, 128, False, "block"),
+        ((9, 0), True, torch.float32, 128, False, "block"),
+        ((9, 0), True, torch.bfloat16, 128, True, "block"),
+    ],
+)
+def test_the_fastest_kernel_that_takes_the_inputs(monkeypatch, capability, installed, dtype, dim, masked, expected):
+    def version(distribution):
+        if distribution != "flash-attn-4" or not installed:
+            raise module.PackageNotFoundError(distribution)
+        return "4.0.0"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(module, "version", version)
+    dense_backend.cache_clear()
+    try:
+        assert dense_backend(torch.device("cuda"), dtype, dim, masked) == expected
+    finally:
+        dense_backend.cache_clear()
+
+
+def test_no_flash_attention_installed_is_no_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr("sys.path", [])
+    dense_backend.cache_clear()
+    try:
+        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128) == "cudnn"
+    finally:
+        dense_backend.cache_clear()
+
+
+def test_the_cpu_kernel_is_the_cpus():
+    assert dense_backend(torch.device("cpu"), torch.bfloat16, 128, True) == "cpu"
+
+
+@pytest.mark.parametrize("backend", ["fa4", "cudnn", "flash"])
+def test_a_named_backend_never_falls_back(backend):
+    q, k, v = (x.float().cpu() for x in inputs())
+    with pytest.raises(ValueError, match=f"{backend}' does not run on cpu"):
+        dense_attention(q, k, v, backend=backend)
+
+
+def test_an_unknown_backend_is_an_error():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match="Unknown dense kernel 'fa3': choose from auto, fa4"):
+        dense_attention(q, k, v, backend="fa3")
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 149, dtype=torch.bool), torch.ones(1, 150, dtype=torch.bool), torch.ones(2, 150)]
+)
+def test_a_mask_that_does_not_fit_is_an_error(mask):
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match="key_mask must be bool"):
+        dense_attention(q, k, v, key_mask=mask.to(DEVICE))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "fa4"])
+def test_a_backend_without_masks_says_so(backend):
+    q, k, v = (x.bfloat16() for x in inputs())
+    with pytest.raises(ValueError, match="takes no key mask"):
+        dense_attention(q, k, v, key_mask=torch.ones(2, 150, dtype=torch.bool, device=DEVICE), backend=backend)
