@@ -151,7 +151,9 @@ def plan(chosen: PlanOptions) -> int:
     if chosen.family is not None:
         model = models.published(chosen.family)
         class_name, transformer, vae, count = model.class_name, model.transformer, model.vae, model.transformers
-        size = (chosen.height or model.height, chosen.width or model.width, chosen.num_frames or model.num_frames)
+        asked = (chosen.height, chosen.width, chosen.num_frames)
+        usual = (model.height, model.width, model.num_frames)
+        size = tuple(b if a is None else a for a, b in zip(asked, usual, strict=True))
     else:
         files = models.find(chosen.model_id)
         if None in (chosen.height, chosen.width, chosen.num_frames):
