@@ -394,6 +394,7 @@ if triton is not None:
         H, LQ, LK, ROWS, COLUMNS, NQ, NK, W, SCALES, RESIDUALS,
         scale,
         D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        BT: tl.constexpr,
         TEXT: tl.constexpr, MASKED: tl.constexpr, TAIL: tl.constexpr, SECOND: tl.constexpr,
         SCALE: tl.constexpr, RESIDUAL: tl.constexpr, PER_ROW: tl.constexpr, SCALE_PER_ROW: tl.constexpr,
         PRECISION: tl.constexpr,
@@ -499,22 +500,24 @@ if triton is not None:
             p_routed += i_list * NK
             if SECOND:
                 p_tail_var += (i_b * H + i_h) * NK * D
-                b_q2 = b_q.to(tl.float32) * scale
-                b_q2 = (b_q2 * b_q2).to(b_q.dtype)
-            for begin in range(0, tl.where(is_text, 0, NK), BN):
-                o_t = begin + o_n
+            o_bt = tl.arange(0, BT)
+            # Not pipelined: few steps, and the buffers and registers of two more operands would not fit.
+            for begin in tl.range(0, tl.where(is_text, 0, NK), BT, num_stages=1):
+                o_t = begin + o_bt
                 m_t = o_t < NK
                 b_w = tl.load(p_tail_log + i_b * tail_log_sb + o_t, mask=m_t, other=0.0) * LOG2E
                 m_t = m_t & (tl.load(p_routed + o_t, mask=m_t, other=1) == 0)
-                # [BD, BN]
+                # [BD, BT]
                 b_k = tl.load(p_tail_k + o_t[None, :] * D + o_d[:, None], mask=m_t & m_d[:, None], other=0.0)
                 b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision=PRECISION) * scale2
                 if SECOND:
-                    # [BD, BN]
+                    b_q2 = b_q.to(tl.float32) * scale
+                    b_q2 = (b_q2 * b_q2).to(b_q.dtype)
+                    # [BD, BT]
                     b_u = tl.load(p_tail_var + o_t[None, :] * D + o_d[:, None], mask=m_t & m_d[:, None], other=0.0)
                     b_s += tl.dot(b_q2, b_u.to(b_q.dtype), input_precision=PRECISION) * (0.5 * LOG2E)
                 b_s = tl.where(m_t[None, :], b_s + b_w[None, :], float("-inf"))
-                # [BN, BD]
+                # [BT, BD]
                 b_v = tl.load(p_tail_v + o_t[:, None] * D + o_d, mask=m_t[:, None] & m_d, other=0.0)
                 b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, b_v.to(b_q.dtype), PRECISION)
 
@@ -572,7 +575,7 @@ def _triton(
     tail, residual, row_scale = correction.tail, correction.residual, correction.scale
     rows = queries - text
     counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
-    width = triton.next_power_of_2(max(dim, 16))
+    width = max(64, triton.next_power_of_2(dim))
     tile = attention_tile(q.element_size(), width, block)
     query_blocks = counts.shape[-1]
     grid = (query_blocks * (block // tile.rows) + triton.cdiv(text, tile.rows), batch * heads)
@@ -594,13 +597,13 @@ def _triton(
         row_scale.shape[2] if row_scale is not None else 0,
         residual.codes.shape[2] if residual else 0,
         scale,
-        D=dim, BD=width, BLOCK=block, BM=tile.rows, BN=tile.columns,
+        D=dim, BD=width, BLOCK=block, BM=tile.rows, BN=tile.columns, BT=min(tile.columns, 32),
         TEXT=text > 0, MASKED=key_mask is not None,
         TAIL=tail is not None, SECOND=tail is not None and tail.variances is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
         PER_ROW=residual is not None and residual.codes.shape[2] == rows,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse

@@ -75,14 +75,15 @@ def block_attention(
     lse = scores.logsumexp(-1)
     out = torch.where(lse.isinf()[..., None], 0, scores.softmax(-1)) @ v
     if correction is not None:
-        vision = _correct(q[..., :rows, :], out[..., :rows, :], lse[..., :rows], plan, correction, block, scale)
+        vision = correct(q[..., :rows, :], out[..., :rows, :], lse[..., :rows], plan, correction, block, scale)
         out = torch.cat([vision, out[..., rows:, :]], dim=-2)
     return out, lse
 
 
-def _correct(
+def correct(
     q: Tensor, out: Tensor, lse: Tensor, plan: BlockPlan, correction: Correction, block: int, scale: float
 ) -> Tensor:
+    """scale * merge(out, tail) + residual, for vision rows q, out [B, H, L, D] and lse [B, H, L] of the exact part."""
     rows = q.shape[-2]
     if (tail := correction.tail) is not None:
         keys, values = tail.keys.to(q.dtype), tail.values.to(q.dtype)

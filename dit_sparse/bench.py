@@ -1,0 +1,358 @@
+"""Times of attention, of the whole sparse operator, and of one transformer forward; nothing is timed that is wrong."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dit_sparse.attention import sparse_attention
+from dit_sparse.config import SparseConfig
+from dit_sparse.correction import Learned, pooled_tail
+from dit_sparse.kernels import reference
+from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.dense_attention import Backend, dense_attention, dense_backend
+from dit_sparse.kernels.permute import permute
+from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.order import token_order
+from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
+from dit_sparse.residual import pack
+from dit_sparse.routing import pool, route
+from dit_sparse.state import Generation, Layer
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call of a published model: heads, the token grid, text tokens, head dimension, block."""
+
+    heads: int
+    grid: tuple[int, int, int]
+    head_dim: int = 128
+    text: int = 0
+    block: int = 128
+
+
+CASES: dict[str, Case] = {
+    "wan-14b-720p": Case(40, (21, 45, 80)),
+    "wan-14b-480p": Case(40, (21, 30, 52)),
+    "wan-1.3b-480p": Case(12, (21, 30, 52)),
+    "hunyuanvideo-720p": Case(24, (33, 45, 80), text=256),
+    "cogvideox-480p": Case(48, (13, 30, 45), head_dim=64, text=226),
+    "flux-4096": Case(24, (1, 256, 256), text=512),
+    "small": Case(4, (8, 32, 32), head_dim=64, block=64),
+}
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Time sparse attention beside the fastest dense attention here. Ratios are within one run.
+
+    Each result is first checked against float64 on a sample of its rows; what fails is not timed, and the exit code is
+    1. TFLOP/s count kept work only. Extra memory is the peak beyond inputs and outputs.
+    """
+
+    case: tuple[str, ...] = ()
+    """Shapes by name: wan-14b-720p, wan-14b-480p, wan-1.3b-480p, hunyuanvideo-720p, cogvideox-480p, flux-4096, small;
+    small on a CPU and wan-14b-720p on a GPU if none is given."""
+    density: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)
+    """Shares of key blocks computed."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of q, k and v: bfloat16 on a GPU and float32 on a CPU if not given."""
+    repeats: int = 7
+    """Timed runs of each; the median counts."""
+    seed: int = 0
+    """Of the random inputs and plans."""
+    output_file: Path | None = None
+    """Also write the rows as JSON."""
+
+
+@dataclass
+class Bench:
+    """Rows of one run, and what is needed to make them."""
+
+    options: BenchOptions
+    device: torch.device = field(init=False)
+    dtype: torch.dtype = field(init=False)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        kind = self.options.device
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device 'cuda' was asked for, and no CUDA device is here: use cpu.")
+        self.device = torch.device(kind)
+        name = self.options.dtype
+        self.dtype = getattr(torch, ("bfloat16" if kind == "cuda" else "float32") if name == "auto" else name)
+        for case in self.options.case:
+            if case not in CASES:
+                raise ValueError(f"Unknown case {case!r}: choose from {', '.join(CASES)}.")
+        for density in self.options.density:
+            if not 0 < density <= 1:
+                raise ValueError(f"density is a share above 0 and at most 1, not {density!r}.")
+        torch.manual_seed(self.options.seed)
+
+    def cases(self) -> dict[str, Case]:
+        names = self.options.case or (("small",) if self.device.type == "cpu" else ("wan-14b-720p",))
+        return {name: CASES[name] for name in names}
+
+    def qkv(self, case: Case) -> list[Tensor]:
+        """Views [B, H, L, D] of [B, L, H, D], as models have them."""
+        tokens = TokenGrid(*case.grid).tokens + case.text
+        shape = (1, tokens, case.heads, case.head_dim)
+        return [torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2) for _ in range(3)]
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+
+    def milliseconds(self, run: Callable[[], Any]) -> float:
+        """Median time of `run`, after two runs that do not count."""
+        for _ in range(2):
+            run()
+        times = []
+        for _ in range(self.options.repeats):
+            if self.device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run()
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end))
+            else:
+                begin = time.perf_counter()
+                run()
+                times.append((time.perf_counter() - begin) * 1000)
+        return statistics.median(times)
+
+    def extra_bytes(self, run: Callable[[], tuple[Tensor, ...]]) -> int:
+        """Most memory `run` holds at once, beyond what it returns."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            result = run()
+            peak = torch.cuda.max_memory_allocated() - before
+        else:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+            ) as profile:
+                result = run()
+            events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+            held = peak = 0
+            for event in sorted(events, key=lambda e: e.start_ns()):
+                held += event.nbytes()
+                peak = max(peak, held)
+        return peak - sum(x.numel() * x.element_size() for x in result)
+
+
+def random_plan(case: Case, density: float, device: torch.device) -> BlockPlan:
+    """The same number of blocks in every row, drawn at random."""
+    blocks = -(-TokenGrid(*case.grid).tokens // case.block)
+    keep = max(1, int(density * blocks))
+    chosen = torch.rand(1, case.heads, blocks, blocks, device=device).topk(keep, -1).indices
+    counts = torch.full((1, case.heads, blocks), keep, dtype=torch.int32, device=device)
+    return BlockPlan(counts, chosen.sort(-1).values.int(), blocks)
+
+
+def verify(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, correction: Correction | None, case: Case, out: Tensor
+) -> float:
+    """Error of `out` on sampled query blocks, over twice what PyTorch makes in that precision; at most 1 passes.
+
+    Every sampled block is computed with its listed keys alone, by kernels/reference.py in float64 and in q's dtype.
+    """
+    tokens = q.shape[2] - case.text
+    blocks = -(-tokens // case.block)
+    worst = 0.0
+    for head, row in ((0, 0), (case.heads // 2, blocks // 2), (case.heads - 1, blocks - 1)):
+        rows = slice(row * case.block, min((row + 1) * case.block, tokens))
+        one = slice(head, head + 1)
+        part = [x[:, one, rows] for x in (q,)] + [x[:, one] for x in (k, v)]
+        listed = None
+        if plan is not None:
+            at = slice(row, row + 1)
+            listed = BlockPlan(plan.counts[:, one, at], plan.indices[:, one, at], plan.key_blocks)
+        exact = _rows(*(x.double() for x in part), listed, correction, case, head, rows)
+        eager = _rows(*part, listed, correction, case, head, rows).double()
+        got = out[:, one, rows].double()
+        band = 2 * ((exact.to(q.dtype) + 0.3 - 0.3).double() - exact).abs().max()
+        allowed = 2 * (eager - exact).abs().max() + band
+        worst = max(worst, ((got - exact).abs().max() / allowed).item())
+        if not got.isfinite().all():
+            return float("inf")
+    return worst
+
+
+def _rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan | None,
+    correction: Correction | None,
+    case: Case,
+    head: int,
+    rows: slice,
+) -> Tensor:
+    """One query block of one head, [1, 1, block, D]: attention over listed keys and text, then the correction."""
+    vision = k.shape[2] - case.text
+    if plan is None:
+        return (q @ k.mT * case.head_dim**-0.5).softmax(-1) @ v
+    listed = plan.indices[0, 0, 0, : int(plan.counts)].long()
+    tokens = (listed[:, None] * case.block + torch.arange(case.block, device=q.device)).flatten()
+    tokens = torch.cat([tokens[tokens < vision], torch.arange(vision, k.shape[2], device=q.device)])
+    scores = q @ k[:, :, tokens].mT * case.head_dim**-0.5
+    lse, out = scores.logsumexp(-1), scores.softmax(-1) @ v[:, :, tokens]
+    if correction is None:
+        return out
+    one = slice(head, head + 1)
+    tail, residual = correction.tail, correction.residual
+    if tail is not None:
+        variances = None if tail.variances is None else tail.variances[:, one]
+        tail = Tail(tail.keys[:, one], tail.values[:, one], tail.log_weights, variances)
+    if residual is not None:
+        scales = None if residual.scales is None else residual.scales[:, one, rows]
+        residual = Residual(residual.codes[:, one, rows], scales, residual.kind)
+    return reference.correct(q, out, lse, plan, Correction(None, residual, tail), case.block, case.head_dim**-0.5)
+
+
+def attention(bench: Bench) -> None:
+    """The bare kernel over random plans, against every dense kernel installed."""
+    for name, case in bench.cases().items():
+        _attention_of(bench, name, case)
+
+
+def _attention_of(bench: Bench, name: str, case: Case) -> None:
+    q, k, v = bench.qkv(case)
+    flops = 4.0 * case.heads * q.shape[2] ** 2 * case.head_dim
+    best = None
+    for backend in dense_backends(bench.device, bench.dtype, case.head_dim):
+        call = partial(dense_attention, q, k, v, backend=backend)
+        error = verify(q, k, v, None, None, case, call()[0])
+        ms = bench.milliseconds(call) if error <= 1 else None
+        best = min((x for x in (best, ms) if x), default=None)
+        bench.add(case=name, what=f"dense {backend}", density=1.0, ms=ms, error=error, speedup=None,
+                  tflops=ms and flops / ms / 1e9, extra_mib=None)  # fmt: skip
+    for density in bench.options.density:
+        plan = random_plan(case, density, bench.device)
+        call = partial(block_attention, q, k, v, plan, block=case.block, text=case.text)
+        error = verify(q, k, v, plan, None, case, call()[0])
+        ms = bench.milliseconds(call) if error <= 1 else None
+        bench.add(case=name, what="block", density=plan.density(), ms=ms, error=error,
+                  speedup=best / ms if ms and best else None, tflops=ms and plan.density() * flops / ms / 1e9,
+                  extra_mib=bench.extra_bytes(call) / 2**20)  # fmt: skip
+
+
+def dense_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Backend]:
+    """The dense kernels that can run here, the chosen one first."""
+    first = dense_backend(device, dtype, head_dim)
+    if device.type == "cpu" or first == "block":
+        return [first]
+    order: list[Backend] = ["fa4", "cudnn", "flash"]
+    return order[order.index(first) :]
+
+
+def operator(bench: Bench) -> None:
+    """The whole sparse step of a layer and its parts: statistics, routing, permutation, kernel, tail, residual."""
+    for name, case in bench.cases().items():
+        q, k, v = bench.qkv(case)
+        dense_ms = bench.milliseconds(partial(dense_attention, q, k, v))
+        bench.add(case=name, what="dense", density=1.0, ms=dense_ms, error=None, share_of_dense=1.0, over_bare=None)
+        for density in bench.options.density:
+            _operator_of(bench, name, case, (q, k, v), dense_ms, density)
+
+
+def _operator_of(
+    bench: Bench, name: str, case: Case, qkv: tuple[Tensor, Tensor, Tensor], dense_ms: float, density: float
+) -> None:
+    grid, scale = TokenGrid(*case.grid), case.head_dim**-0.5
+    layer = Layer("layer", 0, 1, case.heads, case.head_dim)
+    config = SparseConfig(density=density, block=case.block, dense_steps=0, residual="fp8")
+    layout = Layout(grid, case.text, case.block)
+    order = token_order(config.order, grid, config.tile, bench.device)
+    q, k, v = permute(qkv, order.take)
+    texts = dict(text_keys=k[:, :, grid.tokens :]) if case.text else {}
+    pooled = pool(q, k, v, layout, config)
+    plan = route(pooled, layout, config, density=density, scale=scale, **texts).plan
+    tail = pooled_tail(pooled, q.dtype, second_order=True)
+    residual = pack(torch.randn_like(q[:, :, : grid.tokens]), "fp8")
+    full = Correction(tail=tail, residual=residual)
+    kernel = partial(block_attention, q, k, v, plan, block=case.block, text=case.text)
+    error = verify(q, k, v, plan, full, case, kernel(full)[0])
+
+    tails = Generation(SparseConfig("tail", density=density, block=case.block, dense_steps=0), [layer])
+    anchors = Generation(config, [layer])
+    for generation, step in ((tails, 0), (anchors, 1)):
+        generation.enter(grid, batch=1, device=bench.device, timestep=0.0, step=step, total=100)
+    anchors.record(layer, Learned(plan, residual, None, 0, plan.counts.sum()))
+
+    bare = None
+    for what, call in {
+        "permute q, k, v": partial(permute, qkv, order.take),
+        "statistics": partial(pool, q, k, v, layout, config),
+        "routing": partial(route, pooled, layout, config, density=density, scale=scale, **texts),
+        "bare block attention": kernel,
+        "with tail": partial(kernel, Correction(tail=tail)),
+        "with tail and residual": partial(kernel, full),
+        "permute out": partial(permute, (q,), order.place),
+        "whole, tail": partial(sparse_attention, *qkv, layer, tails),
+        "whole, between anchors": partial(sparse_attention, *qkv, layer, anchors),
+    }.items():
+        ms = bench.milliseconds(call) if error <= 1 else None
+        bare = ms if what == "bare block attention" else bare
+        bench.add(case=name, what=what, density=plan.density(), ms=ms, error=error,
+                  share_of_dense=ms and ms / dense_ms, over_bare=ms / bare if ms and bare else None)  # fmt: skip
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the figures depend on besides the code."""
+    found = {"device": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}
+    if device.type == "cuda":
+        found = {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
+    for package in ("torch", "triton", "diffusers", "flash-attn-4"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def run(what: Literal["attention", "operator"], options: BenchOptions) -> int:
+    """Measure, print a table, return the exit code: 1 if a result did not verify."""
+    from rich.console import Console
+    from rich.table import Table
+
+    bench = Bench(options)
+    with torch.no_grad():
+        {"attention": attention, "operator": operator}[what](bench)
+    facts = environment(bench.device) | {"dtype": str(bench.dtype).removeprefix("torch.")}
+    columns = list(bench.rows[0])
+    table = Table(title=f"bench {what}", caption=", ".join(f"{key} {value}" for key, value in facts.items()))
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("case", "what") else "right")
+    for row in bench.rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    Console(width=max(120, 20 + 16 * len(columns))).print(table)
+    if options.output_file is not None:
+        told = {"command": what, "options": asdict(options), "environment": facts, "rows": bench.rows}
+        options.output_file.write_text(json.dumps(told, indent=1, default=str) + "\n")
+    wrong = [row for row in bench.rows if row["error"] is not None and row["error"] > 1]
+    for row in wrong:
+        print(f"not timed: {row['case']}, {row['what']}, density {row['density']:.3f} errs {row['error']:.2f} times "
+              "what is allowed")  # fmt: skip
+    return 1 if wrong else 0
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.4g}"

@@ -1,0 +1,88 @@
+"""Every tile of the tuning table, compiled for three GPU generations: nothing spills, and matrix units do the work."""
+
+import pytest
+import torch
+
+from dit_sparse.kernels.block_attention import _block_attention_kernel
+from dit_sparse.kernels.tuning import ATTENTION, attention_tile
+from tests.kernels.aot import Build, compile_kernels
+
+CAPABILITIES = (80, 90, 100)
+# Pointers that only some corrections need, and the flag that says so.
+OPTIONAL = {
+    "p_key_mask": "MASKED",
+    "p_tail_k": "TAIL",
+    "p_tail_v": "TAIL",
+    "p_tail_log": "TAIL",
+    "p_tail_var": "SECOND",
+    "p_routed": "TAIL",
+    "p_scale": "SCALE",
+    "p_res": "RESIDUAL",
+    "p_res_scale": "RESIDUAL",
+}
+BARE = dict(
+    TEXT=False, MASKED=False, TAIL=False, SECOND=False, SCALE=False, RESIDUAL=0, PER_ROW=False, SCALE_PER_ROW=False
+)
+VARIANTS = {
+    "bare": BARE,
+    "anchor": BARE | dict(TAIL=True, SECOND=True, RESIDUAL=2, PER_ROW=True),
+    "everything": dict(
+        TEXT=True, MASKED=True, TAIL=True, SECOND=True, SCALE=True, RESIDUAL=3, PER_ROW=True, SCALE_PER_ROW=True
+    ),
+}
+
+
+def build(kind: str, dim: int, block: int, flags: dict, capability: int) -> Build:
+    itemsize = 4 if kind == "fp32" else 2
+    tile = attention_tile(itemsize, dim, block)
+    types = {
+        "p_lse": "*fp32", "p_counts": "*i32", "p_indices": "*i32", "p_key_mask": "*u8", "p_tail_log": "*fp32",
+        "p_routed": "*u8", "p_scale": "*fp32", "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}",
+        "p_res_scale": "*fp32", "scale": "fp32",
+    }  # fmt: skip
+    constexprs = dict(
+        D=dim,
+        BD=dim,
+        BLOCK=block,
+        BM=tile.rows,
+        BN=tile.columns,
+        BT=min(tile.columns, 32),
+        PRECISION="tf32x3" if itemsize == 4 else "tf32",
+    )
+    constexprs |= flags
+    signature = {}
+    for name in _block_attention_kernel.arg_names:
+        if name in constexprs:
+            continue
+        if not flags.get(OPTIONAL.get(name, ""), True):
+            constexprs[name] = None
+        elif name.startswith("p_"):
+            signature[name] = types.get(name, f"*{kind}") + ":16"
+        elif name == "scale":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32:16" if name[1:3] == "_s" else "i32"
+    return Build(_block_attention_kernel, signature, constexprs, capability, tile.warps, tile.stages)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_tile_spills(capability):
+    cases = [
+        (itemsize, dim, block, name)
+        for itemsize, dim in ATTENTION
+        for block in (64, 128)
+        for name in VARIANTS
+        if block == 128 or (itemsize == 2 and dim in (64, 128))
+    ]
+    kinds = {2: "bf16", 4: "fp32"}
+    built = compile_kernels([build(kinds[i], d, b, VARIANTS[n], capability) for i, d, b, n in cases])
+    spilled = {case: used.spill_bytes for case, used in zip(cases, built, strict=True) if used.spill_bytes}
+    assert not spilled
+    limit = {80: 163, 90: 227, 100: 227}[capability] * 1024
+    assert all(used.shared_bytes <= limit for used in built)
+
+
+def test_hopper_uses_its_matrix_units():
+    used = compile_kernels([build("bf16", dim, 128, VARIANTS["anchor"], 90) for dim in (64, 128)])
+    assert all("HGMMA" in one.sass for one in used)
+    assert torch.bfloat16.itemsize == 2  # the table's key for bf16
