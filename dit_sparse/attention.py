@@ -1,10 +1,13 @@
 """The data path, top to bottom."""
 
+from dataclasses import dataclass, replace
+from functools import cached_property
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned, learn_anchor, learn_reshape, pooled_tail, rectify, reshape
 from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
@@ -12,7 +15,7 @@ from dit_sparse.kernels.permute import permute
 from dit_sparse.layout import Layout
 from dit_sparse.order import token_order
 from dit_sparse.plan import BlockPlan, Correction
-from dit_sparse.routing import pool, route
+from dit_sparse.routing import Pooled, Routing, pool, route
 from dit_sparse.state import Generation, Layer
 
 
@@ -22,92 +25,160 @@ def sparse_attention(
     """Self-attention of one layer at the generation's present moment.
 
     q, k, v [B, H, L, D] after RoPE and normalisation, vision tokens in raster order, then text; text_mask [B, Lt] bool
-    is False for padding. Returns [B, H, L, D] like q. Raises ValueError on NaN or Inf in q, k, v under strict.
+    is False for padding. Returns [B, H, L, D] like q. Raises ValueError where these do not fit the generation's grid,
+    and on NaN or Inf in q, k, v under strict.
     """
-    config, grid = generation.config, generation.grid
+    config, moment = generation.config, generation.moment
     if config.strict:
         _check_finite(layer, q=q, k=k, v=v)
-    pairs = float(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
-    text = 0 if grid is None else q.shape[2] - grid.tokens
-    key_mask = None
-    if text_mask is not None:
-        key_mask = torch.cat([text_mask.new_ones(len(text_mask), k.shape[2] - text), text_mask], dim=1)
-    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1])
+    key_mask = None if text_mask is None else _key_mask(text_mask, k.shape[2])
+    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None)
     phase = generation.phase(layer)
-    if phase == "dense":
-        generation.tally.dense(generation.moment.step if generation.moment else 0, pairs)
-        return dense_attention(q, k, v, key_mask=key_mask)[0]
+    pairs = float(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
+    if moment is None or generation.grid is None or phase == "dense":
+        generation.tally.dense(moment.step if moment else 0, pairs)
+        chosen = generation.dense and generation.dense(layer, q, k, v, key_mask)
+        return dense_attention(q, k, v, key_mask=key_mask)[0] if chosen is None else chosen
 
-    layout = Layout(grid, text, config.block_size(grid.tokens))
-    order = token_order(config.order, grid, config.tile, q.device)
+    tokens = generation.grid.tokens
+    if q.shape[2] < tokens or (text_mask is not None and q.shape[2] != tokens + text_mask.shape[1]):
+        text = "" if text_mask is None else f" and {text_mask.shape[1]} of text"
+        raise ValueError(f"{layer.name} was given {q.shape[2]} tokens, but its grid has {tokens}{text}.")
+    layout = Layout(generation.grid, q.shape[2] - tokens, config.block_size(tokens))
+    order = token_order(config.order, layout.grid, config.tile, q.device)
     if not order.is_raster:
         q, k, v = permute((q, k, v), order.take)
-    kernel = dict(block=layout.block, key_mask=key_mask, text=text)
-
-    def routed(density: float) -> BlockPlan:
-        return route(pooled, layout, config, density=density, scale=scale, **texts).plan
-
-    scale = q.shape[-1] ** -0.5
-    texts = {} if not text else dict(text_keys=k[:, :, grid.tokens :], text_mask=text_mask)
-    learned = generation.recall(layer) if phase == "sparse" and config.learns else None
-    correction = Correction()
-    pooled = None
-    if learned is None or config.has_tail:
-        pooled = pool(q, k, v, layout, config)
-    if config.has_tail:
-        correction = Correction(tail=pooled_tail(pooled, q.dtype, second_order=config.second_order))
-
-    known = 0.0
-    if learned is not None:  # between refreshes: the plan and what it lacked, with fresh q, k, v
-        plan = learned.plan
-        if config.method == "reshape":
-            nth = generation.moment.step - learned.step
-            correction = reshape(learned, nth, ramp=config.ramp, clamp=config.clamp, keep_mass=config.keep_mass)
-        else:
-            correction = Correction(tail=correction.tail, residual=learned.residual)
-        out, _ = block_attention(q, k, v, plan, correction, **kernel)
-        visited_blocks = learned.visited
-    elif config.learns:  # a refresh: the best output we can have, and what the plan alone makes of this step
-        plan = routed(config.density)
-        part, part_lse = block_attention(q, k, v, plan, correction, **kernel)
-        visited_blocks = plan.counts.sum()
-        vision = slice(0, grid.tokens)
-        if config.anchor_density is None or generation.recall(layer) is None:
-            out, lse = dense_attention(q, k, v, key_mask=key_mask)
-            known = pairs
-        else:
-            soft = routed(config.anchor_density)
-            out, lse = block_attention(q, k, v, soft, correction, **kernel)
-            visited_blocks = visited_blocks + soft.counts.sum()
-        rho = None
-        if config.method == "reshape":
-            residual, rho = learn_reshape(
-                out[:, :, vision], lse[..., vision], part[:, :, vision], part_lse[..., vision], generation.storage
-            )
-        else:
-            residual = learn_anchor(out[:, :, vision], part[:, :, vision], generation.storage)
-        generation.record(layer, Learned(plan, residual, rho, generation.moment.step, plan.counts.sum()))
+    learned = generation.recall(layer)
+    call = Call(q, k, v, layout, config, text_mask, key_mask, routes=phase == "anchor" or not config.learns)
+    if not config.learns:
+        out, routed = _at_once(call)
+    elif phase == "anchor":
+        out, learned = _refresh(call, moment.step, generation.storage, soft=learned is not None)
+        generation.record(layer, learned)
+        routed = learned.visited
     else:
-        routing = route(pooled, layout, config, density=config.density, scale=scale, **texts)
-        plan = routing.plan
-        if config.method == "rectify":
-            correction = rectify(routing, pooled, critical_mass=config.critical_mass)
-        out, _ = block_attention(q, k, v, plan, correction, **kernel)
-        visited_blocks = plan.counts.sum()
-
-    rows = q.shape[0] * q.shape[1]
-    text_pairs = rows * (text * k.shape[2] + grid.tokens * text)
-    tail_pairs = rows * grid.tokens * layout.blocks if config.has_tail else 0
-    generation.tally.sparse(
-        generation.moment.step,
-        phase,
-        pairs,
-        known + text_pairs + tail_pairs,
-        visited_blocks * layout.block**2,
-        plan.counts.sum() if learned is None else learned.visited,
-        rows * layout.blocks**2,
-    )
+        assert learned is not None
+        out, routed = _between(call, learned, moment.step), learned.visited
+    possible = q.shape[0] * q.shape[1] * layout.blocks**2
+    generation.tally.sparse(moment.step, phase, pairs, call.known, call.listed * layout.block**2, routed, possible)
     return out if order.is_raster else permute((out,), order.place)[0]
+
+
+def _at_once(call: "Call") -> tuple[Tensor, Tensor]:
+    """Route, and stand in for the rest with what this call itself tells (none, tail, rectify)."""
+    routing, correction = call.route(call.config.density), call.tail
+    if call.config.method == "rectify":
+        correction = rectify(routing, call.pooled, critical_mass=call.config.critical_mass)
+    routed = routing.plan.counts.sum()
+    return call.over(routing.plan, routed, correction)[0], routed
+
+
+def _refresh(call: "Call", step: int, storage: Storage | None, *, soft: bool) -> tuple[Tensor, Learned]:
+    """The best output there is, and what the steps between would make of this one (anchor, reshape): they differ by
+    what is to be learned. After the first anchor the best may be a denser plan."""
+    assert storage is not None
+    config, vision = call.config, slice(0, call.layout.grid.tokens)
+    plan = call.route(config.density).plan
+    routed = plan.counts.sum()
+    part, part_lse = call.over(plan, routed, call.tail)
+    if soft and config.anchor_density is not None:
+        denser = call.route(config.anchor_density).plan
+        out, lse = call.over(denser, denser.counts.sum(), call.tail)
+    else:
+        out, lse = call.dense()
+    rho = None
+    if config.method == "reshape":
+        residual, rho = learn_reshape(
+            out[:, :, vision], lse[..., vision], part[:, :, vision], part_lse[..., vision], storage
+        )
+    else:
+        residual = learn_anchor(out[:, :, vision], part[:, :, vision], storage)
+    return out, Learned(plan, residual, rho, step, routed)
+
+
+def _between(call: "Call", learned: Learned, step: int) -> Tensor:
+    """Between refreshes: the plan and what it lacked, with fresh q, k and v."""
+    config = call.config
+    if config.method == "reshape":
+        # A layer that runs again in the forward it learned from, as under checkpointing, is at its first step.
+        nth = max(step - learned.step, 1)
+        correction = reshape(learned, nth, ramp=config.ramp, clamp=config.clamp, keep_mass=config.keep_mass)
+    else:
+        correction = replace(call.tail, residual=learned.residual)
+    return call.over(learned.plan, learned.visited, correction)[0]
+
+
+@dataclass
+class Call:
+    """The inputs of one call in routing order, what the methods do with them, and the token pairs that took.
+
+    routes  whether it chooses blocks, for which the queries are pooled too
+    listed  () int64, query-key block pairs visited, on the device
+    known   pairs of tokens, or of a token and a pooled key, visited besides
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: Layout
+    config: SparseConfig
+    text_mask: Tensor | None
+    key_mask: Tensor | None
+    routes: bool
+    listed: Tensor | int = 0
+    known: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[-1] ** -0.5
+
+    @cached_property
+    def pooled(self) -> Pooled:
+        return pool(self.q if self.routes else None, self.k, self.v, self.layout, self.config)
+
+    @cached_property
+    def tail(self) -> Correction:
+        """The pooled tail where the method has one, else nothing."""
+        if not self.config.has_tail:
+            return Correction()
+        return Correction(tail=pooled_tail(self.pooled, self.q.dtype, second_order=self.config.second_order))
+
+    def route(self, density: float) -> Routing:
+        text = self.k[:, :, self.layout.grid.tokens :] if self.layout.text else None
+        return route(
+            self.pooled,
+            self.layout,
+            self.config,
+            density=density,
+            scale=self.scale,
+            text_keys=text,
+            text_mask=self.text_mask,
+        )
+
+    def over(self, plan: BlockPlan, listed: Tensor, correction: Correction) -> tuple[Tensor, Tensor]:
+        """Block attention over a plan that lists `listed` pairs of blocks: out and lse."""
+        layout, rows = self.layout, self.q.shape[0] * self.q.shape[1]
+        vision, text = layout.grid.tokens, layout.text
+        self.listed = self.listed + listed
+        self.known += rows * (text * layout.tokens + vision * text)
+        if correction.tail is not None:
+            self.known += rows * vision * layout.blocks
+        return block_attention(
+            self.q, self.k, self.v, plan, correction, block=layout.block, key_mask=self.key_mask, text=text
+        )
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Attention to every key: out and lse."""
+        self.known += self.q.shape[0] * self.q.shape[1] * self.layout.tokens**2
+        return dense_attention(self.q, self.k, self.v, key_mask=self.key_mask)
+
+
+def _key_mask(text_mask: Tensor, keys: int) -> Tensor:
+    if text_mask.dim() != 2 or text_mask.dtype != torch.bool or text_mask.shape[1] >= keys:
+        raise ValueError(
+            f"text_mask must be bool [B, text tokens] for {keys} keys, not {text_mask.dtype} {tuple(text_mask.shape)}."
+        )
+    return torch.cat([text_mask.new_ones(len(text_mask), keys - text_mask.shape[1]), text_mask], dim=1)
 
 
 def _check_finite(layer: Layer, **tensors: Tensor) -> None:

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from dit_sparse.config import Storage
 from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
-from dit_sparse.residual import pack, unpack
+from dit_sparse.residual import pack
 from dit_sparse.routing import Pooled, Routing
+
+# Softmax mass outside the plan below which keep_mass leaves the residual as it is: a step of bfloat16 at 1.
+LEAST_REST = 2**-8
 
 
 def pooled_tail(pooled: Pooled, dtype: torch.dtype, *, second_order: bool) -> Tail:
@@ -38,6 +41,7 @@ def rectify(routing: Routing, pooled: Pooled, *, critical_mass: bool = False) ->
 def gain(pooled: Pooled) -> Tensor:
     """GAPR's test (Rectified SpaAttn, section 3 of its code's description): [B, H, N, N], True where pooling gains."""
     q, k = pooled.q, pooled.k
+    assert q is not None and q.mad is not None and k.mad is not None
     error = (q.mad @ k.mean.mT).abs() + (q.mean @ k.mad.mT).abs()
     return (q.mean @ k.mean.mT).abs() > error
 
@@ -46,7 +50,7 @@ def gain(pooled: Pooled) -> Tensor:
 class Learned:
     """What a refresh leaves for the steps after it; residual and rho are right only with the plan they were made on.
 
-    plan      BlockPlan
+    plan      the blocks it was made on
     residual  what the sparse output of that step lacked, [B, H, L, D] over vision rows
     rho       [B, H, L] float32, Re-ttention's share of softmax mass inside the plan; None for anchor
     step      the step it was learned at
@@ -100,12 +104,18 @@ def reshape(learned: Learned, nth: int, *, ramp: float, clamp: bool, keep_mass: 
 
     clamp keeps rho at most 1. keep_mass weighs the residual by (1 - ramped rho) / (1 - rho), so rows sum to 1.
     """
+    assert learned.rho is not None and nth >= 1
     ramped = learned.rho + ramp * (nth - 1)
     if clamp:
         # Rounding may leave a full row a hair above 1, which must not count as ramped down.
         ramped = torch.minimum(ramped, learned.rho.clamp(min=1))
     residual = learned.residual
     if keep_mass:
-        rest = (1 - learned.rho).clamp(min=torch.finfo(ramped.dtype).eps)
-        residual = Residual(unpack(residual) * ((1 - ramped) / rest)[..., None])
+        rest = 1 - learned.rho
+        # A residual of next to no mass is mostly rounding, which a ratio of two small numbers would blow up.
+        weight = torch.where(rest > LEAST_REST, (1 - ramped) / rest, 1)
+        if residual.scales is None:
+            residual = Residual(residual.codes * weight[..., None])
+        else:
+            residual = Residual(residual.codes, residual.scales * weight, residual.kind)
     return Correction(scale=ramped, residual=residual)

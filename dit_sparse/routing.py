@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dit_sparse.config import Order, SparseConfig
 from dit_sparse.kernels.block_select import block_select
-from dit_sparse.kernels.block_stats import BlockStats, block_stats
+from dit_sparse.kernels.block_stats import BlockStats, Want, block_stats
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import first_frame_blocks, neighbours
 from dit_sparse.plan import BlockPlan
@@ -16,9 +16,12 @@ from dit_sparse.plan import BlockPlan
 
 @dataclass(frozen=True)
 class Pooled:
-    """Block statistics of one attention call's vision tokens, float32, each [B, H, N, D]; None where not needed."""
+    """Block statistics of one attention call's vision tokens, float32 (float64 for float64), each [B, H, N, D].
 
-    q: BlockStats
+    q is None where nothing is to be routed, and a statistic is None where the config has no use for it.
+    """
+
+    q: BlockStats | None
     k: BlockStats
     v: BlockStats
     lengths: Tensor  # [N] real tokens
@@ -32,15 +35,23 @@ class Routing:
     mass: Tensor
 
 
-def pool(q: Tensor, k: Tensor, v: Tensor, layout: Layout, config: SparseConfig) -> Pooled:
-    """q, k, v [B, H, L, D] in routing order, post-RoPE and post-normalisation -> their block statistics."""
-    lengths = layout.lengths(q.device)
-    q, k, v = (x[:, :, : layout.grid.tokens] for x in (q, k, v))
+def pool(q: Tensor | None, k: Tensor, v: Tensor, layout: Layout, config: SparseConfig) -> Pooled:
+    """q, k, v [B, H, L, D] in routing order, post-RoPE and post-normalisation -> statistics of their vision blocks.
+
+    Without q: only what a tail takes.
+    """
+    lengths = layout.lengths(k.device)
+    by_error = config.by_error and q is not None
     gain = config.method == "rectify"
+    variance = by_error or (config.has_tail and config.second_order)
+
+    def stats(x: Tensor, want: Want) -> BlockStats:
+        return block_stats(x[:, :, : layout.grid.tokens], lengths, block=layout.block, want=want)
+
     return Pooled(
-        block_stats(q, lengths, block=layout.block, want="all" if gain else "mean"),
-        block_stats(k, lengths, block=layout.block, want="all" if gain else "mean+var"),
-        block_stats(v, lengths, block=layout.block, want="mean+var" if config.by_error else "mean"),
+        None if q is None else stats(q, "all" if gain else "mean"),
+        stats(k, "all" if gain else "mean+var" if variance else "mean"),
+        stats(v, "mean+var" if by_error else "mean"),
         lengths,
     )
 
@@ -60,6 +71,7 @@ def route(
     text_keys [B, H, Lt, D] take part one by one, as in Rectified SpaAttn (section 1.3 of its code's description);
     text_mask [B, Lt] bool hides padding. The text's mass is a column of its own, kept always and not in the plan.
     """
+    assert pooled.q is not None
     logits = pooled.q.mean @ pooled.k.mean.mT * scale + pooled.lengths.to(pooled.k.mean.dtype).log()
     if text_keys is not None:
         of_text = pooled.q.mean @ text_keys.to(logits.dtype).mT * scale
@@ -67,26 +79,30 @@ def route(
             of_text = of_text.masked_fill(~text_mask[:, None, None], float("-inf"))
         logits = torch.cat([logits, of_text.logsumexp(-1, keepdim=True)], dim=-1)
     mass = logits.softmax(-1)
-    blocks = layout.blocks
-    scores = mass
-    if config.by_error:
-        # What a pooled key misses grows with the spread of the logits inside its block and with that of its values.
-        spread = (pooled.q.mean.square() @ pooled.k.var.mT).mul_(scale**2)
-        spread = spread.mul_(pooled.v.var.sum(-1).unsqueeze(-2)).sqrt_()
-        scores = mass[..., :blocks] * spread
+    scores = mass[..., : layout.blocks] * spread(pooled, scale) if config.by_error else mass
     forced, most = forced_blocks(
         config.order, layout.grid, config.tile, layout.block, config.neighbours, config.first_frame, logits.device
     )
-    with_text = scores.shape[-1] > blocks
-    if with_text:
-        # The text competes for a place as in the released code, although it is kept anyway.
-        forced, most = torch.nn.functional.pad(forced, (0, 1), value=True), most + 1
-    plan = block_select(scores, density=density, top_p=config.top_p, forced=forced, max_forced=most)
-    if with_text:
-        plan = BlockPlan(
-            plan.counts - 1, plan.indices, blocks
-        )  # Lists ascend, so the text's column is the last listed.
-    return Routing(plan, mass)
+    if scores.shape[-1] == layout.blocks:
+        plan = block_select(scores, density=density, top_p=config.top_p, forced=forced, max_forced=most)
+        return Routing(plan, mass)
+    # The text competes for a place as in the released code, although it is kept anyway. The number of places is a
+    # share of the vision blocks, and all of them where nothing is to be left out.
+    places = layout.blocks + 1 if density == 1 else int(density * layout.blocks)
+    forced = torch.nn.functional.pad(forced, (0, 1), value=True)
+    plan = block_select(
+        scores, density=0, k_min=max(places, 1), top_p=config.top_p, forced=forced, max_forced=most + 1
+    )
+    # Lists ascend, so the text's column is the last listed.
+    return Routing(BlockPlan(plan.counts - 1, plan.indices, layout.blocks), mass)
+
+
+def spread(pooled: Pooled, scale: float) -> Tensor:
+    """[B, H, N, N]: how far a pooled pair may be from the tokens behind it, up to the pair's mass. It grows with the
+    deviation of the logits inside the key block, sqrt(scale^2 sum_d q_d^2 var_d), and with that of its values."""
+    assert pooled.q is not None and pooled.k.var is not None and pooled.v.var is not None
+    of_logits = (pooled.q.mean.square() @ pooled.k.var.mT).mul_(scale**2)
+    return of_logits.mul_(pooled.v.var.sum(-1).unsqueeze(-2)).sqrt_()
 
 
 @lru_cache(maxsize=16)

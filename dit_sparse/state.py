@@ -1,17 +1,21 @@
 """All that lives as long as one generation: where it is, what it has learned on the way, what it has cost."""
 
 import logging
-import os
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.report import Mark, Tally
 from dit_sparse.residual import bytes_per_row
+from dit_sparse.routing import forced_blocks
 from dit_sparse.schedule import span
 
 logger = logging.getLogger("dit_sparse")
@@ -32,7 +36,7 @@ class Moment:
     """One forward of a transformer inside a generation."""
 
     step: int
-    branch: str  # "cond", "uncond", ...: what the pipeline says, or who comes first at a step
+    branch: str  # "cond", "uncond", ... as the pipeline says, else "branch 0", "branch 1", ...
     timestep: float
     total: int | None  # steps of the whole run, where known
 
@@ -62,11 +66,17 @@ class Generation:
     tally: Tally = field(default_factory=Tally)
     peak_state_bytes: int = 0
     dense_backend: str = ""
+    # (layer, q, k, v, key_mask) -> the output of the dense kernel that the user chose for a layer, None without one
+    dense: Callable[[Layer, Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None = None
     _run: object = None
     _batch: int = 0
     _device: torch.device = torch.device("cpu")
     _at_step: list[str] = field(default_factory=list)  # branches seen at the present step
-    _prompts: list[object] = field(default_factory=list)  # whose identity tells branches apart
+    _prompts: list[object] = field(default_factory=list)  # what tells branches without a name apart
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Generation":  # noqa: ARG002  (the protocol's signature)
+        # A copy begins anew: what was learned may fill the device, and CUDA's clocks cannot be copied.
+        return Generation(self.config, list(self.layers))
 
     def enter(
         self,
@@ -83,39 +93,44 @@ class Generation:
     ) -> None:
         """Start one forward of a transformer.
 
-        branch is the pipeline's name for it, else `prompt` tells branches apart by identity. step is the pipeline's
-        count, else a changed timestep is the next step. run is any object that is another one in another generation.
+        branch is the pipeline's name for it, else `prompt` tells branches apart: by identity, or by value where it is
+        another tensor at each step. step is the pipeline's count, else a changed timestep is the next step. run is any
+        object that is another one in another generation. Raises ValueError if the config names steps or layers that
+        are not there, StateTooLarge if its method must remember more than it may.
         """
-        if branch is None:
-            if not any(p is prompt for p in self._prompts):
-                self._prompts.append(prompt)
-            branch = f"branch {next(i for i, p in enumerate(self._prompts) if p is prompt)}"
         last = self.moment
-        fresh = last is None or run is not self._run or grid != self.grid or batch != self._batch
-        if not fresh:
-            if step is None:
-                rises = timestep > last.timestep
-                again = timestep == last.timestep and branch in self._at_step
-                fresh = rises or again
-            else:
-                fresh = step < last.step or (step == last.step and branch in self._at_step)
-        if fresh:
-            prompts = [] if prompt is None else [prompt]
+        same = last is not None and run is self._run and grid == self.grid and batch == self._batch
+        ahead = last is None or (timestep != last.timestep if step is None else step != last.step)
+        name = branch if branch is not None else self._branch(prompt, ahead)
+        if last is not None and same:
+            back = timestep > last.timestep if step is None else step < last.step
+            same = not back and (ahead or name not in self._at_step)
+        if last is None or not same:
             self.reset()
             self.tally, self.peak_state_bytes = Tally(), 0
-            if branch.startswith("branch "):
-                self._prompts, branch = prompts, "branch 0"
-            last = None
-        if step is None:
-            step = 0 if last is None else last.step + (timestep != last.timestep)
-        if last is None or step != last.step:
+            self._run, self._batch, self._device, self.grid = run, batch, device, grid
+            self._begin(total)
+            name = branch if branch is not None else self._branch(prompt, ahead=True)
+            step = 0 if step is None else step
+        elif step is None:
+            step = last.step + ahead
+        if ahead:
             self._at_step = []
-        self._at_step.append(branch)
-        self._run, self._batch, self._device, self.grid = run, batch, device, grid
-        self.moment = Moment(step, branch, timestep, total)
-        if fresh:
-            self._begin(device)
+        self._at_step.append(name)
+        self.moment = Moment(step, name, timestep, total)
         self.tally.marks.append((step, Mark(device), None))
+
+    def _branch(self, prompt: object, ahead: bool) -> str:
+        """The branch whose prompt this is; `ahead` if it is the first forward of a step."""
+        places = [i for i, known in enumerate(self._prompts) if known is prompt]
+        if not places:
+            # A copy made at each step is the same prompt; two branches may have equal ones, but not at one step.
+            seen = [] if ahead else self._at_step
+            places = [i for i, p in enumerate(self._prompts) if f"branch {i}" not in seen and _equal(p, prompt)]
+        if not places:
+            places = [len(self._prompts)]
+            self._prompts.append(prompt)
+        return f"branch {places[0]}"
 
     def leave(self) -> None:
         """End the forward begun last."""
@@ -128,11 +143,11 @@ class Generation:
         self._prompts, self._at_step = [], []
         self.moment = self._run = None
 
-    def _begin(self, device: torch.device) -> None:
-        assert self.moment is not None and self.grid is not None
-        for name in ("dense_steps", "dense_layers"):
-            self._span(name, self.layers[0].of if name == "dense_layers" and self.layers else self.moment.total)
-        self.storage = self._choose_storage(device) if self.config.learns else None
+    def _begin(self, total: int | None) -> None:
+        self._span("dense_steps", total)
+        for layer in self.layers:
+            self._span("dense_layers", layer.of)
+        self.storage = self._choose_storage() if self.config.learns else None
 
     def _span(self, name: str, total: int | None) -> frozenset[int]:
         spec = getattr(self.config, name)
@@ -150,30 +165,38 @@ class Generation:
 
     def phase(self, layer: Layer) -> Phase:
         """What this layer does in this forward."""
-        moment = self.moment
-        if moment is None:
+        moment, config = self.moment, self.config
+        if moment is None or layer.index in self._span("dense_layers", layer.of):
             return "dense"
-        if layer.index in self._span("dense_layers", layer.of):
-            return "dense"
+        offset = layer.index if config.stagger else 0
+        planned = self.phase_at(moment.step, moment.total, offset)
+        if planned == "dense" or not config.learns:
+            return planned
         learned = self.learned.get((layer.name, moment.branch))
-        return self.phase_at(moment.step, moment.total, layer.index if self.config.stagger else 0, learned)
+        # Nothing to go by: the anchor was skipped, or this is another transformer or branch than at the steps before.
+        if learned is None:
+            return "anchor"
+        assert config.interval is not None
+        late = moment.step - learned.step >= config.interval
+        return "anchor" if (late or planned == "anchor") and learned.step != moment.step else "sparse"
 
-    def phase_at(self, step: int, total: int | None, offset: int = 0, learned: Learned | None = None) -> Phase:
-        """The phase of a step, for a layer whose anchors are shifted by `offset` and that has `learned` so far."""
+    def phase_at(self, step: int, total: int | None, offset: int = 0) -> Phase:
+        """The phase of a step in a run that skips none, for a layer whose anchors are shifted by `offset`."""
         config = self.config
         dense = self._span("dense_steps", total)
         if config.method == "dense" or step in dense:
             return "dense"
+        if config.interval is None:
+            return "sparse"
         first = next(i for i in range(step + 1) if i not in dense)
-        interval = config.interval
-        due = interval is not None and (step == first or (step - first + offset) % interval == 0)
         if not config.learns:
-            return "dense" if due else "sparse"
-        if learned is not None:
-            # A step cache may have skipped the anchor that was due.
-            due = due or step - learned.step >= interval
-            due = due and learned.step != step
-        return "anchor" if due else "sparse"
+            return "dense" if (step - first) % config.interval == 0 else "sparse"
+        anchor = first
+        for i in range(first + 1, step + 1):
+            # An anchor that falls on a dense step learns nothing there and comes after it.
+            if i not in dense and ((i - first + offset) % config.interval == 0 or i - anchor >= config.interval):
+                anchor = i
+        return "anchor" if anchor == step else "sparse"
 
     def record(self, layer: Layer, learned: Learned) -> None:
         assert self.moment is not None
@@ -192,37 +215,49 @@ class Generation:
             logger.warning("dense fallback: %s", reason)
         self.tally.fallbacks[reason] += 1
 
-    def _choose_storage(self, device: torch.device) -> Storage:
+    def _choose_storage(self) -> Storage:
         """The finest storage whose state fits, or the one asked for if it fits."""
-        assert self.grid is not None
-        layout = Layout(self.grid, block=self.config.block_size(self.grid.tokens))
-        free = self.config.max_state_gib * GIB if self.config.max_state_gib else _free_bytes(device)
         asked: list[Storage] = ["bf16", "fp8", "int4"] if self.config.residual == "auto" else [self.config.residual]
-        need = {kind: self._state_bytes(layout, kind) for kind in asked}
+        allowed = self.config.max_state_gib
+        free = _free_bytes(self._device) if allowed is None else allowed * GIB
+        # Bytes by the layer's place in its transformer, since that is what dense_layers speaks of.
+        need = {kind: self._state_bytes(kind) for kind in asked}
         for kind in asked:
-            if need[kind] <= free:
+            if sum(need[kind].values()) <= free:
                 if self.config.residual == "auto":
-                    logger.info("residuals in %s: %.2f of %.2f GiB", kind, need[kind] / GIB, free / GIB)
+                    logger.info("residuals in %s: %.2f of %.2f GiB", kind, sum(need[kind].values()) / GIB, free / GIB)
                 return kind
         least = need[asked[-1]]
-        layers = max(layer.of for layer in self.layers)
-        fit = int(layers * free / least)
+        dense = 0
+        while sum(size for index, size in least.items() if index >= dense) > free:
+            dense += 1
+        # Rounded up, for a figure that was rounded down would not fit.
+        whole = math.ceil(sum(least.values()) / GIB * 100) / 100
         raise StateTooLarge(
-            f"Method {self.config.method!r} must remember {least / GIB:.2f} GiB in {asked[-1]}, "
-            f"but {free / GIB:.2f} GiB may be used: method='tail' remembers nothing, dense_layers={layers - fit} fits, "
-            f"and so does max_state_gib={least / GIB:.2f} where the memory is there."
+            f"Method {self.config.method!r} must remember {whole:.2f} GiB in {asked[-1]}, but {free / GIB:.2f} GiB "
+            f"may be used: method='tail' remembers nothing, dense_layers={dense} fits, and so does "
+            f"max_state_gib={whole:.2f} where the memory is there."
         )
 
-    def _state_bytes(self, layout: Layout, kind: Storage) -> float:
-        total = 0.0
+    def _state_bytes(self, kind: Storage) -> dict[int, float]:
+        """What the layers of each index remember, all transformers, branches and batch rows together; layers that are
+        dense already are left out."""
+        assert self.grid is not None
+        config, layout = self.config, Layout(self.grid, block=self.config.block_size(self.grid.tokens))
+        cpu = torch.device("cpu")
+        _, forced = forced_blocks(
+            config.order, self.grid, config.tile, layout.block, config.neighbours, config.first_frame, cpu
+        )
+        kept = layout.blocks if config.top_p else max(1, int(config.density * layout.blocks))
+        row = layout.grid.tokens * (4 if config.method == "reshape" else 0)
+        row += layout.blocks * (1 + min(kept + forced, layout.blocks)) * 4
+        need: dict[int, float] = {}
         for layer in self.layers:
-            if layer.index in self._span("dense_layers", layer.of):
-                continue
-            rows = self._batch * layer.heads
-            plan = rows * layout.blocks * (1 + self.config.density * layout.blocks + 1) * 4
-            rho = rows * layout.grid.tokens * 4 if self.config.method == "reshape" else 0
-            total += rows * layout.grid.tokens * bytes_per_row(layer.head_dim, kind) + plan + rho
-        return total * self.branches
+            if layer.index not in self._span("dense_layers", layer.of):
+                of_head = layout.grid.tokens * bytes_per_row(layer.head_dim, kind) + row
+                all_heads = self._batch * self.branches * layer.heads * of_head
+                need[layer.index] = need.get(layer.index, 0.0) + all_heads
+        return need
 
 
 def _size(learned: Learned) -> int:
@@ -230,10 +265,21 @@ def _size(learned: Learned) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
+def _equal(a: object, b: object) -> bool:
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return False
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
+
+
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return max(0.0, free + cached - RESERVE * whole)
-    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return max(0.0, pages * size - RESERVE * os.sysconf("SC_PHYS_PAGES") * size)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        # Only Linux tells what could be used without swapping.
+        return math.inf
+    kib = {name: int(value.split()[0]) for name, value in (line.split(":", 1) for line in lines)}
+    return max(0.0, (kib["MemAvailable"] - RESERVE * kib["MemTotal"]) * 1024)
