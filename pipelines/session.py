@@ -4,9 +4,11 @@ import inspect
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
+from types import FrameType
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
@@ -46,41 +48,41 @@ def _config(config: SparseConfig | str | None, options: Mapping[str, Any]) -> Sp
 class Session:
     """Sparse attention on a pipeline's transformers, until `restore()`."""
 
-    def __init__(self, pipe: Any, config: SparseConfig):
+    def __init__(self, pipe: Any, config: SparseConfig, transformers: Mapping[str, nn.Module] | None = None):
+        """transformers: which of the pipeline's, by component; all that this library knows if None."""
         self._pipe = pipe
-        parts = pipe.components if hasattr(pipe, "components") else {"transformer": pipe}
-        self._transformers = {
-            part: module for part, module in parts.items() if type(_unwrap(module)).__name__ in FAMILIES
-        }
+        parts = _parts(pipe)
+        self._transformers = dict(transformers or _known(parts))
         if not self._transformers:
-            found = [type(module).__name__ for module in parts.values() if isinstance(module, nn.Module)]
+            found = [type(_unwrap(module)).__name__ for module in parts.values() if isinstance(module, nn.Module)]
             raise ValueError(
                 f"{type(pipe).__name__} has no transformer this library knows: it has {', '.join(found) or 'none'}, "
                 f"and known are {', '.join(sorted(FAMILIES))}."
             )
-        for part, transformer in self._transformers.items():
-            if HookRegistry.check_if_exists_or_initialize(_unwrap(transformer)).get_hook(_HOOK) is not None:
-                raise ValueError(f"{part} is sparse already: call restore() on its session first.")
+        _check_free(self._transformers)
         self._before = [
             (module, module.processor)
             for transformer in self._transformers.values()
             for module in transformer.modules()
             if hasattr(module, "set_processor") and hasattr(module, "processor")
         ]
-        self.generation = Generation(config)
+        self.generation = Generation(config, dense=self._chosen_dense)
+        self._processors: dict[str, Any] = {}
+        self.author: SparseAttnProcessor | None = None
+        # The prompt of a forward that began before the session did, and so has no name for its branch.
+        self.unnamed: Tensor | None = None
+        self.total_steps: int | None = None
+        self._device = torch.device("cpu")
+        self._run = self._tick = self._step = None
         self._hook()
-        if pipe is not next(iter(self._transformers.values())):
+        self._binds = transformers is None and pipe is not next(iter(self._transformers.values()))
+        if self._binds:
             pipe.set_attn_processor = self.set_attn_processor
         self._install()
 
     @property
     def config(self) -> SparseConfig:
         return self.generation.config
-
-    @property
-    def total_steps(self) -> int | None:
-        """Steps of the present run, or of the last one; None before the pipeline has said."""
-        return _total_steps(self._pipe)
 
     def phase(self, step: int) -> str:
         """What most layers do at this step of the present run: "dense", "anchor" or "sparse"."""
@@ -96,7 +98,7 @@ class Session:
             state_bytes=g.peak_state_bytes,
             residual=g.storage,
             fallbacks=dict(tally.fallbacks),
-            dense_backend=g.dense_backend,
+            dense_backend=self._chosen_backend() or g.dense_backend,
             kernel="triton" if find_spec("triton") and self._device.type == "cuda" else "torch",
         )
 
@@ -106,10 +108,12 @@ class Session:
         Bound to the pipeline while the session lasts. A diffusers processor goes to the transformers as
         `transformer.set_attn_processor` would send it, and leaves sparse attention off until a method is set again.
         """
+        if isinstance(processor, SparseAttnProcessor):
+            processor = processor.config
         if isinstance(processor, SparseConfig | str):
+            config = _config(processor, {})
             self.generation.reset()
-            self.generation.config = _config(processor, {})
-            self._put_back()
+            self.generation.config = config
             self._install()
             return
         for transformer in self._transformers.values():
@@ -118,14 +122,16 @@ class Session:
 
     def restore(self) -> None:
         """Undo everything: processors, hooks and the pipeline's method are as they were. Safe to call twice."""
-        self._put_back()
+        for module, processor in self._before:
+            module.set_processor(processor)
         self._before = []
         for transformer in self._transformers.values():
             registry = HookRegistry.check_if_exists_or_initialize(_unwrap(transformer))
             registry.remove_hook(_HOOK, recurse=False)
-        self._transformers = {}
-        if "set_attn_processor" in vars(self._pipe):
+        self._transformers, self._processors = {}, {}
+        if self._binds:
             del self._pipe.set_attn_processor
+            self._binds = False
         self.generation.reset()
 
     def __enter__(self) -> "Session":
@@ -134,36 +140,82 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
-    @property
-    def _device(self) -> torch.device:
-        modules = self._transformers.values() or (module for module, _ in self._before)
-        return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
+    def enter(
+        self, transformer: nn.Module, family: Family, call: Mapping[str, Any], said: CacheContext | None
+    ) -> None:
+        """Tell the generation where it is: a forward of a transformer with the arguments `call` begins."""
+        hidden_states, prompt = call["hidden_states"], call.get("encoder_hidden_states")
+        # Every run of a pipeline makes a new tensor of timesteps.
+        run = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
+        step = said.step_index if said else None
+        # Pipelines put a new tensor here at every step, and None outside of their loops.
+        tick = getattr(self._pipe, "_current_timestep", None)
+        if step is None and tick is not None:
+            if run is not self._run or self._step is None:
+                self._step = 0
+            elif tick is not self._tick:
+                self._step += 1
+            step = self._step
+        self._run, self._tick, self._device = run, tick, hidden_states.device
+        self.total_steps = (said.num_inference_steps if said else None) or _total_steps(self._pipe)
+        self.generation.branches = 2 if getattr(self._pipe, "do_classifier_free_guidance", False) else 1
+        self.generation.enter(
+            family.grid(transformer, hidden_states),
+            batch=hidden_states.shape[0],
+            device=hidden_states.device,
+            # Reading it waits for the device, so only where nobody counts the steps. The largest, because a clean
+            # first frame of an image-to-video model has timestep 0 among its tokens'.
+            timestep=float(call["timestep"].max()) if step is None else 0.0,
+            branch=said.name if said and (prompt is None or prompt is not self.unnamed) else None,
+            prompt=prompt,
+            step=step,
+            total=self.total_steps,
+            run=run,
+        )
 
-    def _put_back(self) -> None:
-        for module, processor in self._before:
-            module.set_processor(processor)
+    def leave(self) -> None:
+        self.generation.leave()
+
+    def forget(self) -> None:
+        """The run is over."""
+        self._step = None
+        self.generation.reset()
 
     def _hook(self) -> None:
         for transformer in map(_unwrap, self._transformers.values()):
             family = FAMILIES[type(transformer).__name__]
-            hook = GenerationHook(self.generation, family, self._pipe)
+            hook = GenerationHook(self, family)
             HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, _HOOK)
 
     def _install(self) -> None:
-        layers = self.generation.layers
+        layers, before = self.generation.layers, dict(self._before)
         layers.clear()
         for part, transformer in self._transformers.items():
             family = FAMILIES[type(_unwrap(transformer)).__name__]
-            modules = [
-                (name, module)
-                for name, module in _unwrap(transformer).named_modules()
-                if hasattr(module, "set_processor") and family.is_self_attention(name)
-            ]
-            for index, (name, module) in enumerate(modules):
+            ours, others = [], []
+            for name, module in _unwrap(transformer).named_modules():
+                if module in before:
+                    (ours if family.is_self_attention(name) else others).append((name, module))
+            for _, module in others:
+                module.set_processor(before[module])
+            for index, (name, module) in enumerate(ours):
                 heads = module.heads
-                layers.append(Layer(f"{part}.{name}", index, len(modules), heads, module.inner_dim // heads))
-                call = Attention(self.generation, len(layers) - 1)
-                module.set_processor(family.processor(call))
+                layers.append(Layer(f"{part}.{name}", index, len(ours), heads, module.inner_dim // heads))
+                processor = family.processor(Attention(self.generation, len(layers) - 1))
+                _carry(module.processor, processor)
+                module.set_processor(processor)
+                self._processors[layers[-1].name] = processor
+
+    def _chosen_backend(self) -> str:
+        chosen = {p._attention_backend for p in self._processors.values()} - {None}
+        return ", ".join(sorted(str(getattr(backend, "value", backend)) for backend in chosen))
+
+    def _chosen_dense(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor | None:
+        """Attention by the backend that the user gave this layer with `set_attention_backend`, if any."""
+        processor = self._processors.get(layer.name)
+        if processor is None or processor._attention_backend is None:
+            return None
+        return _dispatch(q, k, v, None if key_mask is None else key_mask[:, None, None], processor)
 
 
 class Attention:
@@ -173,28 +225,36 @@ class Attention:
         self.generation, self.layer = generation, layer
         self.where = address(generation, layer)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, processor: Any) -> Tensor:
-        """processor is asked for the dense kernel the user chose with `set_attention_backend`, if any."""
-        generation = self.generation
-        if processor._attention_backend is not None and generation.phase(generation.layers[self.layer]) == "dense":
-            return self._dispatch(q, k, v, None, processor)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attention":
+        # A copied processor attends for the same generation; a copy of all it has learned may not fit in memory.
+        return Attention(self.generation, self.layer)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, None, self.where)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any, reason: str) -> Tensor:
         """Dense attention by diffusers' own dispatcher, counted as a fallback. Raises ValueError under strict."""
-        self.generation.fall_back(reason)
-        return self._dispatch(q, k, v, mask, processor)
+        generation = self.generation
+        generation.fall_back(reason)
+        moment = generation.moment
+        generation.tally.dense(moment.step if moment else 0, float(q[..., 0].numel() * k.shape[2]))
+        return _dispatch(q, k, v, mask, processor)
 
-    def _dispatch(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any) -> Tensor:
-        moment = self.generation.moment
-        self.generation.tally.dense(moment.step if moment else 0, float(q[..., 0].numel() * k.shape[2]))
-        out = dispatch_attention_fn(
-            *(x.transpose(1, 2) for x in (q, k, v)),
-            attn_mask=mask,
-            backend=processor._attention_backend,
-            parallel_config=processor._parallel_config,
-        )
-        return out.transpose(1, 2)
+
+def _dispatch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any) -> Tensor:
+    out = dispatch_attention_fn(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        attn_mask=mask,
+        backend=processor._attention_backend,
+        parallel_config=processor._parallel_config,
+    )
+    return out.transpose(1, 2)
+
+
+def _carry(old: Any, new: Any) -> None:
+    """Take over what diffusers' set_attention_backend and enable_parallelism wrote on a processor."""
+    for name in ("_attention_backend", "_parallel_config"):
+        setattr(new, name, getattr(old, name, None))
 
 
 class _Context(StateManager):
@@ -209,44 +269,47 @@ class GenerationHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, generation: Generation, family: Family, pipe: Any):
+    def __init__(self, session: Session, family: Family):
         super().__init__()
-        self.said, self.generation, self.family, self.pipe = _Context(), generation, family, pipe
+        self.said, self.session, self.family = _Context(), session, family
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.module = module
         self.names = list(inspect.signature(type(module).forward).parameters)[1:]
         return module
 
+    # Bookkeeping, which torch.compile would trace anew at every step.
+    @torch.compiler.disable
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if module is not self.module:
+            raise ValueError(
+                "This transformer is a deep copy of a sparse one, and diffusers' hooks would run the original in its "
+                "place: copy before sparsify(), or after restore()."
+            )
         call = dict(zip(self.names, args, strict=False)) | kwargs
-        said: CacheContext | None = self.said._context
-        hidden_states = call["hidden_states"]
-        step = said.step_index if said else None
-        scheduler = getattr(self.pipe, "scheduler", None)
-        self.generation.branches = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
-        self.generation.enter(
-            self.family.grid(module, hidden_states),
-            batch=hidden_states.shape[0],
-            device=hidden_states.device,
-            # Reading it waits for the device, so only where nobody counts the steps. The largest, because a clean
-            # first frame of an image-to-video model has timestep 0 among its tokens'.
-            timestep=float(call["timestep"].max()) if step is None else 0.0,
-            branch=said.name if said else None,
-            prompt=call.get("encoder_hidden_states"),
-            step=step,
-            total=(said.num_inference_steps if said else None) or _total_steps(self.pipe),
-            # Every run of a pipeline makes a new tensor of timesteps.
-            run=getattr(scheduler, "timesteps", None),
-        )
+        self.session.enter(module, self.family, call, self.said._context)
         return args, kwargs
 
+    @torch.compiler.disable
     def post_forward(self, module: nn.Module, output: Any) -> Any:  # noqa: ARG002  (diffusers' signature)
-        self.generation.leave()
+        self.session.leave()
         return output
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        self.generation.reset()
+        self.session.forget()
         return module
+
+
+def _parts(pipe: Any) -> Mapping[str, Any]:
+    return pipe.components if hasattr(pipe, "components") else {"transformer": pipe}
+
+
+def _known(parts: Mapping[str, Any]) -> dict[str, nn.Module]:
+    return {part: module for part, module in parts.items() if type(_unwrap(module)).__name__ in FAMILIES}
+
+
+def _hook_of(transformer: nn.Module) -> Any:
+    return HookRegistry.check_if_exists_or_initialize(_unwrap(transformer)).get_hook(_HOOK)
 
 
 def _unwrap(module: Any) -> Any:
@@ -265,9 +328,10 @@ def _total_steps(pipe: Any) -> int | None:
 class SparseAttnProcessor:
     """Sparse attention in plain diffusers style: `transformer.set_attn_processor(SparseAttnProcessor(...))`.
 
-    One object for every attention module. A module gives its processor no step and no grid, so the object looks for
-    its transformer in the first forward, which therefore runs dense, and then hands over to a `Session` on it: each
-    self-attention gets its own processor, the rest gets the stock ones back. config and options as in `sparsify`.
+    One object for every attention module. A module gives its processor no step and no grid, so in its first forward
+    the object looks for its transformer, and for the pipeline that runs it, and hands over to a `Session`, kept as
+    `session`: each self-attention gets its own processor, the rest gets stock ones back. config and options as in
+    `sparsify`. To compile a transformer, use `sparsify`, or compile after the first forward.
     """
 
     _attention_backend = None
@@ -277,6 +341,11 @@ class SparseAttnProcessor:
         self.config = _config(config, options)
         self.session: Session | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SparseAttnProcessor":
+        copy = SparseAttnProcessor(self.config)
+        _carry(self, copy)
+        return copy
+
     def __call__(
         self,
         attn: nn.Module,
@@ -285,26 +354,69 @@ class SparseAttnProcessor:
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
-        transformer = self._transformer()
-        stock = FAMILIES[type(transformer).__name__].stock()
-        for module in transformer.modules():
-            if getattr(module, "processor", None) is self:
-                module.set_processor(FAMILIES[type(transformer).__name__].stock())
-        if self.session is not None:
-            # Set again after restore(), or on a second transformer.
-            self.session.restore()
-        self.session = Session(transformer, self.config)
-        return stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        self._hand_over(sys._getframe(1))
+        return attn.processor(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
-    def _transformer(self) -> nn.Module:
-        """The transformer whose forward is running. No module knows its parent; the call stack does."""
-        frame = sys._getframe(2)
-        while frame is not None:
-            owner = frame.f_locals.get("self")
-            if type(owner).__name__ in FAMILIES and isinstance(owner, nn.Module):
-                return owner
+    def _hand_over(self, frame: FrameType | None) -> None:
+        # No module knows its parent or its pipeline; the call stack does.
+        transformer = pipe = None
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        while frame is not None and pipe is None:
+            names = frame.f_locals
+            owner = names.get("self")
+            if transformer is None and isinstance(owner, nn.Module) and type(owner).__name__ in FAMILIES:
+                transformer = owner
+            if transformer is not None and owner is transformer and {"args", "kwargs"} <= names.keys():
+                args, kwargs = names["args"], names["kwargs"]
+            if isinstance(owner, DiffusionPipeline) and any(
+                _unwrap(c) is transformer for c in owner.components.values()
+            ):
+                pipe = owner
             frame = frame.f_back
-        raise ValueError(
-            f"SparseAttnProcessor runs inside one of {', '.join(sorted(FAMILIES))}, not alone; for other models see "
-            "the README's list of families."
-        )
+        if transformer is None:
+            raise ValueError(
+                f"SparseAttnProcessor runs inside one of {', '.join(sorted(FAMILIES))}, not alone; for other models "
+                "see the README's list of families."
+            )
+
+        # The two transformers of one pipeline share their steps, if they were given the same object.
+        parts = _known(_parts(pipe or transformer))
+        held = {part: [m for m in module.modules() if _processor(m) is self] for part, module in parts.items()}
+        mine = {part: parts[part] for part, modules in held.items() if modules}
+        _check_free(mine)
+        for part, module in mine.items():
+            _take_over(part, module)
+            for m in held[part]:
+                m.set_processor(FAMILIES[type(_unwrap(module)).__name__].stock())
+                _carry(self, m.processor)
+        self.session = Session(pipe or transformer, self.config, mine)
+        self.session.author = self
+        # This forward began before the hook was there.
+        hook = _hook_of(transformer)
+        call = dict(zip(hook.names, args, strict=False)) | kwargs
+        self.session.unnamed = call.get("encoder_hidden_states")
+        self.session.enter(transformer, hook.family, call, None)
+
+
+def _processor(module: nn.Module) -> Any:
+    return getattr(module, "processor", None)
+
+
+def _check_free(transformers: Mapping[str, nn.Module]) -> None:
+    for part, transformer in transformers.items():
+        hook = _hook_of(transformer)
+        if hook is not None and hook.session.author is None:
+            raise ValueError(f"{part} is sparse already: call restore() on its session first.")
+
+
+def _take_over(part: str, transformer: nn.Module) -> None:
+    """End the session that an earlier SparseAttnProcessor holds on a transformer, for this transformer alone."""
+    hook = _hook_of(transformer)
+    if hook is None:
+        return
+    old = hook.session
+    left = [module for name, module in old._transformers.items() if name != part]
+    old.restore()
+    for module in left:
+        module.set_attn_processor(old.author)

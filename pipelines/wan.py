@@ -45,7 +45,7 @@ class SparseWanAttnProcessor:
         elif self._parallel_config is not None:
             out = self.attend.dense(query, key, value, None, self, "context parallelism is on")
         else:
-            out = self.attend(query, key, value, self)
+            out = self.attend(query, key, value)
 
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
