@@ -576,7 +576,8 @@ def _triton(
     rows = queries - text
     counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
     width = max(64, triton.next_power_of_2(dim))
-    tile = attention_tile(q.element_size(), width, block)
+    capability = 10 * torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 80
+    tile = attention_tile(capability, q.element_size(), width, block)
     query_blocks = counts.shape[-1]
     grid = (query_blocks * (block // tile.rows) + triton.cdiv(text, tile.rows), batch * heads)
     res_strides = residual.codes.stride()[:3] if residual else (0, 0, 0)
