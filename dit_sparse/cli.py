@@ -1,10 +1,11 @@
 """dit-sparse on the command line: one sentence and exit code 2 for input that cannot work, 130 when interrupted."""
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import get_args, get_type_hints
 
 import tyro
 
@@ -17,10 +18,10 @@ dit-sparse: training-free sparse attention for diffusion transformers, on stock 
   dit-sparse generate   make a video, with the demo model if no other is given
   dit-sparse plan       say from shapes alone what sparse attention can gain for a model and a size
   dit-sparse info       show the device, the kernels chosen for it, and the models known
-  dit-sparse bench      time attention, an operator or a transformer, dense and sparse
+  dit-sparse bench      time attention or the whole sparse operator beside dense attention
 
 dit-sparse COMMAND --help lists a command's options and says what each means; --version prints the version.
-Errors are one sentence; --debug shows where they come from."""
+An error is one sentence; with --debug anywhere its traceback is shown."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,11 @@ class PlanOptions:
     guidance_scale: float = 5.0
     """Above 1 the model runs twice a step, and state is kept for both branches."""
     sparse: tyro.conf.OmitArgPrefixes[SparseConfig] = SparseConfig()
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
 class InfoOptions:
     """Show the device, the kernels chosen for it, and the models known."""
-
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,42 +64,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
+    debug = "--debug" in arguments
+    command, *rest = [token for token in arguments if token != "--debug"] or [""]
     try:
-        return _dispatch(arguments[0], arguments[1:])
+        return _dispatch(command, rest)
     except KeyboardInterrupt:
         print("Interrupted: what was finished is kept, and nothing is left half-written.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read our output has enough; the interpreter must not try to flush the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
-        if "--debug" in arguments or not _is_users(error):
+        if debug or not _is_users(error):
             raise
         print(f"dit-sparse: {_one_line(error)}", file=sys.stderr)
         return 2
 
 
 def _dispatch(command: str, arguments: list[str]) -> int:
-    kind, run = _command(command)
-    return run(options.parse(kind, arguments, f"dit-sparse {command}"))
-
-
-def _command(name: str) -> tuple[type, Callable[[Any], int]]:
-    """The options and the function of a command; imported only when asked for, since some need seconds."""
-    match name:
+    """Imports a command's module only when asked for it, since some need seconds."""
+    match command:
         case "generate":
             from dit_sparse import generate
 
-            return generate.GenerateOptions, generate.run
+            return generate.run(options.parse(generate.GenerateOptions, arguments, "dit-sparse generate"))
         case "plan":
-            return PlanOptions, plan
+            return plan(options.parse(PlanOptions, arguments, "dit-sparse plan"))
         case "info":
-            return InfoOptions, info
+            return info(options.parse(InfoOptions, arguments, "dit-sparse info"))
         case "bench":
-            from dit_sparse import bench
-
-            return bench.BenchOptions, bench.run
+            return _bench(arguments)
     known = ("generate", "plan", "info", "bench")
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(command, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}."
-    raise ValueError(f"Unknown command {name!r}: {hint}")
+    raise ValueError(f"Unknown command {command!r}: {hint}")
+
+
+def _bench(arguments: list[str]) -> int:
+    from dit_sparse import bench
+
+    kinds = get_args(get_type_hints(bench.run)["what"])
+    what = arguments[0] if arguments else ""
+    if what not in (*kinds, "-h", "--help"):
+        raise ValueError(f"bench takes {' or '.join(kinds)} first, not {what!r}.")
+    told = options.parse(bench.BenchOptions, arguments[what in kinds :], f"dit-sparse bench {{{','.join(kinds)}}}")
+    return bench.run(what, told)
 
 
 def _is_users(error: Exception) -> bool:

@@ -36,10 +36,11 @@ DEMO = {
 class GenerateOptions:
     """Generate a video from a prompt with sparse attention, and write beside it a JSON file of how it was made.
 
-    Attention is cut into blocks of tokens. A step of the sampler is "dense" (all blocks, as the model was trained),
-    "sparse" (the chosen share of blocks, which is the density), or an "anchor" (dense, and it remembers what the
-    sparse result would have lacked, which the sparse steps after it add). A token is one patch of the latent video.
-    Attention work is relative to computing every step dense. A fallback is a call that had to be dense.
+    Words used below: a token is one patch of the latent video, and attention cuts the tokens into blocks. A dense step
+    computes all pairs of blocks, as the model was trained; a sparse step computes the share of them that is called the
+    density. An anchor is dense and remembers what the sparse result would have lacked, which the sparse steps after it
+    add. Attention work is relative to computing every step dense. A fallback is a call that had to be dense.
+    An error is one sentence; with --debug its traceback is shown.
     """
 
     model_id: str | None = None
@@ -78,8 +79,6 @@ class GenerateOptions:
     offload: Literal["none", "model", "sequential", "group"] = "none"
     """Keep weights in main memory and move them to the GPU when needed: whole models, single layers (slowest, least
     memory), or groups of layers."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def run(options: GenerateOptions) -> int:
@@ -303,7 +302,7 @@ def _name(options: GenerateOptions, files: models.ModelFiles) -> str:
 def _settings(
     options: GenerateOptions, files: models.ModelFiles, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    settings = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("sparse", "debug")}
+    settings = {f.name: getattr(options, f.name) for f in fields(options) if f.name != "sparse"}
     settings |= asdict(options.sparse)
     settings |= {"model_id": files.source, "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}

@@ -112,22 +112,26 @@ def _registry() -> ConstructorRegistry:
     def _rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         """Says in words what tyro says in Python types."""
         hint = info.type
-        parts = get_args(hint) if get_origin(hint) is tuple else ()
-        if bool in (hint, *parts) or not all(map(_understood, parts or (hint,))):
+        many = get_origin(hint) is tuple
+        parts = get_args(hint) if many else (hint,)
+        repeated = parts[1:] == (...,)
+        parts = parts[:1] if repeated else parts
+        if bool in parts or not all(map(_understood, parts)):
             return None
 
         def read(tokens: list[str]) -> Any:
-            values = [_read(part, token) for part, token in zip(parts or (hint,), tokens, strict=True)]
+            kinds = parts * len(tokens) if repeated else parts
+            values = tuple(_read(kind, token) for kind, token in zip(kinds, tokens, strict=True))
             if any(value is _REFUSED for value in values):
                 raise ValueError(f"takes {_wanted(hint)}, not {' '.join(tokens)!r}.")
-            return tuple(values) if parts else values[0]
+            return values if many else values[0]
 
         return PrimitiveConstructorSpec(
-            nargs=len(parts) or 1,
-            metavar=" ".join(map(_metavar, parts or (hint,))),
+            nargs="*" if repeated else len(parts),
+            metavar=" ".join(map(_metavar, parts)) + " ..." * repeated,
             instance_from_str=read,
-            is_instance=lambda value: isinstance(value, tuple) if parts else not isinstance(value, tuple),
-            str_from_instance=lambda value: [str(part) for part in (value if parts else (value,))],
+            is_instance=lambda value: isinstance(value, tuple) == many,
+            str_from_instance=lambda value: [str(part) for part in (value if many else (value,))],
         )
 
     return registry
@@ -146,6 +150,8 @@ def _understood(hint: Any) -> bool:
 
 def _wanted(hint: Any) -> str:
     """What an option of this type takes, in words."""
+    if get_args(hint)[1:] == (...,):
+        return f"one or more values ({_wanted(get_args(hint)[0])})"
     if get_origin(hint) is tuple:
         return f"{len(get_args(hint))} values ({', '.join(map(_wanted, get_args(hint)))})"
     said: list[str] = []

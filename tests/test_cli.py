@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 import torch
 
@@ -44,6 +46,27 @@ def test_help_of_generate_defines_the_terms(capsys, term):
         main(["generate", "--help"])
     head = capsys.readouterr().out.partition("─ options ─")[0]
     assert term in head.lower()
+
+
+def test_bench_says_what_it_can_time(capsys):
+    assert refused(capsys, "bench", "speed").startswith("bench takes attention or operator")
+    assert "first, not ''." in refused(capsys, "bench")
+    assert "Unknown option '--cas': did you mean --case?" in refused(capsys, "bench", "attention", "--cas", "small")
+    assert "density takes one or more values (a number)" in refused(capsys, "bench", "attention", "--density", "x")
+
+
+def test_bench_runs_what_it_is_told(monkeypatch):
+    from dit_sparse import bench
+
+    told = []
+
+    def run(what: Literal["attention", "operator"], options: bench.BenchOptions) -> int:
+        told.append((what, options.case, options.density))
+        return 1
+
+    monkeypatch.setattr(bench, "run", run)
+    assert main(["bench", "operator", "--case", "small", "--density", "0.1", "0.2"]) == 1
+    assert told == [("operator", ("small",), (0.1, 0.2))]
 
 
 def test_debug_shows_where_an_error_comes_from():
