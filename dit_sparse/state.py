@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned
-from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.layout import TokenGrid
 from dit_sparse.report import Mark, Tally
 from dit_sparse.residual import bytes_per_row
 from dit_sparse.routing import forced_blocks
@@ -220,44 +220,37 @@ class Generation:
         asked: list[Storage] = ["bf16", "fp8", "int4"] if self.config.residual == "auto" else [self.config.residual]
         allowed = self.config.max_state_gib
         free = _free_bytes(self._device) if allowed is None else allowed * GIB
-        # Bytes by the layer's place in its transformer, since that is what dense_layers speaks of.
-        need = {kind: self._state_bytes(kind) for kind in asked}
+        sparse = [layer for layer in self.layers if layer.index not in self._span("dense_layers", layer.of)]
         for kind in asked:
-            if sum(need[kind].values()) <= free:
+            need = sum(self._state_bytes(layer, kind) for layer in sparse)
+            if need <= free:
                 if self.config.residual == "auto":
-                    logger.info("residuals in %s: %.2f of %.2f GiB", kind, sum(need[kind].values()) / GIB, free / GIB)
+                    logger.info("residuals in %s: %.2f of %.2f GiB", kind, need / GIB, free / GIB)
                 return kind
-        least = need[asked[-1]]
         dense = 0
-        while sum(size for index, size in least.items() if index >= dense) > free:
+        while sum(self._state_bytes(layer, kind) for layer in self.layers if layer.index >= dense) > free:
             dense += 1
-        # Rounded up, for a figure that was rounded down would not fit.
-        whole = math.ceil(sum(least.values()) / GIB * 100) / 100
+        # Rounded up, because a figure that was rounded down would not fit.
+        whole = math.ceil(need / GIB * 100) / 100
         raise StateTooLarge(
-            f"Method {self.config.method!r} must remember {whole:.2f} GiB in {asked[-1]}, but {free / GIB:.2f} GiB "
-            f"may be used: method='tail' remembers nothing, dense_layers={dense} fits, and so does "
+            f"Method {self.config.method!r} must remember {whole:.2f} GiB in {kind}, but {free / GIB:.2f} GiB may be "
+            f"used: method='tail' remembers nothing, dense_layers={dense} fits, and so does "
             f"max_state_gib={whole:.2f} where the memory is there."
         )
 
-    def _state_bytes(self, kind: Storage) -> dict[int, float]:
-        """What the layers of each index remember, all transformers, branches and batch rows together; layers that are
-        dense already are left out."""
+    def _state_bytes(self, layer: Layer, kind: Storage) -> float:
+        """What one layer remembers, all branches and batch rows together."""
         assert self.grid is not None
-        config, layout = self.config, Layout(self.grid, block=self.config.block_size(self.grid.tokens))
-        cpu = torch.device("cpu")
+        config, tokens, block = self.config, self.grid.tokens, self.config.block_size(self.grid.tokens)
+        blocks = -(-tokens // block)
         _, forced = forced_blocks(
-            config.order, self.grid, config.tile, layout.block, config.neighbours, config.first_frame, cpu
+            config.order, self.grid, config.tile, block, config.neighbours, config.first_frame, torch.device("cpu")
         )
-        kept = layout.blocks if config.top_p else max(1, int(config.density * layout.blocks))
-        row = layout.grid.tokens * (4 if config.method == "reshape" else 0)
-        row += layout.blocks * (1 + min(kept + forced, layout.blocks)) * 4
-        need: dict[int, float] = {}
-        for layer in self.layers:
-            if layer.index not in self._span("dense_layers", layer.of):
-                of_head = layout.grid.tokens * bytes_per_row(layer.head_dim, kind) + row
-                all_heads = self._batch * self.branches * layer.heads * of_head
-                need[layer.index] = need.get(layer.index, 0.0) + all_heads
-        return need
+        kept = blocks if config.top_p else max(1, int(config.density * blocks))
+        plan = blocks * (1 + min(kept + forced, blocks)) * 4
+        rho = tokens * 4 if config.method == "reshape" else 0
+        residual = tokens * bytes_per_row(layer.head_dim, kind)
+        return self._batch * self.branches * layer.heads * (residual + rho + plan)
 
 
 def _size(learned: Learned) -> int:
