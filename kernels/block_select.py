@@ -12,8 +12,8 @@ try:
 except ImportError:  # Triton has no wheel for macOS and Windows; the torch implementation needs none.
     triton = None
 
-# A program holds a row: one warp, with no barrier in its sums, up to 256 scores. 16 warps spill at 8192, 8 do not.
-LONGEST, SCORES_PER_WARP, MOST_WARPS = 8192, 256, 8
+# A program holds a row, 32 scores a thread at most: up to 1024 of them no sum needs a barrier, and nothing spills.
+LONGEST, SCORES_PER_WARP = 8192, 1024
 
 
 def block_select(
@@ -32,7 +32,7 @@ def block_select(
     n is the larger of max(1, int(density * Nk)), which truncates and so keeps at most that share, and of the fewest
     blocks whose scores make up at least the share top_p of the row; then it is clamped to k_min..k_max. Beyond Nk the
     clamps mean Nk. scores [B, H, Nq, Nk] >= 0, float32 or (torch) float64, any strides; NaN ranks first. forced, bool,
-    broadcastable to scores, is read with the strides it has. max_forced, Nk if not given, promises that no row has
+    broadcastable to scores, is not written out at that size. max_forced, Nk if not given, promises that no row has
     more forced blocks and narrows the plan; of a row that breaks the promise the last indices may be cut off.
 
     Returns a BlockPlan, whose width is known without reading the device; places past the counts hold 0. Raises
@@ -73,8 +73,6 @@ def block_select(
 def _block_select(
     scores: Tensor, forced: Tensor | None, least: int, most: int, top_p: float, width: int, impl: str
 ) -> tuple[Tensor, Tensor]:
-    if forced is not None:
-        forced = forced.expand(scores.shape)
     select = _block_select_triton if impl == "triton" else _block_select_torch
     return select(scores, forced, least, most, top_p, width)
 
@@ -131,12 +129,17 @@ if triton is not None:
         return edge
 
     @triton.jit
-    def _edge_by_sum(b_key, b_s, share):
+    def _sum(b_key, m):
+        """The sum of the scores at m, from their keys: a second copy of the row would not fit in registers."""
+        return tl.sum(tl.where(m, b_key.to(tl.float32, bitcast=True), 0.0))
+
+    @triton.jit
+    def _edge_by_sum(b_key, share):
         """The largest number such that the scores whose keys reach it add up to at least `share`."""
         edge = 0
         for i in range(31):
             trial = edge | (1 << (30 - i))
-            edge = tl.where(tl.sum(tl.where(b_key >= trial, b_s, 0.0)) >= share, trial, edge)
+            edge = tl.where(_sum(b_key, b_key >= trial) >= share, trial, edge)
         return edge
 
     @triton.jit
@@ -152,7 +155,6 @@ if triton is not None:
         stride_fb,
         stride_fh,
         stride_fq,
-        stride_fk,
         top_p,
         least,
         most,
@@ -179,12 +181,12 @@ if triton is not None:
         b_key = tl.where(m_n, b_s.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
         n = least
         if HAS_TOP_P:
-            share = top_p * tl.sum(b_s)
-            edge = _edge_by_sum(b_key, b_s, share)
+            share = top_p * _sum(b_key, b_key > 0)
+            edge = _edge_by_sum(b_key, share)
             b_equal = (b_key == edge).to(tl.int32)
             # Of the scores at the edge, each has the ones of lower index before it.
             b_rank = tl.cumsum(b_equal) - b_equal
-            b_before = tl.sum(tl.where(b_key > edge, b_s, 0.0)) + b_rank * edge.to(tl.float32, bitcast=True)
+            b_before = _sum(b_key, b_key > edge) + b_rank * edge.to(tl.float32, bitcast=True)
             b_enough = (b_key > edge) | ((b_equal > 0) & (b_before < share))
             n = tl.minimum(tl.maximum(tl.sum(b_enough.to(tl.int32)), least), most)
         edge = _edge_by_count(b_key, n)
@@ -193,7 +195,7 @@ if triton is not None:
         b_above = b_key > edge
         b_keep = b_above | ((b_equal > 0) & (b_rank < n - tl.sum(b_above.to(tl.int32))))
         if HAS_FORCED:
-            p_forced = forced + i_b * stride_fb + i_h * stride_fh + i_q * stride_fq + o_n.to(tl.int64) * stride_fk
+            p_forced = forced + i_b * stride_fb + i_h * stride_fh + i_q * stride_fq + o_n
             b_keep = b_keep | tl.load(p_forced, mask=m_n, other=0).to(tl.int1)
         b_kept = b_keep.to(tl.int32)
         b_place = tl.cumsum(b_kept) - b_kept
@@ -209,13 +211,17 @@ def _block_select_triton(
     check_device(block_select_fwd_kernel, scores)
     counts, indices = _outputs(scores, width)
     row = triton.next_power_of_2(scores.shape[-1])
+    if forced is not None:
+        # Rows are read as they lie; where they must be written out first, batch, heads and rows stay a broadcast.
+        forced = forced.expand(*forced.shape[:-1], scores.shape[-1])
+        forced = (forced if forced.stride(-1) == 1 else forced.contiguous()).expand(scores.shape)
     block_select_fwd_kernel[(counts.numel(),)](
         scores,
         forced,
         counts,
         indices,
         *scores.stride(),
-        *((0, 0, 0, 0) if forced is None else forced.stride()),
+        *((0, 0, 0) if forced is None else forced.stride()[:3]),
         top_p,
         least,
         most,
@@ -224,7 +230,7 @@ def _block_select_triton(
         BN=row,
         HAS_TOP_P=top_p > 0,
         HAS_FORCED=forced is not None,
-        num_warps=min(max(row // SCORES_PER_WARP, 1), MOST_WARPS),
+        num_warps=max(row // SCORES_PER_WARP, 1),
     )
     return counts, indices
 
@@ -271,6 +277,6 @@ def _plan_mask_triton(counts: Tensor, indices: Tensor, key_blocks: int) -> Tenso
         key_blocks,
         width,
         BW=triton.next_power_of_2(width),
-        num_warps=min(max(triton.next_power_of_2(width) // SCORES_PER_WARP, 1), MOST_WARPS),
+        num_warps=max(triton.next_power_of_2(width) // SCORES_PER_WARP, 1),
     )
     return mask

@@ -31,11 +31,11 @@ def select(capability: int, row: int = 1024, top_p: bool = True, forced: bool = 
     strides = ["stride_sb", "stride_sh", "stride_sq"]
     if forced:
         signature["forced"] = "*i1"
-        strides += ["stride_fb", "stride_fh", "stride_fq", "stride_fk"]
+        strides += ["stride_fb", "stride_fh", "stride_fq"]
     else:
-        constexprs |= dict.fromkeys(("forced", "stride_fb", "stride_fh", "stride_fq", "stride_fk"))
+        constexprs |= dict.fromkeys(("forced", "stride_fb", "stride_fh", "stride_fq"))
     signature |= dict.fromkeys([*strides, "least", "most", "H", "Q", "N", "W"], "i32")
-    warps = min(max(row // block_select.SCORES_PER_WARP, 1), block_select.MOST_WARPS)
+    warps = max(row // block_select.SCORES_PER_WARP, 1)
     return Build(block_select.block_select_fwd_kernel, signature, constexprs, capability, warps)
 
 
