@@ -302,7 +302,7 @@ def _name(options: GenerateOptions, files: models.ModelFiles) -> str:
 def _settings(
     options: GenerateOptions, files: models.ModelFiles, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    settings = {f.name: getattr(options, f.name) for f in fields(options) if f.name != "sparse"}
+    settings = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("sparse", "config")}
     settings |= asdict(options.sparse)
     settings |= {"model_id": files.source, "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}

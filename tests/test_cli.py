@@ -1,10 +1,14 @@
-from typing import Literal
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 import torch
 
 from dit_sparse import __version__, cli, generate, models
 from dit_sparse.cli import main
+from dit_sparse.config import Method, SparseConfig
+from tests.tiny import tiny_wan
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -131,8 +135,6 @@ def test_plan_follows_its_options(capsys):
 
 
 def test_plan_reads_a_directory(capsys, tmp_path):
-    from tests.tiny import tiny_wan
-
     tiny_wan(vae="8x4").save_pretrained(tmp_path / "wan")
     where = ["plan", "--model_id", str(tmp_path / "wan")]
     assert main([*where, "--height", "64", "--width", "64", "--num_frames", "9"]) == 0
@@ -160,3 +162,34 @@ def test_plan_refuses_in_one_sentence(capsys, arguments, said):
 def test_the_demo_that_is_not_there(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "demo_directory", lambda: tmp_path)
     assert "The demo model is not at" in refused(capsys, "generate")
+
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+@pytest.mark.skipif(not README.is_file(), reason="the README stays in the checkout")
+def test_the_readme_explains_every_option_and_method():
+    text = README.read_text()
+    for field in fields(SparseConfig):
+        assert field.name == "method" or f"\n| `{field.name}` |" in text, field.name
+    for method in get_args(Method):
+        assert f"\n| `{method}` |" in text, method
+
+
+@pytest.mark.skipif(not README.is_file(), reason="the README stays in the checkout")
+def test_the_python_of_the_readme_runs(tmp_path, capsys):
+    tiny_wan(vae="8x4").save_pretrained(tmp_path / "wan")
+    code = README.read_text().partition("```python\n")[2].partition("```")[0]
+    small = "height=32, width=32, num_frames=5, num_inference_steps=4, prompt="
+    for wanted, instead in {
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": str(tmp_path / "wan"),
+        '.to("cuda")': "",
+        "pipe(": f"pipe({small}",
+        "torch.bfloat16": "torch.float32",
+    }.items():
+        assert wanted in code
+        code = code.replace(wanted, instead)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["video"].shape == (5, 32, 32, 3)
+    assert "density=" in capsys.readouterr().out
