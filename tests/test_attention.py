@@ -1,0 +1,471 @@
+"""The data path as a whole: what holds exactly, what is remembered, and what is counted."""
+
+import pytest
+import torch
+
+from dit_sparse.attention import Call, address, attend, sparse_attention
+from dit_sparse.config import SparseConfig
+from dit_sparse.correction import pooled_tail, rectify
+from dit_sparse.kernels import reference
+from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.dense_attention import dense_attention
+from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.order import token_order
+from dit_sparse.plan import Correction, Residual
+from dit_sparse.residual import pack, unpack
+from dit_sparse.routing import pool, route
+from dit_sparse.state import Generation, Layer
+from tests.close import assert_no_worse
+
+CPU = torch.device("cpu")
+GRID = TokenGrid(3, 5, 7)  # 105 tokens: 6 blocks of 16 and one of 9
+METHODS = ["none", "tail", "rectify", "reshape", "anchor"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors as small as these only wait for a second one, for minutes on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def inputs(text=0, batch=1, heads=2, dim=16, dtype=torch.float64):
+    return torch.randn(3, batch, heads, GRID.tokens + text, dim, dtype=torch.float64).to(dtype)
+
+
+def generation(config, layers=1, heads=2, dim=16):
+    return Generation(config, [Layer(f"blocks.{i}.attn1", i, layers, heads, dim) for i in range(layers)])
+
+
+def enter(g, step, branch="cond", batch=1, total=20, grid=GRID):
+    g.enter(grid, batch=batch, device=CPU, timestep=1000.0 - step, step=step, branch=branch, total=total)
+
+
+def run(g, step, q, k, v, layer=0, branch="cond", **options):
+    """One forward of one layer."""
+    enter(g, step, branch, len(q))
+    out = sparse_attention(q, k, v, g.layers[layer], g, **options)
+    g.leave()
+    return out
+
+
+def at(method, step=0, text=0, **options):
+    """A generation that is sparse from the start."""
+    return generation(SparseConfig(method, **(dict(dense_steps=0) | options)))
+
+
+def learned(g, layer=0, branch="cond"):
+    return g.learned[g.layers[layer].name, branch]
+
+
+def flat(x, order):
+    """In routing order, the first token of each block of 16 in place of all of its tokens; text as it is."""
+    first = order.take[torch.arange(GRID.tokens) // 16 * 16][order.place]
+    return torch.cat([x[:, :, first], x[:, :, GRID.tokens :]], 2)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+
+# --- what is exact ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [0, 9])
+@pytest.mark.parametrize("order", ["hilbert", "tile", "raster", "pixel"])
+@pytest.mark.parametrize("method", METHODS)
+def test_keeping_every_block_is_dense(method, order, text):
+    g = at(method, density=1.0, order=order)
+    for step in range(3):
+        q, k, v = inputs(text)
+        # What little an anchor has to remember was rounding on the inputs of its own step.
+        close(run(g, step, q, k, v), dense_attention(q, k, v)[0])
+    assert g.tally.density() == 1
+
+
+@pytest.mark.parametrize("text", [0, 9])
+@pytest.mark.parametrize("order", ["hilbert", "tile", "raster", "pixel"])
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.7])
+def test_rectify_is_dense_where_queries_and_keys_are_flat(order, density, text):
+    g = at("rectify", density=density, order=order)
+    q, k, v = inputs(text)
+    q, k = (flat(x, token_order(order, GRID, g.config.tile, CPU)) for x in (q, k))
+    close(run(g, 0, q, k, v), dense_attention(q, k, v)[0])
+    assert g.tally.density() < 1
+
+
+@pytest.mark.parametrize("text", [0, 9])
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("method", ["tail", "anchor"])
+def test_a_tail_is_dense_where_keys_are_flat(method, second_order, text):
+    g = at(method, second_order=second_order, routing="mass")
+    for step in range(3):
+        q, k, v = inputs(text)
+        k = flat(k, token_order("hilbert", GRID, g.config.tile, CPU))
+        close(run(g, step, q, k, v), dense_attention(q, k, v)[0])
+    assert g.tally.density() < 1
+
+
+@pytest.mark.parametrize("grid", [GRID, TokenGrid(1, 1, 5), TokenGrid(2, 4, 16)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_values_of_one_give_one(method, grid):
+    g = at(method, density=0.3)
+    for step in range(3):
+        q, k = torch.randn(2, 1, 2, grid.tokens, 16, dtype=torch.float64)
+        enter(g, step, grid=grid)
+        out = sparse_attention(q, k, torch.ones_like(q), g.layers[0], g)
+        if method == "reshape" and step:  # its rows sum to 1 only on the inputs of the refresh
+            continue
+        torch.testing.assert_close(out, torch.ones_like(out), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("text", [0, 9])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_order_is_a_permutation_beforehand(method, text):
+    take = token_order("hilbert", GRID, (4, 4, 8), CPU).take
+    take = torch.cat([take, torch.arange(GRID.tokens, GRID.tokens + text)])
+    ordered, plain = (at(method, density=0.3, order=order) for order in ("hilbert", "raster"))
+    for step in range(2):
+        q, k, v = inputs(text)
+        expected = run(plain, step, *(x[:, :, take] for x in (q, k, v)))
+        close(run(ordered, step, q, k, v)[:, :, take], expected)
+
+
+def test_dense_is_dense():
+    g = generation(SparseConfig("dense"))
+    q, k, v = inputs(9)
+    assert torch.equal(run(g, 5, q, k, v), dense_attention(q, k, v)[0])
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*METHODS, "dense"])
+def test_masked_text_has_no_influence_and_text_rows_are_dense(method):
+    extra = {"ramp": 0.04, "clamp": False} if method == "reshape" else {}
+    mask = torch.tensor([[True] * 6 + [False] * 3, [True, False] * 4 + [True]])
+    key_mask = torch.cat([torch.ones(2, GRID.tokens, dtype=torch.bool), mask], 1)
+    one, other = (at(method, **({} if method == "dense" else {"density": 0.3}), **extra) for _ in range(2))
+    for step in range(4):
+        q, k, v = inputs(9, batch=2)
+        out = run(one, step, q, k, v, text_mask=mask)
+        hidden = ~key_mask[:, None, :, None].expand_as(k)
+        changed = run(other, step, q, k.masked_fill(hidden, 1e3), v.masked_fill(hidden, -1e3), text_mask=mask)
+        assert torch.equal(out, changed)
+        close(out[:, :, GRID.tokens :], dense_attention(q, k, v, key_mask=key_mask)[0][:, :, GRID.tokens :])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mask_that_hides_nothing_changes_nothing(method):
+    with_mask, without = (at(method, density=0.3) for _ in range(2))
+    for step in range(2):
+        q, k, v = inputs(9)
+        masked = run(with_mask, step, q, k, v, text_mask=torch.ones(1, 9, dtype=torch.bool))
+        close(masked, run(without, step, q, k, v))
+
+
+def test_outside_of_a_generation_attention_is_dense_and_masked():
+    g = at("anchor")
+    q, k, v = inputs(9)
+    mask = torch.tensor([[True] * 4 + [False] * 5])
+    key_mask = torch.cat([torch.ones(1, GRID.tokens, dtype=torch.bool), mask], 1)
+    expected = dense_attention(q, k, v, key_mask=key_mask)[0]
+    assert torch.equal(sparse_attention(q, k, v, g.layers[0], g, text_mask=mask), expected)
+    # The grid of a generation that ended says nothing about other inputs.
+    run(g, 0, q, k, v)
+    g.reset()
+    assert torch.equal(sparse_attention(q, k, v, g.layers[0], g, text_mask=mask), expected)
+
+
+# --- anchors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("method", ["anchor", "reshape"])
+def test_the_inputs_of_an_anchor_give_its_output_up_to_storage(method, storage):
+    g, q, k, v = at(method, density=0.3, residual=storage), *inputs(9)
+    dense = dense_attention(q, k, v)[0]
+    close(run(g, 0, q, k, v), dense)
+    error = run(g, 1, q, k, v) - dense
+    # The same routed alone, without what was learned: what is missing is what was stored.
+    alone = run(at("tail" if method == "anchor" else "none", density=0.3), 0, q, k, v)
+    if method == "reshape":
+        alone[:, :, : GRID.tokens] *= learned(g).rho[:, :, token_order("hilbert", GRID, (4, 4, 8), CPU).place, None]
+    lacking = (dense - alone)[:, :, : GRID.tokens]
+    close(error[:, :, : GRID.tokens], unpack(pack(lacking, storage)).double() - lacking)
+    close(error[:, :, GRID.tokens :], torch.zeros_like(error[:, :, GRID.tokens :]))
+
+
+@pytest.mark.parametrize("text", [0, 9])
+def test_between_anchors_plan_and_residual_stay_and_the_rest_is_fresh(text):
+    g = at("anchor", density=0.3, order="raster", refresh_every=3)
+    run(g, 0, *inputs(text))
+    kept = learned(g)
+    for step in (1, 2):
+        q, k, v = inputs(text)
+        out = run(g, step, q, k, v)
+        assert learned(g) is kept
+        pooled = pool(q, k, v, Layout(GRID, text, 16), g.config)
+        correction = Correction(tail=pooled_tail(pooled, q.dtype, second_order=True), residual=kept.residual)
+        close(out, block_attention(q, k, v, kept.plan, correction, block=16, text=text)[0])
+    q, k, v = inputs(text)
+    close(run(g, 3, q, k, v), dense_attention(q, k, v)[0])
+    assert learned(g) is not kept and learned(g).step == 3
+
+
+def test_reshape_ramps_from_the_second_step_after_its_refresh():
+    g = at("reshape", density=0.3, ramp=0.04, clamp=False, order="raster")
+    q, k, v = inputs()
+    run(g, 0, q, k, v)
+    routed, _ = block_attention(q, k, v, learned(g).plan, block=16)
+    first = run(g, 1, q, k, v)
+    for step in (2, 3, 4):
+        close(run(g, step, q, k, v) - first, 0.04 * (step - 1) * routed)
+    assert [record.phase for record in g.tally.steps()] == ["anchor"] + ["sparse"] * 4
+
+
+def test_a_second_call_in_the_forward_of_the_anchor_uses_what_it_learned():
+    """As under gradient checkpointing."""
+    for method in ("anchor", "reshape"):
+        g = at(method, density=0.3, **({"ramp": 0.04} if method == "reshape" else {}))
+        q, k, v = inputs()
+        dense = run(g, 0, q, k, v)
+        kept = learned(g)
+        again = sparse_attention(q, k, v, g.layers[0], g)
+        assert learned(g) is kept
+        torch.testing.assert_close(again, dense, atol=0.01, rtol=0)
+
+
+def test_soft_anchors():
+    g = at("anchor", density=0.2, anchor_density=0.6, refresh_every=2)
+    q, k, v = inputs(9)
+    close(run(g, 0, q, k, v), dense_attention(q, k, v)[0])
+    run(g, 1, *inputs(9))
+    q, k, v = inputs(9)
+    soft, part = (run(at("tail", density=density), 0, q, k, v) for density in (0.6, 0.2))
+    close(run(g, 2, q, k, v), soft)
+    place = token_order("hilbert", GRID, (4, 4, 8), CPU).take
+    expected = pack((soft - part)[:, :, : GRID.tokens][:, :, place], "bf16")
+    torch.testing.assert_close(learned(g).residual.codes, expected.codes, atol=1e-12, rtol=2**-7)
+    assert learned(g).step == 2
+
+
+def test_staggered_anchors():
+    g = generation(SparseConfig("anchor", dense_steps=2, stagger=True, refresh_every=3), layers=4)
+    told = []
+    for step in range(9):
+        enter(g, step)
+        for layer in g.layers:
+            sparse_attention(*inputs(), layer, g)
+        told.append([learned(g, i).step == step if step > 1 else None for i in range(4)])
+    assert told[2] == [True] * 4
+    rows = [[i for i, anchor in enumerate(row) if anchor] for row in told[3:]]
+    assert rows == [[2], [1], [0, 3], [2], [1], [0, 3]]
+
+
+@pytest.mark.parametrize("method", ["anchor", "reshape"])
+def test_an_anchor_that_a_cache_skipped_is_made_up_for(method):
+    g = at(method, density=0.3, refresh_every=4)
+    phases = []
+    for step in (0, 1, 2, 3, 6, 7, 8, 9, 12):
+        q, k, v = inputs()
+        out = run(g, step, q, k, v)
+        if learned(g).step == step:
+            phases.append(step)
+            close(out, dense_attention(q, k, v)[0])
+    # 4 was skipped: 6 makes up for it. 8 is the schedule's own again, and 12 too.
+    assert phases == [0, 6, 8, 12]
+
+
+def test_a_layer_that_remembers_nothing_anchors():
+    """The second of two transformers, or a session that begins half-way."""
+    g = generation(SparseConfig("anchor", dense_steps=1), layers=2)
+    run(g, 1, *inputs(), layer=0)
+    q, k, v = inputs()
+    close(run(g, 3, q, k, v, layer=1), dense_attention(q, k, v)[0])
+    assert g.tally.steps()[-1].phase == "anchor" and learned(g, layer=1).step == 3
+
+
+def test_dense_layers_remember_nothing():
+    g = generation(SparseConfig("anchor", dense_steps=0, dense_layers="1-1"), layers=2)
+    q, k, v = inputs()
+    enter(g, 0)
+    for layer in g.layers:
+        sparse_attention(q, k, v, layer, g)
+    assert list(g.learned) == [("blocks.0.attn1", "cond")]
+
+
+# --- rows of a batch, branches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_is_its_rows(method):
+    mask = torch.tensor([[True] * 9, [True] * 4 + [False] * 5])
+    both, *ones = (at(method, density=0.3) for _ in range(3))
+    for step in range(3):
+        q, k, v = inputs(9, batch=2)
+        out = run(both, step, q, k, v, text_mask=mask)
+        for b, one in enumerate(ones):
+            row = slice(b, b + 1)
+            close(out[row], run(one, step, q[row], k[row], v[row], text_mask=mask[row]))
+
+
+@pytest.mark.parametrize("method", ["anchor", "reshape"])
+def test_branches_do_not_mix(method):
+    both, *alone = (at(method, density=0.3) for _ in range(3))
+    for step in range(3):
+        for branch, one in zip(("cond", "uncond"), alone, strict=True):
+            q, k, v = inputs()
+            assert torch.equal(run(both, step, q, k, v, branch=branch), run(one, step, q, k, v, branch=branch))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_generations_are_the_same(method):
+    g, steps = at(method, density=0.3), [inputs() for _ in range(3)]
+    first = [run(g, step, *x) for step, x in enumerate(steps)]
+    second = [run(g, step, *x) for step, x in enumerate(steps)]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step", [0, 1])
+def test_strict_names_the_layer_of_a_nan(which, bad, step):
+    g = generation(SparseConfig("anchor", strict=True, dense_steps=1))
+    qkv = inputs()
+    qkv[which, 0, 1, 50, 3] = bad
+    with pytest.raises(ValueError, match=f"{'qkv'[which]} of blocks.0.attn1 holds NaN or Inf"):
+        run(g, step, *qkv)
+
+
+def test_without_strict_a_nan_stays_one():
+    qkv = inputs()
+    qkv[2, 0, 1] = float("nan")
+    out = run(at("tail"), 0, *qkv)
+    assert out[:, 1].isnan().all() and out[:, 0].isfinite().all()
+
+
+def test_inputs_that_do_not_fit_the_grid():
+    g = at("anchor")
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match="blocks.0.attn1 was given 100 tokens, but its grid has 105"):
+        run(g, 0, q[:, :, :100], k[:, :, :100], v[:, :, :100])
+    q, k, v = inputs(9)
+    with pytest.raises(ValueError, match="was given 114 tokens, but its grid has 105 and 8 of text"):
+        run(g, 0, q, k, v, text_mask=torch.ones(1, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match="text_mask must be bool"):
+        run(g, 0, q, k, v, text_mask=torch.ones(1, 9))
+
+
+# --- what is counted -------------------------------------------------------------------------------------------------
+
+
+def test_work_and_density_are_what_was_computed():
+    config = SparseConfig(
+        "anchor", density=0.3, anchor_density=0.6, refresh_every=2, dense_steps=1, dense_layers=1, order="raster"
+    )
+    g, text, blocks = generation(config, layers=2), 5, 7
+    steps = [inputs(text) for _ in range(4)]
+    plans = []
+    for step, (q, k, v) in enumerate(steps):
+        enter(g, step)
+        for layer in g.layers:
+            sparse_attention(q, k, v, layer, g)
+        if step:
+            plans.append(learned(g, layer=1).plan.counts.sum().item())
+    call = Call(*steps[3], Layout(GRID, text, 16), config, None, None, True)
+    denser = call.route(0.6).plan.counts.sum().item()
+    heads, tokens = 2, 105 + text
+    whole = heads * tokens**2
+    # A sparse pass visits whole blocks, all text from everywhere, and a pooled key a block for each vision row.
+    besides = heads * (text * tokens + 105 * text + 105 * blocks)
+    sparse = [plan * 16**2 + besides for plan in (*plans, denser)]
+    dense_layer, other = 4 * whole, whole + (whole + sparse[0]) + sparse[1] + (sparse[2] + sparse[3])
+    assert g.tally.work() == pytest.approx((dense_layer + other) / (8 * whole), rel=1e-12)
+    assert g.tally.density() == pytest.approx(sum(plans) / (3 * heads * blocks**2), rel=1e-12)
+    assert plans[0] == plans[1] and denser > plans[2]
+    phases = [dict(g.tally.phases[step]) for step in range(4)]
+    assert phases == [{"dense": 2}] + [{"dense": 1, "anchor": 1}, {"dense": 1, "sparse": 1}, {"dense": 1, "anchor": 1}]
+
+
+@pytest.mark.parametrize("method", ["none", "rectify", "reshape"])
+def test_work_without_a_tail(method):
+    g = at(method, density=0.3)
+    enter(g, 0)
+    sparse_attention(*inputs(), g.layers[0], g)
+    whole, routed = 2 * 105**2, g.tally.blocks.item() * 16**2
+    assert g.tally.work() == pytest.approx((routed + whole * (method == "reshape")) / whole, rel=1e-12)
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["none", "tail", "rectify", "anchor", "reshape"])
+def test_error_is_at_most_twice_pytorchs(method, dtype):
+    """Between anchors too. Eager computes every step, the pooling too, at low precision; plan and memory are given."""
+    text = 9
+    g = at(method, density=0.3, order="raster")
+    layout = Layout(GRID, text, 16)
+    run(g, 0, *inputs(text, dtype=dtype))
+    q, k, v = inputs(text, dtype=dtype)
+    out = run(g, 1, q, k, v)
+    assert out.dtype == dtype
+    if g.config.learns:
+        kept = learned(g)
+        plan, scale, residual = kept.plan, kept.rho, kept.residual
+        assert residual.codes.dtype == torch.bfloat16 and (scale is None or scale.dtype == torch.float32)
+    else:
+        plan, scale, residual = Call(q, k, v, layout, g.config, None, None, True).route(0.3).plan, None, None
+
+    def reckon(q, k, v):
+        correction = Correction(scale, residual)
+        wide = q.dtype
+        stats = [reference.block_stats(x[:, :, : GRID.tokens], layout.lengths(CPU), 16) for x in (q, k, v)]
+        if g.config.has_tail:
+            pooled = pool(q, k, v, layout, g.config)
+            tail = pooled_tail(pooled, wide, second_order=True)
+            tail = type(tail)(stats[1].mean, stats[2].mean, tail.log_weights, stats[1].var)
+            correction = Correction(scale, residual, tail)
+        if method == "rectify":
+            pooled = pool(q, k, v, layout, g.config)
+            routing = route(pooled, layout, g.config, density=0.3, scale=0.25, text_keys=k[:, :, GRID.tokens :])
+            assert torch.equal(routing.plan.mask(), plan.mask())
+            correction = rectify(routing, pooled)
+            correction = Correction(correction.scale.to(wide), Residual(correction.residual.codes.to(wide)))
+        return reference.block_attention(q, k, v, plan, correction, block=16, scale=0.25, text=text)[0]
+
+    assert_no_worse(out, reckon(q, k, v), reckon(q.double(), k.double(), v.double()))
+
+
+@pytest.mark.parametrize("method", ["anchor", "reshape"])
+@pytest.mark.parametrize("storage", ["bf16", "fp8", "int4"])
+def test_nothing_remembered_is_wider_than_it_should_be(method, storage):
+    g = at(method, residual=storage)
+    run(g, 0, *inputs(dtype=torch.bfloat16))
+    kept = learned(g)
+    assert kept.plan.counts.dtype == kept.plan.indices.dtype == torch.int32
+    assert kept.residual.codes.dtype == (torch.bfloat16 if storage == "bf16" else torch.uint8)
+    for x in (kept.rho, kept.residual.scales):
+        assert x is None or x.dtype == torch.float32
+
+
+# --- the op ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["anchor", "none"])
+def test_the_op_is_the_function_with_the_memory_layout_of_the_queries(method):
+    g, same = (at(method, density=0.3) for _ in range(2))
+    where = address(g, 0)
+    for step in range(2):
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(9))
+        mask = torch.ones(1, 9, dtype=torch.bool)
+        enter(g, step)
+        out = attend(q, k, v, mask, where)
+        assert out.stride() == q.stride()
+        assert torch.equal(out, run(same, step, q, k, v, text_mask=mask))
