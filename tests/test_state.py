@@ -1,0 +1,457 @@
+"""Where a generation is, what it does there, and what it may remember."""
+
+import copy
+import logging
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dit_sparse import state
+from dit_sparse.config import SparseConfig
+from dit_sparse.correction import Learned
+from dit_sparse.layout import TokenGrid
+from dit_sparse.plan import BlockPlan, Residual
+from dit_sparse.state import GIB, Generation, Layer, StateTooLarge
+
+CPU = torch.device("cpu")
+GRID = TokenGrid(2, 4, 4)
+ONE = object()
+
+
+def layers(count=1, part="transformer", heads=2, dim=16):
+    return [Layer(f"{part}.blocks.{i}.attn1", i, count, heads, dim) for i in range(count)]
+
+
+def generation(method="anchor", count=1, **options):
+    return Generation(SparseConfig(method, **options), layers(count))
+
+
+def enter(g, step=None, branch=None, timestep=0.0, grid=GRID, batch=1, **options):
+    g.enter(grid, batch=batch, device=CPU, timestep=timestep, step=step, branch=branch, **options)
+
+
+def remember(g, layer=0, step=None):
+    """Record something of the size that a layer remembers in bf16."""
+    step = g.moment.step if step is None else step
+    plan = BlockPlan.full(1, 2, 2, 2, CPU)
+    g.record(
+        g.layers[layer], Learned(plan, Residual(torch.zeros(1, 2, 32, 16).bfloat16()), None, step, torch.tensor(8))
+    )
+
+
+# --- where it is -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", ["named", "prompts", "copied prompts", "one prompt for both"])
+@pytest.mark.parametrize("steps", ["given", "inferred"])
+@pytest.mark.parametrize("timesteps", [(999.0, 700.0, 300.0), (999.0,)], ids=["3 steps", "1 step"])
+@pytest.mark.parametrize("count", [1, 2], ids=["1 branch", "2 branches"])
+def test_two_generations_in_a_row(count, timesteps, steps, told):
+    g, seen = generation(dense_steps=0), []
+    prompts = [torch.full((1, 3), float(i)) for i in range(count)]
+    if told == "one prompt for both":
+        prompts = [torch.zeros(1, 3) for _ in range(count)]
+    for number in range(2):
+        # A pipeline makes its timesteps anew; without it, only a repeated prompt tells of a second run of one step.
+        run = number if "copied" in told else None
+        for step, timestep in enumerate(timesteps):
+            for i in range(count):
+                enter(
+                    g,
+                    step if steps == "given" else None,
+                    f"name {i}" if told == "named" else None,
+                    timestep,
+                    prompt=prompts[i].clone() if "copied" in told else prompts[i],
+                    run=run,
+                )
+                seen.append((g.moment.step, g.moment.branch, bool(g.learned)))
+                remember(g)
+                g.leave()
+    name = "name" if told == "named" else "branch"
+    once = [(s, f"{name} {i}", s + i > 0) for s in range(len(timesteps)) for i in range(count)]
+    assert seen == once * 2
+    assert list(g.learned) == [(g.layers[0].name, f"{name} {i}") for i in range(count)]
+
+
+def test_a_branch_that_joins_late_is_another_one():
+    """As with guidance in some of the steps only; whoever comes first."""
+    g, cond, uncond = generation(dense_steps=0), torch.zeros(3), torch.ones(3)
+    for step, prompts in enumerate([[cond], [uncond, cond], [cond], [cond, uncond]]):
+        told = []
+        for prompt in prompts:
+            enter(g, step, prompt=prompt)
+            told.append(g.moment.branch)
+        assert told == [f"branch {int(prompt is uncond)}" for prompt in prompts]
+
+
+def test_a_run_known_by_its_object():
+    g = generation(dense_steps=0)
+    first, second = [1.0], [1.0]  # equal, and not the same
+    enter(g, 0, "cond", run=first)
+    remember(g)
+    enter(g, 1, "cond", run=first)
+    assert g.learned
+    # The second run was stopped before its first step ended, and the third begins ahead of where it was.
+    enter(g, 2, "cond", run=second)
+    assert not g.learned and g.moment.step == 2
+
+
+@pytest.mark.parametrize("change", [{"grid": TokenGrid(1, 4, 4)}, {"batch": 2}, {"run": ONE}])
+def test_another_grid_batch_or_run_begins_anew(change):
+    g = generation(dense_steps=0)
+    enter(g, 0, "cond")
+    remember(g)
+    g.tally.dense(0, 5.0)
+    enter(g, 1, "cond", **change)
+    assert not g.learned and g.peak_state_bytes == 0 and g.tally.dense_pairs == 0
+    assert g.moment.step == 1 and g.grid == change.get("grid", GRID)
+
+
+@pytest.mark.parametrize("steps", ["given", "inferred"])
+@pytest.mark.parametrize("stopped_at", [0, 2])
+def test_an_aborted_generation_leaves_nothing(steps, stopped_at):
+    g = generation(dense_steps=0)
+    for step in range(stopped_at + 1):
+        enter(g, step if steps == "given" else None, "cond", 1000.0 - step)
+        remember(g)
+    # No leave(): the forward raised.
+    enter(g, 0 if steps == "given" else None, "cond", 1000.0)
+    assert not g.learned and g.moment.step == 0 and len(g.tally.marks) == 1
+    assert g.tally.steps() == ()
+
+
+def test_steps_that_a_cache_skips_are_skipped():
+    g = generation(dense_steps=0)
+    for step in (0, 1, 5):
+        enter(g, step, "cond")
+        remember(g)
+        assert g.moment.step == step
+    assert len(g.tally.marks) == 3
+
+
+def test_reset_forgets_but_keeps_the_report():
+    g = generation(dense_steps=0)
+    enter(g, 0, "cond", run=ONE)
+    remember(g)
+    g.tally.dense(0, 5.0)
+    g.leave()
+    g.reset()
+    assert not g.learned and g.moment is None and g.phase(g.layers[0]) == "dense"
+    assert g.peak_state_bytes > 0 and g.tally.dense_pairs == 5
+    enter(g, 1, "cond", run=ONE)
+    assert g.tally.dense_pairs == 0
+
+
+def test_a_config_changed_between_runs_or_in_one():
+    g = generation("anchor", dense_steps=0)
+    enter(g, 3, "cond")
+    assert g.storage == "bf16" and g.phase(g.layers[0]) == "anchor"
+    g.reset()
+    g.config = SparseConfig("rectify", dense_steps=2)
+    enter(g, 4, "cond")
+    assert g.storage is None and g.phase(g.layers[0]) == "sparse"
+    g.reset()
+    g.config = SparseConfig("reshape", residual="int4", dense_steps=2)
+    enter(g, 5, "cond")
+    assert g.storage == "int4" and g.phase(g.layers[0]) == "anchor"
+
+
+def test_a_copy_begins_anew():
+    g = generation(dense_steps=0)
+    enter(g, 0, "cond")
+    remember(g)
+    twin = copy.deepcopy(g)
+    assert (twin.config, twin.layers, twin.learned, twin.moment) == (g.config, g.layers, {}, None)
+    assert g.learned and twin.layers is not g.layers
+
+
+def test_peak_state_is_the_sum_over_layers_and_branches():
+    g = generation(count=2, dense_steps=0)
+    one = 2 * 2 * 4 + 2 * 2 * 2 * 4 + 2 * 32 * 16 * 2  # counts, indices, residual
+    for step in range(2):
+        for branch in ("cond", "uncond"):
+            enter(g, step, branch)
+            for layer in range(2):
+                remember(g, layer)
+    assert g.peak_state_bytes == 4 * one
+    enter(g, 0, "cond")
+    assert g.peak_state_bytes == 0
+
+
+# --- what it does ----------------------------------------------------------------------------------------------------
+
+
+def plan(g, steps, offset=0):
+    return "".join(g.phase_at(step, steps, offset)[0] for step in range(steps))
+
+
+@pytest.mark.parametrize(
+    ("dense", "steps", "refreshes"),
+    [(15, 50, list(range(15, 50, 5))), (10, 50, list(range(10, 50, 5))), (5, 20, [5, 10, 15])],
+    ids=["CogVideoX", "HunyuanDiT", "PixArt"],
+)
+def test_re_ttentions_schedules(dense, steps, refreshes):
+    """Section 2's table: 22 full and 28 sparse steps, 18 and 32, 8 and 12."""
+    told = plan(generation("reshape", dense_steps=dense), steps)
+    assert [i for i, phase in enumerate(told) if phase == "a"] == refreshes
+    full = {50: {15: 22, 10: 18}, 20: {5: 8}}[steps][dense]
+    assert (told.count("d") + told.count("a"), told.count("s")) == (full, steps - full)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"method": "anchor", "dense_steps": 3}, "dddasssasssass"),
+        ({"method": "anchor", "dense_steps": 0, "refresh_every": 5}, "assssassssasss"),
+        ({"method": "anchor", "dense_steps": 1, "refresh_every": 1}, "daaaaaaaaaaaaa"),
+        ({"method": "anchor", "dense_steps": 0.15}, "dddasssasssass"),
+        ({"method": "anchor", "dense_steps": "0-1,12-13"}, "ddasssasssasdd"),
+        # Step 6, an anchor's, is dense, and the anchor comes after it; the next one is where it was.
+        ({"method": "anchor", "dense_steps": "0-1,6"}, "ddasssdassasss"),
+        ({"method": "anchor", "dense_steps": "3"}, "dddasssasssass"),
+        ({"method": "tail", "dense_steps": 2}, "ddssssssssssss"),
+        ({"method": "tail", "dense_steps": 2, "refresh_every": 4}, "dddsssdsssdsss"),
+        ({"method": "rectify", "dense_steps": 0}, "ssssssssssssss"),
+        ({"method": "none", "dense_steps": 14}, "dddddddddddddd"),
+        ({"method": "dense"}, "dddddddddddddd"),
+    ],
+)
+def test_schedules(options, expected):
+    assert plan(generation(**options), 14) == expected
+
+
+@pytest.mark.parametrize("dense", [0, 2, "0-1,6", "0,5-7"])
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_a_run_that_skips_nothing_follows_the_plan(dense, every):
+    for stagger in (False, True):
+        g = generation(count=5, dense_steps=dense, refresh_every=every, stagger=stagger)
+        told = dict.fromkeys(g.layers, "")
+        for step in range(15):
+            enter(g, step, "cond", total=15)
+            for i, layer in enumerate(g.layers):
+                told[layer] += g.phase(layer)[0]
+                if told[layer][-1] == "a":
+                    remember(g, i)
+        for layer in g.layers:
+            assert told[layer] == plan(g, 15, layer.index if stagger else 0)
+            # Never longer than the interval from one anchor to the next, but for dense steps.
+            assert all(len(between) < every for between in re.findall("s+", told[layer]))
+
+
+def test_stagger_spreads_the_anchors_after_the_first():
+    g = generation(count=4, dense_steps=1, refresh_every=4, stagger=True)
+    plans = [plan(g, 13, layer.index) for layer in g.layers]
+    assert plans == ["dasssasssasss", "dassasssasssa", "dasasssasssas", "daasssasssass"]
+
+
+def test_dense_layers():
+    g = generation("tail", count=5, dense_layers="0,3-4", dense_steps=0)
+    enter(g, 0, "cond")
+    assert [g.phase(layer)[0] for layer in g.layers] == list("dssdd")
+
+
+def test_dense_layers_are_counted_in_each_transformer():
+    g = Generation(SparseConfig("tail", dense_layers="-1", dense_steps=0), layers(2) + layers(3, "transformer_2"))
+    enter(g, 0, "cond")
+    assert [g.phase(layer)[0] for layer in g.layers] == list("sdssd")
+
+
+def test_a_late_anchor():
+    g = generation(dense_steps=0)
+    enter(g, 0, "cond")
+    remember(g)
+    for step, expected in ((1, "sparse"), (3, "sparse"), (4, "anchor"), (5, "anchor"), (7, "anchor")):
+        enter(g, step, "cond")  # and learns nothing
+        assert g.phase(g.layers[0]) == expected
+    remember(g)
+    assert g.phase(g.layers[0]) == "sparse"  # the same forward again
+    enter(g, 7, "uncond")
+    assert g.phase(g.layers[0]) == "anchor"
+
+
+@pytest.mark.parametrize("dense_steps", [0.15, "0.2", "-1", "0-1,-1"])
+def test_a_share_of_an_unknown_number_of_steps_is_an_error(dense_steps):
+    g = generation(dense_steps=dense_steps)
+    with pytest.raises(ValueError, match=f"dense_steps={dense_steps!r} counts against the number of steps"):
+        enter(g, 0, "cond", total=None)
+    assert g.moment is None
+    enter(g, 0, "cond", total=20)
+
+
+def test_a_count_of_an_unknown_number_of_steps_is_none():
+    g = generation("tail", dense_steps=2)
+    phases = []
+    for step in range(4):
+        enter(g, step, "cond", total=None)
+        phases.append(g.phase(g.layers[0]))
+    assert phases == ["dense", "dense", "sparse", "sparse"]
+
+
+def test_steps_and_layers_that_are_not_there():
+    with pytest.raises(ValueError, match="dense_steps: '20' in '0,20' lies outside 0..19"):
+        enter(generation(dense_steps="0,20"), 0, "cond", total=20)
+    g = Generation(SparseConfig("tail", dense_layers="0,2", dense_steps=0), layers(3) + layers(2, "transformer_2"))
+    with pytest.raises(ValueError, match="dense_layers: '2' in '0,2' lies outside 0..1"):
+        enter(g, 0, "cond", total=20)
+
+
+# --- what it may remember --------------------------------------------------------------------------------------------
+
+# 4000 tokens are fewer than 128 blocks of 32, so they make 250 of 16.
+LARGE = TokenGrid(10, 20, 20)
+
+
+def needed(kind, *, heads=4, dim=64, kept=25, rho=0, calls=1):
+    """By hand: the residual's bytes a row, and a list of kept blocks and the block's own, with its count, a block."""
+    row = {"bf16": 2 * dim, "fp8": dim + 4, "int4": dim // 2 + 4}[kind]
+    return calls * heads * (4000 * (row + rho) + 250 * 4 * (1 + kept + 1))
+
+
+def large(count=2, parts=("transformer",), **options):
+    found = [layer for part in parts for layer in layers(count, part, heads=4, dim=64)]
+    return Generation(SparseConfig(**(dict(method="anchor", dense_steps=0) | options)), found)
+
+
+@pytest.mark.parametrize(("kind", "finer"), [("bf16", None), ("fp8", "bf16"), ("int4", "fp8")])
+@pytest.mark.parametrize("method", ["anchor", "reshape"])
+def test_storage_is_the_finest_that_fits(method, kind, finer):
+    """To the byte."""
+    rho = 4 if method == "reshape" else 0
+    need = needed(kind, rho=rho, calls=2 * 3 * 2)  # layers, batch, branches
+    for limit, expected in ((need, kind), (needed(finer, rho=rho, calls=12) - 1 if finer else 2 * need, kind)):
+        g = large(method=method, max_state_gib=limit / GIB)
+        g.branches = 2
+        enter(g, 0, "cond", grid=LARGE, batch=3)
+        assert g.storage == expected
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "int4"])
+def test_storage_that_was_asked_for_is_taken_or_refused(kind):
+    need = needed(kind, calls=2)
+    g = large(residual=kind, max_state_gib=need / GIB)
+    enter(g, 0, "cond", grid=LARGE)
+    assert g.storage == kind
+    g = large(residual=kind, max_state_gib=(need - 1) / GIB)
+    with pytest.raises(StateTooLarge, match=f"in {kind}"):
+        enter(g, 0, "cond", grid=LARGE)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({"density": 0.3}, 75), ({"top_p": 0.1}, 249), ({"density": 1.0}, 249), ({"density": 0.001}, 1)],
+)
+def test_plans_are_counted(options, kept):
+    need = needed("int4", kept=kept, calls=2)
+    enter(large(residual="int4", max_state_gib=need / GIB, **options), 0, "cond", grid=LARGE)
+    with pytest.raises(StateTooLarge):
+        enter(large(residual="int4", max_state_gib=(need - 1) / GIB, **options), 0, "cond", grid=LARGE)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"neighbours": True}, {"first_frame": True, "density": 0.4}])
+@pytest.mark.parametrize("residual", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("method", ["anchor", "reshape"])
+def test_the_estimate_is_what_is_remembered(method, residual, options):
+    from dit_sparse.attention import sparse_attention
+
+    grid = TokenGrid(3, 5, 7)
+    g = generation(method, count=2, dense_steps=0, residual=residual, **options)
+    enter(g, 0, "cond", grid=grid)
+    for layer in g.layers:
+        sparse_attention(*torch.randn(3, 1, 2, 105, 16), layer, g)
+    assert g.peak_state_bytes == sum(g._state_bytes(layer, residual) for layer in g.layers)
+
+
+@pytest.mark.parametrize("dense_layers", [0, 3, "9", "0,5-8", "-1"])
+@pytest.mark.parametrize("share", [0.0001, 0.35, 0.8])
+@pytest.mark.parametrize("parts", [("transformer",), ("transformer", "transformer_2")])
+def test_what_is_suggested_fits(dense_layers, share, parts):
+    g = large(10, parts, dense_layers=dense_layers)
+    sparse = 10 - len(state.span(dense_layers, 10))
+    limit = share * needed("int4", calls=sparse * len(parts)) / GIB
+    g.config = replace(g.config, max_state_gib=limit)
+    with pytest.raises(StateTooLarge) as error:
+        enter(g, 0, "cond", grid=LARGE)
+    assert g.moment is None
+    message = str(error.value)
+    dense = int(re.search(r"dense_layers=(\d+) fits", message)[1])
+    enough = float(re.search(r"max_state_gib=([\d.]+) where", message)[1])
+    for options in ({"dense_layers": dense}, {"max_state_gib": enough}):
+        fits = large(10, parts, **{"dense_layers": dense_layers, "max_state_gib": limit, **options})
+        enter(fits, 0, "cond", grid=LARGE)
+        assert fits.storage == "int4" or options.get("max_state_gib")
+    with pytest.raises(StateTooLarge):
+        enter(large(10, parts, dense_layers=dense - 1, max_state_gib=limit), 0, "cond", grid=LARGE)
+    assert enough - needed("int4", calls=sparse * len(parts)) / GIB < 0.01
+
+
+def test_a_run_that_did_not_fit_leaves_nothing_behind():
+    g = large(max_state_gib=1e-6)
+    for _ in range(2):
+        with pytest.raises(StateTooLarge):
+            enter(g, 1, "cond", grid=LARGE, run=ONE)
+    g.config = SparseConfig("tail", dense_steps=0)
+    enter(g, 2, "cond", grid=LARGE, run=ONE)
+    assert g.phase(g.layers[0]) == "sparse"
+
+
+def test_what_remembers_nothing_always_fits():
+    g = Generation(SparseConfig("rectify", dense_steps=0), layers(1))
+    enter(g, 0, "cond", grid=TokenGrid(10**4, 10**4, 10**4))
+    assert g.storage is None
+    g = large(dense_layers=2, max_state_gib=1e-9)
+    enter(g, 0, "cond", grid=LARGE)
+    assert g.storage == "bf16"
+
+
+def test_without_a_limit_what_is_free_counts(monkeypatch):
+    monkeypatch.setattr(state, "_free_bytes", lambda device: needed("fp8", calls=2))
+    g = large()
+    enter(g, 0, "cond", grid=LARGE)
+    assert g.storage == "fp8"
+
+
+def test_free_memory_is_what_could_be_used_without_swapping(monkeypatch, tmp_path):
+    told = "MemTotal:  1000 kB\nMemFree:  10 kB\nMemAvailable:  700 kB\nHugePages_Total:  0\n"
+    monkeypatch.setattr(state.Path, "read_text", lambda *args, **kwargs: told)
+    assert state._free_bytes(CPU) == pytest.approx((700 - 0.15 * 1000) * 1024)
+    monkeypatch.setattr(state.Path, "read_text", lambda *args, **kwargs: told.replace("700", "100"))
+    assert state._free_bytes(CPU) == 0
+
+    def missing(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(state.Path, "read_text", missing)
+    assert state._free_bytes(CPU) == math.inf
+
+
+def test_free_memory_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 40)
+    assert state._free_bytes(torch.device("cuda")) == pytest.approx(25)
+
+
+# --- fallbacks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_fallback_is_counted_and_logged_once(caplog):
+    g = generation(dense_steps=0)
+    enter(g, 0, "cond")
+    with caplog.at_level(logging.WARNING, "dit_sparse"):
+        for reason in ("a mask was given", "a mask was given", "it rained"):
+            g.fall_back(reason)
+    assert dict(g.tally.fallbacks) == {"a mask was given": 2, "it rained": 1}
+    assert [record.getMessage() for record in caplog.records] == [
+        "dense fallback: a mask was given",
+        "dense fallback: it rained",
+    ]
+
+
+def test_strict_allows_no_fallback():
+    g = generation(dense_steps=0, strict=True)
+    with pytest.raises(ValueError, match="A mask was given, and strict=True allows no dense fallback"):
+        g.fall_back("a mask was given")
+    assert not g.tally.fallbacks
