@@ -202,12 +202,20 @@ def address(generation: Generation, layer: int) -> Tensor:
 
 @torch.library.custom_op("dit_sparse::attend", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, where: Tensor) -> Tensor:
-    """`sparse_attention` of the layer at `where` (see `address`); q, k, v [B, H, L, D] -> [B, H, L, D]."""
+    """`sparse_attention` of the layer at `where` (see `address`); q, k, v [B, H, L, D] -> [B, H, L, D].
+
+    Under autocast it runs in autocast's dtype, like torch's own attention, and returns q's.
+    """
     number, index = where.tolist()
-    generation = _generations[number]
-    out = sparse_attention(q, k, v, generation.layers[index], generation, text_mask=text_mask)
-    # The layout that was promised to the compiler.
-    return out if out.stride() == q.stride() else torch.empty_like(q).copy_(out)
+    generation, device = _generations[number], q.device.type
+    inputs = [q, k, v]
+    if torch.is_autocast_enabled(device):
+        inputs = [x.to(torch.get_autocast_dtype(device)) for x in inputs]
+    # Pooling and routing are in float32 whatever the model runs in.
+    with torch.autocast(device, enabled=False):
+        out = sparse_attention(*inputs, generation.layers[index], generation, text_mask=text_mask)
+    # The layout and dtype that were promised to the compiler.
+    return out if (out.stride(), out.dtype) == (q.stride(), q.dtype) else torch.empty_like(q).copy_(out)
 
 
 @attend.register_fake

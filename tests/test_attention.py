@@ -469,3 +469,17 @@ def test_the_op_is_the_function_with_the_memory_layout_of_the_queries(method):
         out = attend(q, k, v, mask, where)
         assert out.stride() == q.stride()
         assert torch.equal(out, run(same, step, q, k, v, text_mask=mask))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_under_autocast_inputs_are_cast_and_statistics_are_not(method):
+    """Norms under autocast return float32 queries and keys beside bfloat16 values."""
+    plain, mixed = (at(method, density=0.3) for _ in range(2))
+    for step in range(2):
+        enter(plain, step)
+        enter(mixed, step)
+        q, k, v = inputs(9, dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = attend(q.float(), k.float(), v, None, address(mixed, 0))
+        assert out.dtype == torch.float32
+        assert torch.equal(out, attend(q, k, v, None, address(plain, 0)).float())
