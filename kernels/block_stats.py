@@ -27,9 +27,10 @@ def block_stats(x: Tensor, lengths: Tensor, *, block: int, want: Want = "all", i
     """Statistics of each block of `block` tokens over its first `lengths` tokens; the others may hold anything.
 
     x [B, H, L, D] float16, bfloat16, float32 or (torch) float64, D a multiple of 8 up to 256, any strides with the
-    last dimension contiguous; lengths [N] or [B, N], any integer type, N = ceil(L / block). Returns mean, mad and var,
-    each [B, H, N, D] float32 (float64 for float64); those not wanted are None. A block of length 0 gives zeros.
-    Raises ValueError where these do not fit together. Rectified SpaAttn (arXiv 2511.19835) uses mean and mad.
+    last dimension contiguous; lengths [N] or [B, N], any integer type, each from 0 to block, N = ceil(L / block).
+    Returns mean, mad and var, each [B, H, N, D] float32 (float64 for float64); those not wanted are None. A block of
+    length 0 gives zeros. Raises ValueError where these do not fit together. Rectified SpaAttn (arXiv 2511.19835) uses
+    mean and mad.
     """
     if x.dim() != 4 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"x must be [B, H, L, D] of a float type, not {tuple(x.shape)} of {x.dtype}.")
@@ -139,7 +140,7 @@ if triton is not None:
         o_t = tl.arange(0, BT)
         o_l = i_n * BLOCK + o_t
         o_d = i_d * BD + tl.arange(0, BD)
-        m_t = (o_t < length) & (o_t < BLOCK) & (o_l < L)
+        m_t = (o_t < length) & (o_l < L)
         p_x = x + i_b * stride_xb + i_h * stride_xh + o_l[:, None] * stride_xl + o_d[None, :]
         # [BT, BD]
         b_x = tl.load(p_x, mask=m_t[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
