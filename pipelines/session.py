@@ -59,7 +59,9 @@ class Session:
                 f"{type(pipe).__name__} has no transformer this library knows: it has {', '.join(found) or 'none'}, "
                 f"and known are {', '.join(sorted(FAMILIES))}."
             )
-        _check_free(self._transformers)
+        for part, transformer in self._transformers.items():
+            if _session_on(transformer) is not None:
+                raise _taken(part)
         self._before = [
             (module, module.processor)
             for transformer in self._transformers.values()
@@ -133,6 +135,13 @@ class Session:
             del self._pipe.set_attn_processor
             self._binds = False
         self.generation.reset()
+
+    def release(self, transformer: nn.Module) -> None:
+        """Restore, and leave every other transformer to a session of its own, which its next forward begins."""
+        others = [module for module in self._transformers.values() if module is not transformer]
+        self.restore()
+        for module in others:
+            module.set_attn_processor(self.author)
 
     def __enter__(self) -> "Session":
         return self
@@ -308,8 +317,13 @@ def _known(parts: Mapping[str, Any]) -> dict[str, nn.Module]:
     return {part: module for part, module in parts.items() if type(_unwrap(module)).__name__ in FAMILIES}
 
 
-def _hook_of(transformer: nn.Module) -> Any:
-    return HookRegistry.check_if_exists_or_initialize(_unwrap(transformer)).get_hook(_HOOK)
+def _session_on(transformer: nn.Module) -> Session | None:
+    hook = HookRegistry.check_if_exists_or_initialize(_unwrap(transformer)).get_hook(_HOOK)
+    return None if hook is None else hook.session
+
+
+def _taken(part: str) -> ValueError:
+    return ValueError(f"{part} is sparse already: call restore() on its session first.")
 
 
 def _unwrap(module: Any) -> Any:
@@ -384,16 +398,19 @@ class SparseAttnProcessor:
         parts = _known(_parts(pipe or transformer))
         held = {part: [m for m in module.modules() if _processor(m) is self] for part, module in parts.items()}
         mine = {part: parts[part] for part, modules in held.items() if modules}
-        _check_free(mine)
         for part, module in mine.items():
-            _take_over(part, module)
+            session = _session_on(module)
+            if session is not None:
+                if session.author is None:
+                    raise _taken(part)
+                session.release(module)
             for m in held[part]:
                 m.set_processor(FAMILIES[type(_unwrap(module)).__name__].stock())
                 _carry(self, m.processor)
         self.session = Session(pipe or transformer, self.config, mine)
         self.session.author = self
         # This forward began before the hook was there.
-        hook = _hook_of(transformer)
+        hook = HookRegistry.check_if_exists_or_initialize(transformer).get_hook(_HOOK)
         call = dict(zip(hook.names, args, strict=False)) | kwargs
         self.session.unnamed = call.get("encoder_hidden_states")
         self.session.enter(transformer, hook.family, call, None)
@@ -401,22 +418,3 @@ class SparseAttnProcessor:
 
 def _processor(module: nn.Module) -> Any:
     return getattr(module, "processor", None)
-
-
-def _check_free(transformers: Mapping[str, nn.Module]) -> None:
-    for part, transformer in transformers.items():
-        hook = _hook_of(transformer)
-        if hook is not None and hook.session.author is None:
-            raise ValueError(f"{part} is sparse already: call restore() on its session first.")
-
-
-def _take_over(part: str, transformer: nn.Module) -> None:
-    """End the session that an earlier SparseAttnProcessor holds on a transformer, for this transformer alone."""
-    hook = _hook_of(transformer)
-    if hook is None:
-        return
-    old = hook.session
-    left = [module for name, module in old._transformers.items() if name != part]
-    old.restore()
-    for module in left:
-        module.set_attn_processor(old.author)

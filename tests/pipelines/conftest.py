@@ -1,0 +1,23 @@
+"""Pipelines of a few thousand weights, built anew where a test needs what a fresh process would have."""
+
+import diffusers
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Without diffusers' note on each number of frames it rounds."""
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    yield
+    diffusers.utils.logging.set_verbosity(before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small take longer on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
