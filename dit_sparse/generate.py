@@ -83,8 +83,6 @@ class GenerateOptions:
 
 def run(options: GenerateOptions) -> int:
     """Exit code. Raises ValueError for input that cannot work, before any model work where that can be known."""
-    if options.output_file is not None:
-        video.check_writable(options.output_file)
     files = models.find(options.model_id)
     device, dtype = _placement(options)
     options = _with_defaults(options, files)
@@ -163,6 +161,12 @@ def _with_defaults(options: GenerateOptions, files: models.ModelFiles) -> Genera
                 f"{files.source} is a {files.index['_class_name']}, which diffusers {diffusers.__version__} has not."
             )
         parameters = inspect.signature(pipeline.__call__).parameters
+        for name in ("image", "video"):
+            if name in parameters:
+                raise ValueError(
+                    f"{files.source} is a {pipeline.__name__}, which starts from an existing {name}; generate only "
+                    "makes videos from text, so use it from Python."
+                )
         defaults = {name: parameters[name].default for name in DEMO if name in parameters}
     missing = {name: defaults.get(name) for name in DEMO if getattr(options, name) is None}
     options = replace(options, **missing)

@@ -185,6 +185,22 @@ def test_a_prompt_is_needed_where_the_model_has_none(model, capsys):
     assert "prompt is missing: give --prompt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "said"),
+    [
+        ("WanImageToVideoPipeline", "which starts from an existing image; generate only makes"),
+        ("WanVideoToVideoPipeline", "which starts from an existing video; generate only makes"),
+        ("PipelineOfTomorrow", "is a PipelineOfTomorrow, which diffusers"),
+    ],
+)
+def test_pipelines_it_cannot_drive_are_refused(command, model, tmp_path, capsys, pipeline, said):
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": pipeline}))
+    assert main([*command, "--model_id", str(copy)]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("broken", ["transformer", "vae"])
 def test_parts_of_unknown_kind_are_refused_before_any_model_work(command, model, tmp_path, capsys, broken):
     copy = Path(shutil.copytree(model, tmp_path / "copy"))

@@ -165,6 +165,7 @@ def test_legal_sizes_are_those_the_pipeline_takes_unchanged():
 def test_published_models():
     assert models.published("Wan2.1-14B").transformer["num_attention_heads"] == 40
     assert models.published("wan2.2-a14b").transformers == 2
+    assert models.published("wan2.2-ti2v-5b").vae == {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
     for model in models.PUBLISHED.values():
         models.check_size(model.transformer, model.vae, model.height, model.width, model.num_frames)
     with pytest.raises(ValueError, match="Unknown family 'wan2.1-1.4b': did you mean 'wan2.1-14b'"):
