@@ -1,6 +1,6 @@
 """The data path, top to bottom."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from weakref import WeakValueDictionary
 
@@ -60,7 +60,8 @@ def sparse_attention(
         assert learned is not None
         out, routed = _between(call, learned, moment.step), learned.visited
     possible = q.shape[0] * q.shape[1] * layout.blocks**2
-    generation.tally.sparse(moment.step, phase, pairs, call.known, call.listed * layout.block**2, routed, possible)
+    visited = torch.stack(call.listed).sum() * layout.block**2
+    generation.tally.sparse(moment.step, phase, pairs, call.known, visited, routed, possible)
     return out if order.is_raster else permute((out,), order.place)[0]
 
 
@@ -113,7 +114,7 @@ class Call:
     """The inputs of one call in routing order, what the methods do with them, and the token pairs that took.
 
     routes  whether it chooses blocks, for which the queries are pooled too
-    listed  () int64, query-key block pairs visited, on the device
+    listed  query-key block pairs visited, () int64 on the device for each pass over a plan
     known   pairs of tokens, or of a token and a pooled key, visited besides
     """
 
@@ -125,7 +126,7 @@ class Call:
     text_mask: Tensor | None
     key_mask: Tensor | None
     routes: bool
-    listed: Tensor | int = 0
+    listed: list[Tensor] = field(default_factory=list)
     known: float = 0.0
 
     @property
@@ -159,7 +160,7 @@ class Call:
         """Block attention over a plan that lists `listed` pairs of blocks: out and lse."""
         layout, rows = self.layout, self.q.shape[0] * self.q.shape[1]
         vision, text = layout.grid.tokens, layout.text
-        self.listed = self.listed + listed
+        self.listed.append(listed)
         self.known += rows * (text * layout.tokens + vision * text)
         if correction.tail is not None:
             self.known += rows * vision * layout.blocks
@@ -207,15 +208,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, where: Ten
     Under autocast it runs in autocast's dtype, like torch's own attention, and returns q's.
     """
     number, index = where.tolist()
-    generation, device = _generations[number], q.device.type
-    inputs = [q, k, v]
+    generation, device, like = _generations[number], q.device.type, q
     if torch.is_autocast_enabled(device):
-        inputs = [x.to(torch.get_autocast_dtype(device)) for x in inputs]
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     # Pooling and routing are in float32 whatever the model runs in.
     with torch.autocast(device, enabled=False):
-        out = sparse_attention(*inputs, generation.layers[index], generation, text_mask=text_mask)
+        out = sparse_attention(q, k, v, generation.layers[index], generation, text_mask=text_mask)
     # The layout and dtype that were promised to the compiler.
-    return out if (out.stride(), out.dtype) == (q.stride(), q.dtype) else torch.empty_like(q).copy_(out)
+    return out if (out.stride(), out.dtype) == (like.stride(), like.dtype) else torch.empty_like(like).copy_(out)
 
 
 @attend.register_fake

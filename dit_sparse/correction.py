@@ -84,19 +84,16 @@ def _difference(dense: Tensor, part: Tensor, rho: Tensor | None, storage: Storag
         known = part[:, h] if rho is None else rho[:, h, :, None] * part[:, h]
         return pack(dense[:, h] - known, storage)
 
-    heads = dense.shape[1]
     first = head(0)
-    codes, scales = (x if x is None else _room_for_heads(x, heads) for x in (first.codes, first.scales))
-    for h in range(heads):
+    room = (dense.shape[0], dense.shape[1])
+    codes = first.codes.new_empty(*room, *first.codes.shape[1:])
+    scales = None if first.scales is None else first.scales.new_empty(*room, *first.scales.shape[1:])
+    for h in range(dense.shape[1]):
         one = first if h == 0 else head(h)
         codes[:, h] = one.codes
-        if scales is not None:
+        if scales is not None and one.scales is not None:
             scales[:, h] = one.scales
     return Residual(codes, scales, first.kind)
-
-
-def _room_for_heads(x: Tensor, heads: int) -> Tensor:
-    return x.new_empty(x.shape[0], heads, *x.shape[1:])
 
 
 def reshape(learned: Learned, nth: int, *, ramp: float, clamp: bool, keep_mass: bool) -> Correction:
@@ -107,8 +104,7 @@ def reshape(learned: Learned, nth: int, *, ramp: float, clamp: bool, keep_mass: 
     assert learned.rho is not None and nth >= 1
     ramped = learned.rho + ramp * (nth - 1)
     if clamp:
-        # Rounding may leave a full row a hair above 1, which must not count as ramped down.
-        ramped = torch.minimum(ramped, learned.rho.clamp(min=1))
+        ramped = ramped.clamp(max=1)
     residual = learned.residual
     if keep_mass:
         rest = 1 - learned.rho

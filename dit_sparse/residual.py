@@ -33,6 +33,7 @@ def unpack(residual: Residual) -> Tensor:
     """The residual as numbers, [..., D]."""
     if residual.kind == "full":
         return residual.codes
+    assert residual.scales is not None
     if residual.kind == "fp8":
         values = residual.codes.view(torch.float8_e4m3fn).float()
     else:  # The low halves of the bytes are the first D/2 channels, each a signed number plus 8.

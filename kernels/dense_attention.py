@@ -92,6 +92,6 @@ def dense_attention(
             return out.transpose(1, 2), lse
         case _:
             size = 128
-            blocks = (-(-x.shape[2] // size) for x in (q, k))
-            plan = BlockPlan.full(*q.shape[:2], *blocks, q.device)
+            batch, heads, queries, _ = q.shape
+            plan = BlockPlan.full(batch, heads, -(-queries // size), -(-k.shape[2] // size), q.device)
             return block_attention(q, k, v, plan, block=size, scale=scale, key_mask=key_mask)
