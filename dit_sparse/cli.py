@@ -67,12 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     command, *rest = [token for token in arguments if token != "--debug"] or [""]
     try:
-        return _dispatch(command, rest)
+        try:
+            return _dispatch(command, rest)
+        finally:
+            # A reader that has gone is found out here, not when the interpreter ends.
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("Interrupted: what was finished is kept, and nothing is left half-written.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has enough; the interpreter must not try to flush the rest at exit.
+        # What is still buffered has nowhere to go, and the interpreter would complain of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:

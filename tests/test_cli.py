@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -103,6 +105,15 @@ def test_running_out_of_memory_says_what_needs_less(capsys, monkeypatch):
     monkeypatch.setattr(generate, "run", full)
     said = refused(capsys, "generate")
     assert "smaller size, --offload or --residual int4" in said and "Tried to allocate 2 GiB." in said
+
+
+@pytest.mark.parametrize("arguments", [["plan", "--help"], ["plan", "--family", "wan2.1-14b"]])
+def test_a_reader_that_has_enough_is_no_error(arguments):
+    command = [sys.executable, "-m", "dit_sparse", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_info_tells_device_kernels_and_models(capsys):
