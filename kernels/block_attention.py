@@ -1,6 +1,7 @@
 """Attention over listed key blocks, with everything a method adds for the rest done before the output is written."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,11 +45,16 @@ def block_attention(
 
     Returns out like q, and lse [B, H, Lq] float32 (float64 for float64), natural logarithm, of the exact part; rows
     that see no key give zeros and -inf. impl "auto" is triton on CUDA and torch elsewhere; a named one never falls
-    back. Raises ValueError where shapes, dtypes or devices do not fit together.
+    back, and triton refuses float32 beyond 128 channels, which would not fit its registers. Raises ValueError where
+    shapes, dtypes or devices do not fit together.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     correction = correction or Correction()
+    if impl == "auto" and q.dtype == torch.float32 and q.shape[-1] > 128:
+        impl = "torch"
     impl = resolve(impl, q)
+    if impl == "triton" and q.dtype == torch.float32 and q.shape[-1] > 128:
+        raise ValueError(f"impl 'triton' takes float32 up to head dimension 128, not {q.shape[-1]}; 'torch' takes it.")
     _check(q, k, v, plan, correction, block, key_mask, text, impl)
     tail, residual = correction.tail, correction.residual
     return _block_attention(
@@ -368,12 +374,14 @@ def _correct_rows(out: Tensor, correction: Correction, at: tuple[int, int], pick
 if triton is not None:
 
     @triton.jit
-    def _softmax_step(b_o, b_m, b_l, b_s, b_v, PRECISION: tl.constexpr):
-        """Fold logits b_s [BM, BN], in base 2, and values b_v [BN, BD] into the running softmax."""
-        b_top = tl.maximum(b_m, tl.max(b_s, 1))
-        # A row that has seen nothing yet must not compute inf - inf.
-        b_ref = tl.where(b_top == float("-inf"), 0.0, b_top)
-        b_p = tl.exp2(b_s - b_ref[:, None])
+    def _softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, GUARD: tl.constexpr, PRECISION: tl.constexpr):
+        """Fold logits b_s [BM, BN], to be scaled into base 2, and values b_v [BN, BD] into the running softmax."""
+        b_top = tl.maximum(b_m, tl.max(b_s, 1) * scale2)
+        b_ref = b_top
+        if GUARD:
+            # A row that has seen nothing yet must not compute inf - inf.
+            b_ref = tl.where(b_top == float("-inf"), 0.0, b_top)
+        b_p = tl.exp2(b_s * scale2 - b_ref[:, None])
         b_shrink = tl.exp2(b_m - b_ref)
         b_l = b_l * b_shrink + tl.sum(b_p, 1)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None], input_precision=PRECISION)
@@ -382,7 +390,7 @@ if triton is not None:
     @triton.jit
     def _block_attention_kernel(
         p_q, p_k, p_v, p_out, p_lse,
-        p_counts, p_indices, p_key_mask,
+        p_counts, p_indices, p_every, p_key_mask,
         p_tail_k, p_tail_v, p_tail_log, p_tail_var, p_routed,
         p_scale, p_res, p_res_scale,
         q_sb, q_sh, q_st,
@@ -417,7 +425,8 @@ if triton is not None:
         o_n = tl.arange(0, BN)
         o_d = tl.arange(0, BD)
         m_m = o_m < end_row
-        m_d = o_d < D
+        # All true, and known to be while compiling, where the head dimension needs no padding.
+        m_d = o_d < D if D < BD else tl.full([BD], 1, tl.int1)
 
         p_k += i_b * k_sb + i_h * k_sh
         p_v += i_b * v_sb + i_h * v_sh
@@ -431,64 +440,64 @@ if triton is not None:
         scale2 = scale * LOG2E
 
         n = tl.load(p_counts + i_list)
-        p_indices += i_list * W
+        p_list = p_indices + i_list * W
         if TEXT:
             n = tl.where(is_text, NK, n)
+            p_list = tl.where(is_text, p_every, p_list)
         # Lists ascend, so only the last listed block can be the short one.
-        last = tl.load(p_indices + n - 1, mask=not is_text, other=NK - 1)
-        short = (last + 1) * BLOCK > COLUMNS
-        n_whole = n - short.to(tl.int32)
+        last = tl.load(p_list + n - 1)
+        n_whole = n - ((last + 1) * BLOCK > COLUMNS).to(tl.int32)
         if MASKED:
             n_whole = n * 0
 
         STEPS: tl.constexpr = BLOCK // BN
+        # The tile's own offsets fit 32 bits; where the tile starts may not.
+        p_kt = p_k + (o_n[None, :] * k_st + o_d[:, None])
+        p_vt = p_v + (o_n[:, None] * v_st + o_d)
         for i in range(0, n_whole * STEPS):
-            j = i // STEPS
-            if TEXT:
-                i_n = tl.where(is_text, j, tl.load(p_indices + j, mask=not is_text, other=0))
+            start = (tl.load(p_list + i // STEPS) * BLOCK + (i % STEPS) * BN).to(tl.int64)
+            if D < BD:
+                # [BD, BN]
+                b_k = tl.load(p_kt + start * k_st, mask=m_d[:, None], other=0.0)
+                # [BN, BD]
+                b_v = tl.load(p_vt + start * v_st, mask=m_d[None, :], other=0.0)
             else:
-                i_n = tl.load(p_indices + j)
-            start = (i_n * BLOCK + (i % STEPS) * BN).to(tl.int64)
-            # [BD, BN]
-            b_k = tl.load(p_k + start * k_st + o_n[None, :] * k_st + o_d[:, None], mask=m_d[:, None], other=0.0)
-            b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale2
-            # [BN, BD]
-            b_v = tl.load(p_v + start * v_st + o_n[:, None] * v_st + o_d, mask=m_d, other=0.0)
-            b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, b_v, PRECISION)
+                b_k = tl.load(p_kt + start * k_st)
+                b_v = tl.load(p_vt + start * v_st)
+            b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
+            b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, False, PRECISION)
 
-        for i in range(n_whole * STEPS, n * STEPS):
-            j = i // STEPS
-            if TEXT:
-                i_n = tl.where(is_text, j, tl.load(p_indices + j, mask=not is_text, other=0))
-            else:
-                i_n = tl.load(p_indices + j)
-            start = i_n * BLOCK + (i % STEPS) * BN
-            m_n = start + o_n < COLUMNS
+        # What follows is a small share of the work: narrower steps, not pipelined, leave registers to the loop above.
+        o_t = tl.arange(0, BT)
+        FEWER: tl.constexpr = BLOCK // BT
+        for i in tl.range(n_whole * FEWER, n * FEWER, num_stages=2 if MASKED else 1):
+            o_c = tl.load(p_list + i // FEWER) * BLOCK + (i % FEWER) * BT + o_t
+            m_c = o_c < COLUMNS
             if MASKED:
-                m_n = m_n & (tl.load(p_key_mask + i_b * LK + start + o_n, mask=m_n, other=0) != 0)
-            start = start.to(tl.int64)
-            # [BD, BN]
-            b_k = tl.load(p_k + start * k_st + o_n[None, :] * k_st + o_d[:, None], mask=m_n & m_d[:, None], other=0.0)
-            b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale2
-            b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-            # [BN, BD]
-            b_v = tl.load(p_v + start * v_st + o_n[:, None] * v_st + o_d, mask=m_n[:, None] & m_d, other=0.0)
-            b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, b_v, PRECISION)
+                m_c = m_c & (tl.load(p_key_mask + i_b * LK + o_c, mask=m_c, other=0) != 0)
+            o_c = o_c.to(tl.int64)
+            # [BD, BT]
+            b_k = tl.load(p_k + o_c[None, :] * k_st + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
+            b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
+            b_s = tl.where(m_c[None, :], b_s, float("-inf"))
+            # [BT, BD]
+            b_v = tl.load(p_v + o_c[:, None] * v_st + o_d, mask=m_c[:, None] & m_d, other=0.0)
+            b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, True, PRECISION)
 
         if TEXT:
-            for begin in range(COLUMNS, LK, BN):
-                o_t = begin + o_n
-                m_n = o_t < LK
+            for begin in tl.range(COLUMNS, LK, BT, num_stages=1):
+                o_c = begin + o_t
+                m_c = o_c < LK
                 if MASKED:
-                    m_n = m_n & (tl.load(p_key_mask + i_b * LK + o_t, mask=m_n, other=0) != 0)
-                o_t = o_t.to(tl.int64)
-                # [BD, BN]
-                b_k = tl.load(p_k + o_t[None, :] * k_st + o_d[:, None], mask=m_n & m_d[:, None], other=0.0)
-                b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale2
-                b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-                # [BN, BD]
-                b_v = tl.load(p_v + o_t[:, None] * v_st + o_d, mask=m_n[:, None] & m_d, other=0.0)
-                b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, b_v, PRECISION)
+                    m_c = m_c & (tl.load(p_key_mask + i_b * LK + o_c, mask=m_c, other=0) != 0)
+                o_c = o_c.to(tl.int64)
+                # [BD, BT]
+                b_k = tl.load(p_k + o_c[None, :] * k_st + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
+                b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
+                b_s = tl.where(m_c[None, :], b_s, float("-inf"))
+                # [BT, BD]
+                b_v = tl.load(p_v + o_c[:, None] * v_st + o_d, mask=m_c[:, None] & m_d, other=0.0)
+                b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, True, PRECISION)
 
         # The log-sum-exp of the exact part, before the tail joins the sum. [BM]
         b_lse = tl.where(b_l > 0, (b_m + tl.log2(b_l)) / LOG2E, float("-inf"))
@@ -500,26 +509,24 @@ if triton is not None:
             p_routed += i_list * NK
             if SECOND:
                 p_tail_var += (i_b * H + i_h) * NK * D
-            o_bt = tl.arange(0, BT)
-            # Not pipelined: few steps, and the buffers and registers of two more operands would not fit.
             for begin in tl.range(0, tl.where(is_text, 0, NK), BT, num_stages=1):
-                o_t = begin + o_bt
-                m_t = o_t < NK
-                b_w = tl.load(p_tail_log + i_b * tail_log_sb + o_t, mask=m_t, other=0.0) * LOG2E
-                m_t = m_t & (tl.load(p_routed + o_t, mask=m_t, other=1) == 0)
+                o_c = begin + o_t
+                m_c = o_c < NK
+                b_w = tl.load(p_tail_log + i_b * tail_log_sb + o_c, mask=m_c, other=0.0)
+                m_c = m_c & (tl.load(p_routed + o_c, mask=m_c, other=1) == 0)
                 # [BD, BT]
-                b_k = tl.load(p_tail_k + o_t[None, :] * D + o_d[:, None], mask=m_t & m_d[:, None], other=0.0)
-                b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision=PRECISION) * scale2
+                b_k = tl.load(p_tail_k + o_c[None, :] * D + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
+                b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision=PRECISION)
                 if SECOND:
-                    b_q2 = b_q.to(tl.float32) * scale
-                    b_q2 = (b_q2 * b_q2).to(b_q.dtype)
+                    b_q2 = b_q.to(tl.float32)
+                    b_q2 = (b_q2 * b_q2 * (0.5 * scale)).to(b_q.dtype)
                     # [BD, BT]
-                    b_u = tl.load(p_tail_var + o_t[None, :] * D + o_d[:, None], mask=m_t & m_d[:, None], other=0.0)
-                    b_s += tl.dot(b_q2, b_u.to(b_q.dtype), input_precision=PRECISION) * (0.5 * LOG2E)
-                b_s = tl.where(m_t[None, :], b_s + b_w[None, :], float("-inf"))
+                    b_u = tl.load(p_tail_var + o_c[None, :] * D + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
+                    b_s = tl.dot(b_q2, b_u.to(b_q.dtype), b_s, input_precision=PRECISION)
+                b_s = tl.where(m_c[None, :], b_s * scale2 + b_w[None, :] * LOG2E, float("-inf"))
                 # [BT, BD]
-                b_v = tl.load(p_tail_v + o_t[:, None] * D + o_d, mask=m_t[:, None] & m_d, other=0.0)
-                b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, b_v.to(b_q.dtype), PRECISION)
+                b_v = tl.load(p_tail_v + o_c[:, None] * D + o_d, mask=m_c[:, None] & m_d, other=0.0)
+                b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, 1.0, b_v.to(b_q.dtype), True, PRECISION)
 
         b_o = b_o / tl.where(b_l > 0, b_l, 1.0)[:, None]
 
@@ -556,6 +563,12 @@ if triton is not None:
         )
 
 
+@lru_cache(maxsize=32)
+def _every(blocks: int, device: torch.device) -> Tensor:
+    """The list of a text row: all blocks."""
+    return torch.arange(blocks, dtype=torch.int32, device=device)
+
+
 def _triton(
     q: Tensor,
     k: Tensor,
@@ -583,7 +596,8 @@ def _triton(
     res_strides = residual.codes.stride()[:3] if residual else (0, 0, 0)
     _block_attention_kernel[grid](
         q, k, v, out, lse,
-        counts, indices, key_mask.to(torch.uint8).contiguous() if key_mask is not None else None,
+        counts, indices, _every(plan.key_blocks, q.device) if text else None,
+        key_mask.to(torch.uint8).contiguous() if key_mask is not None else None,
         tail.keys.contiguous() if tail else None,
         tail.values.contiguous() if tail else None,
         tail.log_weights.float().contiguous() if tail else None,
@@ -604,7 +618,7 @@ def _triton(
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
         PER_ROW=residual is not None and residual.codes.shape[2] == rows,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse

@@ -139,10 +139,16 @@ def test_error_is_at_most_twice_pytorchs(case, parts, impl, dtype):
 @pytest.mark.parametrize("dim", [8, 24, 64, 72, 128, 256])
 def test_head_dims(impl, dim):
     q, k, v = (x.float() for x in inputs(heads=1, queries=40, dim=dim))
+    if impl == "triton" and dim > 128:
+        with pytest.raises(ValueError, match="float32 up to head dimension 128, not 256"):
+            block_attention(q, k, v, BlockPlan.full(1, 1, 3, 3, DEVICE), block=16, impl=impl)
+        q, k, v = (x.half() for x in (q, k, v))
     plan = BlockPlan.full(1, 1, 3, 3, DEVICE)
     out, lse = block_attention(q, k, v, plan, block=16, impl=impl)
-    torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v), atol=2e-5, rtol=2e-5)
-    torch.testing.assert_close(lse, (q @ k.mT * dim**-0.5).logsumexp(-1), atol=2e-5, rtol=2e-5)
+    off = 2e-5 if q.dtype == torch.float32 else 2e-3
+    q, k, v = (x.float() for x in (q, k, v))
+    torch.testing.assert_close(out.float(), scaled_dot_product_attention(q, k, v), atol=off, rtol=off)
+    torch.testing.assert_close(lse, (q @ k.mT * dim**-0.5).logsumexp(-1), atol=off, rtol=off)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -239,7 +245,7 @@ def test_custom_op_contract_and_compile(parts):
     ("change", "message"),
     [
         (dict(block=48, impl="triton"), "block must be 16, 32, 64 or 128, not 48"),
-        (dict(block=0), "block must be at least 1, not 0"),
+        (dict(block=0, impl="torch"), "block must be at least 1, not 0"),
         (dict(text=80), "text must leave at least one vision token of 80"),
         (dict(impl="cuda"), "Unknown impl 'cuda'"),
         (dict(key_mask=torch.ones(1, 80)), "key_mask must be bool"),

@@ -9,6 +9,7 @@ from tests.kernels.aot import Build, compile_kernels
 CAPABILITIES = (80, 90, 100)
 # Pointers that only some corrections need, and the flag that says so.
 OPTIONAL = {
+    "p_every": "TEXT",
     "p_key_mask": "MASKED",
     "p_tail_k": "TAIL",
     "p_tail_v": "TAIL",
@@ -35,8 +36,9 @@ def build(kind: str, dim: int, block: int, flags: dict, capability: int) -> Buil
     itemsize = 4 if kind == "fp32" else 2
     tile = attention_tile(capability, itemsize, dim, block)
     types = {
-        "p_lse": "*fp32", "p_counts": "*i32", "p_indices": "*i32", "p_key_mask": "*u8", "p_tail_log": "*fp32",
-        "p_routed": "*u8", "p_scale": "*fp32", "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}",
+        "p_lse": "*fp32", "p_counts": "*i32", "p_indices": "*i32", "p_every": "*i32", "p_key_mask": "*u8",
+        "p_tail_log": "*fp32", "p_routed": "*u8", "p_scale": "*fp32",
+        "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}",
         "p_res_scale": "*fp32", "scale": "fp32",
     }  # fmt: skip
     constexprs = dict(
@@ -46,7 +48,7 @@ def build(kind: str, dim: int, block: int, flags: dict, capability: int) -> Buil
         BM=tile.rows,
         BN=tile.columns,
         BT=min(tile.columns, 32),
-        PRECISION="tf32x3" if itemsize == 4 else "tf32",
+        PRECISION="ieee" if itemsize == 4 else "tf32",
     )
     constexprs |= flags
     signature = {}
