@@ -73,6 +73,7 @@ class Session:
         self.author: SparseAttnProcessor | None = None
         # The prompt of a forward that began before the session did, and so has no name for its branch.
         self.unnamed: Tensor | None = None
+        # Of the present run, or of the last one; None before the first.
         self.total_steps: int | None = None
         self._device = torch.device("cpu")
         self._run = self._tick = self._step = None
@@ -332,7 +333,9 @@ def _unwrap(module: Any) -> Any:
 
 
 def _total_steps(pipe: Any) -> int | None:
-    steps = getattr(pipe, "_num_timesteps", None)
+    # Outside of the pipeline's loop this is the number of an earlier run, and something else runs the transformer.
+    running = getattr(pipe, "_current_timestep", None) is not None
+    steps = getattr(pipe, "_num_timesteps", None) if running else None
     if steps is None:
         timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
         steps = None if timesteps is None else len(timesteps)

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, WanVACETransformer3DModel
+from diffusers import FlowMatchHeunDiscreteScheduler, WanVACETransformer3DModel, WanVideoToVideoPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from dit_sparse import SparseConfig, sparsify
@@ -300,8 +300,10 @@ def test_an_aborted_generation_leaves_nothing_behind(kind, when, same):
     config = SparseConfig("anchor", density=0.15, dense_steps=0)
     later = {} if same else {"seed": 2}
     fresh = MAKERS[kind]()
-    with sparsify(fresh, config):
+    with sparsify(fresh, config) as session:
         expected = generate(fresh, **later)
+        told = [(r.step, r.phase) for r in session.report().steps], session.report().work
+        forwards = len(session.generation.tally.marks)
     pipe = MAKERS[kind]()
     with sparsify(pipe, config) as session:
         word, place, step = when.split()
@@ -318,6 +320,38 @@ def test_an_aborted_generation_leaves_nothing_behind(kind, when, same):
             hook.remove()
         assert torch.equal(generate(pipe, **later), expected)
         assert not session.generation.learned
+        assert ([(r.step, r.phase) for r in session.report().steps], session.report().work) == told
+        assert len(session.generation.tally.marks) == forwards
+
+
+def test_a_loop_of_ones_own_that_begins_again_after_one_forward():
+    transformer = tiny_wan(text=False).transformer
+    x, prompt = torch.randn(1, 16, 4, 16, 16), torch.randn(1, 8, 32)
+
+    @torch.no_grad()
+    def forward(t):
+        return transformer(x, timestep=torch.tensor([t]), encoder_hidden_states=prompt).sample
+
+    with sparsify(transformer, "anchor", density=0.15, dense_steps=0) as session:
+        first, second = forward(900.0), forward(800.0)
+        assert [r.phase for r in session.report().steps] == ["anchor", "sparse"]
+        assert torch.equal(forward(900.0), first)
+        assert torch.equal(forward(900.0), first)
+        assert torch.equal(forward(800.0), second)
+        assert [r.phase for r in session.report().steps] == ["anchor", "sparse"]
+
+
+def test_another_pipeline_with_the_same_transformer():
+    pipe = tiny_wan(text=False)
+    other = WanVideoToVideoPipeline(**{name: pipe.components[name] for name in tiny_video_to_video().components})
+    with sparsify(other, "anchor", dense_steps=1):
+        expected = generate(other)
+    with sparsify(pipe, "anchor", dense_steps=1) as session:
+        generate(pipe, steps=10)
+        assert torch.equal(generate(other), expected)
+        # Not the 10 of this pipeline's own run; the scheduler knows of 4, strength takes one of them.
+        assert session.total_steps == 4
+        assert [r.phase for r in session.report().steps] == ["dense", "anchor", "sparse"]
 
 
 @pytest.mark.parametrize(
