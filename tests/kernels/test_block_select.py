@@ -118,6 +118,22 @@ def test_top_p_holds_its_share_with_no_block_to_spare(k_max: int | None, top_p: 
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_share_that_is_reached_exactly_is_enough(impl: str, device: str) -> None:
+    scores = torch.full((1, 1, 1, 8), 0.125, device=device)
+    assert block_select(scores, density=0, top_p=0.5, impl=impl).mask().flatten().tolist() == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_neighbouring_numbers_are_told_apart(impl: str, device: str) -> None:
+    # Four floats next to one another, each five times; 0.1 is odd in its last bit.
+    bits = torch.randperm(20, device=device).int() // 5 + torch.tensor(0.1).view(torch.int32).to(device)
+    scores = bits.view(torch.float32).expand(1, 1, 2, 20)
+    for density in (0.1, 0.35, 0.6, 0.8):
+        mask = block_select(scores, density=density, impl=impl).mask()
+        assert torch.equal(mask, expected(scores, density))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("blocks", [1, 257, 1000, 5000])
 def test_long_rows(blocks: int, impl: str, device: str) -> None:
     scores = torch.rand(1, 1, 2, blocks, device=device)
