@@ -20,8 +20,9 @@ class StepRecord:
 class RunReport:
     """density and work are measured: pairs of tokens visited, padding and text counted, over all pairs.
 
-    density  share of key blocks visited by the sparse calls
-    work     attention work of the whole run relative to dense; anchors and the tail's pooled keys are in it
+    density  share of key blocks in the plans of the sparse calls, without the denser plans of soft anchors
+    work     attention work of the whole run relative to dense; anchors and the tail's pooled keys are in it, pooling
+             and routing are not
     """
 
     steps: tuple[StepRecord, ...]

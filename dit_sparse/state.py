@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +153,8 @@ class Generation:
     def _span(self, name: str, total: int | None) -> frozenset[int]:
         spec = getattr(self.config, name)
         if total is None:
-            if not isinstance(spec, int):
+            # A count, and ranges from the start, name the same steps whatever their number.
+            if not isinstance(spec, int) and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", str(spec).replace(" ", "")):
                 raise ValueError(
                     f"{name}={spec!r} counts against the number of steps, which nobody told here: give a count, or "
                     "use sparsify(pipe)."

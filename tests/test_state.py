@@ -281,8 +281,9 @@ def test_a_share_of_an_unknown_number_of_steps_is_an_error(dense_steps):
     enter(g, 0, "cond", total=20)
 
 
-def test_a_count_of_an_unknown_number_of_steps_is_none():
-    g = generation("tail", dense_steps=2)
+@pytest.mark.parametrize("dense_steps", [2, "2", "0-1", "0, 1"])
+def test_a_count_of_an_unknown_number_of_steps_is_none(dense_steps):
+    g = generation("tail", dense_steps=dense_steps)
     phases = []
     for step in range(4):
         enter(g, step, "cond", total=None)
