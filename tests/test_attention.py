@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dit_sparse import attention
 from dit_sparse.attention import Call, address, attend, sparse_attention
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import pooled_tail, rectify
@@ -213,6 +214,20 @@ def test_between_anchors_plan_and_residual_stay_and_the_rest_is_fresh(text):
     q, k, v = inputs(text)
     close(run(g, 3, q, k, v), dense_attention(q, k, v)[0])
     assert learned(g) is not kept and learned(g).step == 3
+
+
+def test_between_anchors_no_query_is_pooled(monkeypatch):
+    """Nothing is routed there, and pooling reads all of q."""
+    given = []
+    monkeypatch.setattr(attention, "pool", lambda q, *rest: given.append(q is not None) or pool(q, *rest))
+    g = at("anchor", refresh_every=3)
+    for step in range(5):
+        run(g, step, *inputs())
+    assert given == [True, False, False, True, False]
+    g = at("reshape")
+    for step in range(3):
+        run(g, step, *inputs())
+    assert given[5:] == [True]
 
 
 def test_reshape_ramps_from_the_second_step_after_its_refresh():

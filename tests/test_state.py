@@ -263,12 +263,12 @@ def test_a_late_anchor():
     g = generation(dense_steps=0)
     enter(g, 0, "cond")
     remember(g)
-    for step, expected in ((1, "sparse"), (3, "sparse"), (4, "anchor"), (5, "anchor"), (7, "anchor")):
+    for step, expected in ((1, "sparse"), (3, "sparse"), (4, "anchor"), (5, "anchor"), (8, "anchor")):
         enter(g, step, "cond")  # and learns nothing
         assert g.phase(g.layers[0]) == expected
     remember(g)
     assert g.phase(g.layers[0]) == "sparse"  # the same forward again
-    enter(g, 7, "uncond")
+    enter(g, 8, "uncond")
     assert g.phase(g.layers[0]) == "anchor"
 
 
