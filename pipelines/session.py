@@ -76,7 +76,9 @@ class Session:
         # Of the present run, or of the last one; None before the first.
         self.total_steps: int | None = None
         self._device = torch.device("cpu")
-        self._run = self._tick = self._step = None
+        self._run: object = None
+        self._tick: object = None
+        self._step: int | None = None
         self._hook()
         self._binds = transformers is None and pipe is not next(iter(self._transformers.values()))
         if self._binds:
@@ -150,7 +152,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
-    def enter(
+    def _forward_begins(
         self, transformer: nn.Module, family: Family, call: Mapping[str, Any], said: CacheContext | None
     ) -> None:
         """Tell the generation where it is: a forward of a transformer with the arguments `call` begins."""
@@ -183,11 +185,7 @@ class Session:
             run=run,
         )
 
-    def leave(self) -> None:
-        self.generation.leave()
-
-    def forget(self) -> None:
-        """The run is over."""
+    def _run_ends(self) -> None:
         self._step = None
         self.generation.reset()
 
@@ -297,16 +295,16 @@ class GenerationHook(ModelHook):
                 "place: copy before sparsify(), or after restore()."
             )
         call = dict(zip(self.names, args, strict=False)) | kwargs
-        self.session.enter(module, self.family, call, self.said._context)
+        self.session._forward_begins(module, self.family, call, self.said._context)
         return args, kwargs
 
     @torch.compiler.disable
     def post_forward(self, module: nn.Module, output: Any) -> Any:  # noqa: ARG002  (diffusers' signature)
-        self.session.leave()
+        self.session.generation.leave()
         return output
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        self.session.forget()
+        self.session._run_ends()
         return module
 
 
@@ -416,7 +414,7 @@ class SparseAttnProcessor:
         hook = HookRegistry.check_if_exists_or_initialize(transformer).get_hook(_HOOK)
         call = dict(zip(hook.names, args, strict=False)) | kwargs
         self.session.unnamed = call.get("encoder_hidden_states")
-        self.session.enter(transformer, hook.family, call, None)
+        self.session._forward_begins(transformer, hook.family, call, None)
 
 
 def _processor(module: nn.Module) -> Any:
