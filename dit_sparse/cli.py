@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import tyro
 
@@ -109,7 +109,7 @@ def _bench(arguments: list[str]) -> int:
     from dit_sparse import bench
 
     kinds = get_args(get_type_hints(bench.run)["what"])
-    what = arguments[0] if arguments else ""
+    what: Any = arguments[0] if arguments else ""
     if what not in (*kinds, "-h", "--help"):
         raise ValueError(f"bench takes {' or '.join(kinds)} first, not {what!r}.")
     told = options.parse(bench.BenchOptions, arguments[what in kinds :], f"dit-sparse bench {{{','.join(kinds)}}}")
@@ -158,28 +158,26 @@ def plan(chosen: PlanOptions) -> int:
         raise ValueError(f"Give either --model_id or --family, one of {', '.join(models.PUBLISHED)}.")
     if chosen.num_inference_steps < 1:
         raise ValueError(f"num_inference_steps is at least 1, not {chosen.num_inference_steps}.")
+    from dit_sparse.pipelines.session import FAMILIES
+
+    height, width, num_frames = chosen.height, chosen.width, chosen.num_frames
     if chosen.family is not None:
         model = models.published(chosen.family)
         class_name, transformer, vae, count = model.class_name, model.transformer, model.vae, model.transformers
-        asked = (chosen.height, chosen.width, chosen.num_frames)
-        usual = (model.height, model.width, model.num_frames)
-        size = tuple(b if a is None else a for a, b in zip(asked, usual, strict=True))
+        height = model.height if height is None else height
+        width = model.width if width is None else width
+        num_frames = model.num_frames if num_frames is None else num_frames
     else:
         files = models.find(chosen.model_id)
-        if None in (chosen.height, chosen.width, chosen.num_frames):
-            raise ValueError(f"Give --height, --width and --num_frames to plan for {files.source}.")
-        size = (chosen.height, chosen.width, chosen.num_frames)
-    from dit_sparse.pipelines.session import FAMILIES
-
-    if chosen.family is None:
         models.check_known(files, FAMILIES)
         class_name, transformer = next(iter(files.transformers.values()))
         vae, count = files.vae, len(files.transformers)
-    models.check_size(transformer, vae, *size)
-    shape = FAMILIES[class_name].shape(transformer, *size, vae)
+    if height is None or width is None or num_frames is None:
+        raise ValueError(f"Give --height, --width and --num_frames to plan for {chosen.model_id}.")
+    models.check_size(transformer, vae, height, width, num_frames)
+    shape = FAMILIES[class_name].shape(transformer, height, width, num_frames, vae)
     shape = replace(shape, branches=2 if chosen.guidance_scale > 1 else 1, transformers=count)
-    prediction = predict.predict(shape, chosen.sparse, chosen.num_inference_steps)
-    print("\n".join(_told(chosen, shape, prediction)))
+    print("\n".join(_told(chosen, shape, predict.predict(shape, chosen.sparse, chosen.num_inference_steps))))
     return 0
 
 

@@ -8,28 +8,39 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import tyro
 
 from dit_sparse import models, predict, video
 from dit_sparse.config import SparseConfig
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a pipeline; every field is an option, and has a default only with the model."""
+
+    prompt: str
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+
 
 # What the demo model was trained for; other models have their pipeline's own defaults.
-DEMO = {
-    "prompt": "a large striped red circle moves right over a navy checkered background",
-    "height": 160,
-    "width": 192,
-    "num_frames": 33,
-    "num_inference_steps": 20,
-    "guidance_scale": 3.0,
-}
+DEMO = Request(
+    prompt="a large striped red circle moves right over a navy checkered background",
+    height=160,
+    width=192,
+    num_frames=33,
+    num_inference_steps=20,
+    guidance_scale=3.0,
+)
 
 
 @dataclass(frozen=True)
@@ -85,22 +96,20 @@ def run(options: GenerateOptions) -> int:
     """Exit code. Raises ValueError for input that cannot work, before any model work where that can be known."""
     files = models.find(options.model_id)
     device, dtype = _placement(options)
-    options = _with_defaults(options, files)
+    request = _request(options, files)
 
     from dit_sparse.pipelines.session import FAMILIES, sparsify
 
     models.check_known(files, FAMILIES)
-    _check(options, files)
-    for _, config in files.transformers.values():
-        models.check_size(config, files.vae, options.height, options.width, options.num_frames)
-    output = options.output_file or Path(_name(options, files))
+    _check(options, request, files)
+    output = options.output_file or Path(_name(options, request, files))
     video.check_writable(output)
 
     start = time.perf_counter()
     pipe = _load(options, files, device, dtype)
     loaded = time.perf_counter()
     with sparsify(pipe, options.sparse) as session:
-        frames = _denoise(pipe, options, files, device)
+        frames = _denoise(pipe, options, request, files, device)
         report = session.report()
     made = time.perf_counter()
     written = video.write_video(output, frames, options.fps)
@@ -111,7 +120,7 @@ def run(options: GenerateOptions) -> int:
         "write": time.perf_counter() - made,
     }
     record = {
-        "settings": _settings(options, files, device, dtype),
+        "settings": _settings(options, request, files, device, dtype),
         "versions": _versions(),
         "device": _device_name(device),
         "seconds": seconds,
@@ -148,10 +157,10 @@ def _placement(options: GenerateOptions) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, options.dtype)
 
 
-def _with_defaults(options: GenerateOptions, files: models.ModelFiles) -> GenerateOptions:
-    """The options with everything filled in that the user left to the model."""
+def _request(options: GenerateOptions, files: models.ModelFiles) -> Request:
+    """The options, with what the user left to the model filled in."""
     if options.model_id is None:
-        defaults: dict[str, Any] = DEMO
+        defaults = asdict(DEMO)
     else:
         import diffusers
 
@@ -167,32 +176,35 @@ def _with_defaults(options: GenerateOptions, files: models.ModelFiles) -> Genera
                     f"{files.source} is a {pipeline.__name__}, which starts from an existing {name}; generate only "
                     "makes videos from text, so use it from Python."
                 )
-        defaults = {name: parameters[name].default for name in DEMO if name in parameters}
-    missing = {name: defaults.get(name) for name in DEMO if getattr(options, name) is None}
-    options = replace(options, **missing)
-    for name in DEMO:
-        if getattr(options, name) is None:
-            raise ValueError(f"{name} is missing: give --{name}, since {files.source} has no default for it.")
-    return options
+        defaults = {name: parameter.default for name, parameter in parameters.items()}
+    values: dict[str, Any] = {}
+    for field in fields(Request):
+        given = getattr(options, field.name)
+        values[field.name] = defaults.get(field.name) if given is None else given
+        if values[field.name] is None:
+            raise ValueError(
+                f"{field.name} is missing: give --{field.name}, since {files.source} has no default for it."
+            )
+    return Request(**values)
 
 
-def _check(options: GenerateOptions, files: models.ModelFiles) -> None:
-    if options.num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps is at least 1, not {options.num_inference_steps}.")
-    if not math.isfinite(options.guidance_scale) or options.guidance_scale < 0:
-        raise ValueError(f"guidance_scale is a number from 0 on, not {options.guidance_scale}.")
+def _check(options: GenerateOptions, request: Request, files: models.ModelFiles) -> None:
+    if request.num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is at least 1, not {request.num_inference_steps}.")
+    if not math.isfinite(request.guidance_scale) or request.guidance_scale < 0:
+        raise ValueError(f"guidance_scale is a number from 0 on, not {request.guidance_scale}.")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"seed is a whole number from 0 to 2**63 - 1, not {options.seed}.")
     if not 1 <= options.fps <= 240:
         raise ValueError(f"fps is from 1 to 240, not {options.fps}.")
-    predict.phases(options.sparse, options.num_inference_steps)
+    predict.phases(options.sparse, request.num_inference_steps)
     for _, config in files.transformers.values():
         predict.dense_layers(options.sparse, config["num_layers"])
+        models.check_size(config, files.vae, request.height, request.width, request.num_frames)
 
 
-def _load(
-    options: GenerateOptions, files: models.ModelFiles, device: torch.device, dtype: torch.dtype
-) -> "DiffusionPipeline":
+def _load(options: GenerateOptions, files: models.ModelFiles, device: torch.device, dtype: torch.dtype) -> Any:
+    """The pipeline, on its device."""
     import diffusers
     import transformers
 
@@ -223,15 +235,15 @@ def _load(
 
 
 def _denoise(
-    pipe: "DiffusionPipeline", options: GenerateOptions, files: models.ModelFiles, device: torch.device
-) -> Any:
+    pipe: Any, options: GenerateOptions, request: Request, files: models.ModelFiles, device: torch.device
+) -> np.ndarray:
     """The frames, [F, H, W, 3] floats from 0 to 1, with a bar on standard error while they are made."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    steps = options.num_inference_steps
+    steps = request.num_inference_steps
     # The session learns the number of steps only when the pipeline runs.
     phases = predict.phases(options.sparse, steps)
     seen: list[tuple[str, float]] = []
@@ -262,13 +274,8 @@ def _denoise(
     whole = files.vae.get("scale_factor_temporal", 4) == 1
     with bar:
         return pipe(
-            prompt=options.prompt,
+            **asdict(request) | {"num_frames": request.num_frames - whole},
             negative_prompt=options.negative_prompt,
-            height=options.height,
-            width=options.width,
-            num_frames=options.num_frames - whole,
-            num_inference_steps=steps,
-            guidance_scale=options.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(options.seed),
             output_type="np",
             callback_on_step_end=step_done,
@@ -293,21 +300,22 @@ def _by_phase(steps: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]
     return total
 
 
-def _name(options: GenerateOptions, files: models.ModelFiles) -> str:
+def _name(options: GenerateOptions, request: Request, files: models.ModelFiles) -> str:
     model = "demo" if options.model_id is None else Path(files.source).name
-    size = f"{options.height}x{options.width}x{options.num_frames}"
+    size = f"{request.height}x{request.width}x{request.num_frames}"
     config = options.sparse
     method = config.method if config.method == "dense" else f"{config.method}-d{config.density:g}"
     if config.top_p is not None and config.method != "dense":
         method += f"-p{config.top_p:g}"
-    return f"{model}.{size}.{options.num_inference_steps}steps.{method}.seed{options.seed}.mp4"
+    return f"{model}.{size}.{request.num_inference_steps}steps.{method}.seed{options.seed}.mp4"
 
 
 def _settings(
-    options: GenerateOptions, files: models.ModelFiles, device: torch.device, dtype: torch.dtype
+    options: GenerateOptions, request: Request, files: models.ModelFiles, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
+    """Every option by name; as a config, they make the same video again."""
     settings = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("sparse", "config")}
-    settings |= asdict(options.sparse)
+    settings |= asdict(request) | asdict(options.sparse)
     settings |= {"model_id": files.source, "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 

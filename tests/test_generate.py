@@ -1,6 +1,6 @@
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -127,12 +127,11 @@ def test_frames_are_as_many_as_asked_for(tmp_path, monkeypatch):
 
 
 def test_defaults_come_from_the_pipeline_or_the_demo(model, monkeypatch):
-    found = generate._with_defaults(generate.GenerateOptions(model_id=str(model), prompt="a"), models.find(str(model)))
-    assert (found.height, found.width, found.num_frames) == (480, 832, 81)
-    assert (found.num_inference_steps, found.guidance_scale) == (50, 5.0)
+    options = generate.GenerateOptions(model_id=str(model), prompt="a", width=64)
+    assert generate._request(options, models.find(str(model))) == generate.Request("a", 480, 64, 81, 50, 5.0)
     monkeypatch.setattr(models, "demo_directory", lambda: model)
-    found = generate._with_defaults(generate.GenerateOptions(height=96), models.find(None))
-    assert {name: getattr(found, name) for name in generate.DEMO} == generate.DEMO | {"height": 96}
+    found = generate._request(generate.GenerateOptions(height=96), models.find(None))
+    assert found == replace(generate.DEMO, height=96)
 
 
 def test_seconds_left_take_the_mean_of_each_phase():
