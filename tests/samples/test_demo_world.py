@@ -1,0 +1,154 @@
+import importlib.util
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+
+
+def load(name: str) -> ModuleType:
+    """A script of samples/, by path: the folder is not a package."""
+    spec = importlib.util.spec_from_file_location(name, SAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name, and the scripts import each other by name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+world = load("demo_world")
+
+
+def scenes(batch: int, seed: int) -> world.SceneBatch:
+    return world.sample_scenes(batch, torch.Generator().manual_seed(seed))
+
+
+def clips(batch: world.SceneBatch, frames: int = 7, height: int = 128, width: int = 144) -> torch.Tensor:
+    """[N, T, H, W, 3] in [0, 1]."""
+    rendered = world.render(world.scene_tensors(batch, width / height), frames, height, width)
+    return (rendered.permute(0, 2, 3, 4, 1) + 1) / 2
+
+
+def right(score: world.GroupScore) -> bool:
+    return score.colour and score.shape and score.direction and score.size and score.count
+
+
+@pytest.fixture(scope="module")
+def truth() -> tuple[world.SceneBatch, torch.Tensor]:
+    batch = scenes(64, 3)
+    return batch, clips(batch)
+
+
+def test_captions_parse_back_to_their_scenes() -> None:
+    batch = scenes(500, 0)
+    for scene in batch.scenes:
+        assert world.parse(world.caption(scene)) == scene
+    assert len({world.caption(scene) for scene in batch.scenes}) > 490
+
+
+def test_a_caption_may_leave_things_unsaid() -> None:
+    scene = scenes(1, 1).scenes[0]
+    bare = replace(
+        scene,
+        groups=tuple(replace(group, size=None, texture=None) for group in scene.groups),
+        background=None,
+        pattern=None,
+        camera=None,
+        light=None,
+    )
+    assert world.parse(world.caption(bare)) == bare
+
+
+def test_every_word_of_a_caption_is_in_the_vocabulary() -> None:
+    words = {word for scene in scenes(500, 2).scenes for word in world.caption(scene).split(" ")}
+    assert words <= set(world.vocabulary())
+
+
+@pytest.mark.parametrize("text", ["a huge red circle", "red circle", "a red circle over a pink striped background"])
+def test_parse_refuses_other_words(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\."):
+        world.parse(text)
+
+
+def test_the_checker_is_right_on_rendered_clips(truth) -> None:
+    batch, rendered = truth
+    scores = [world.score(clip, scene)[0] for clip, scene in zip(rendered, batch.scenes, strict=True)]
+    assert sum(map(right, scores)) >= 0.98 * len(scores)
+
+
+@pytest.mark.parametrize("attribute", ["colour", "shape", "direction", "size", "count"])
+def test_the_checker_sees_what_differs_from_the_caption(truth, attribute: str) -> None:
+    batch, rendered = truth
+    others = {
+        "colour": tuple(world.COLOURS),
+        "shape": world.SHAPES,
+        "direction": world.DIRECTIONS,
+        "size": world.SIZES,
+        "count": (1, 2, 3),
+    }[attribute]
+    wrong = tried = 0
+    for clip, scene in zip(rendered[:24], batch.scenes[:24], strict=True):
+        used = {getattr(group, attribute) for group in scene.groups}
+        other = next((value for value in others if value not in used), None)
+        if other is None:
+            continue
+        tried += 1
+        asked = replace(scene, groups=(replace(scene.groups[0], **{attribute: other}), *scene.groups[1:]))
+        wrong += not getattr(world.score(clip, asked)[0], attribute)
+    assert tried >= 12
+    assert wrong == tried
+
+
+def test_scenes_and_clips_depend_on_the_generator_alone() -> None:
+    first, again, other = scenes(4, 5), scenes(4, 5), scenes(4, 6)
+    assert first.scenes == again.scenes
+    assert torch.equal(clips(first, 3, 32, 48), clips(again, 3, 32, 48))
+    assert first.scenes != other.scenes
+
+
+def test_objects_stay_inside_the_frame() -> None:
+    batch = scenes(200, 7)
+    tensors = world.scene_tensors(batch, 1.0)
+    for time in (0.0, 1.0):
+        place = tensors.start + tensors.step * time
+        reach = place.abs() + tensors.radius.unsqueeze(-1)
+        assert reach.max() <= 1.0
+
+
+def test_the_autoencoder_in_one_pass_is_the_one_that_is_exported() -> None:
+    train = load("train_demo")
+    trainer = train.Trainer(train.TINY, train.build_pipeline(train.TINY, 0), "cpu", 0, compiled=False)
+    trainer.fit_vae()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trainer.vae.named_parameters():
+            # The closed form leaves most weights at zero, and zeros would hide a difference.
+            if "norm" not in name:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+            if "attentions" in name and "proj" in name:
+                parameter.zero_()
+        pixels, _ = trainer.clips(train.Bucket(9, 32, 48, 1))
+        latents = train.encode(trainer.vae, pixels)
+        torch.testing.assert_close(latents, trainer.vae.encode(pixels).latent_dist.mode(), atol=1e-4, rtol=1e-4)
+        again = train.decode(trainer.vae, latents).clamp(-1, 1)
+        torch.testing.assert_close(again, trainer.vae.decode(latents).sample, atol=1e-4, rtol=1e-4)
+
+
+def test_training_resumes_bit_equal(tmp_path: Path) -> None:
+    def run(out: str, *more: str) -> None:
+        command = [sys.executable, str(SAMPLES / "train_demo.py"), "--tiny", "--device", "cpu", "--steps", "4"]
+        subprocess.run([*command, "--out", str(tmp_path / out), *more], check=True, capture_output=True)
+
+    run("whole")
+    run("parts", "--stop_after", "2")
+    run("parts", "--resume", str(tmp_path / "parts" / "checkpoint.pt"))
+    for name in ("transformer/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
+        whole, parts = (load_file(tmp_path / out / "demo" / f"{name}.safetensors") for out in ("whole", "parts"))
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
