@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 
 @pytest.fixture(autouse=True)
@@ -12,6 +13,12 @@ def quiet():
     diffusers.utils.logging.set_verbosity_error()
     yield
     diffusers.utils.logging.set_verbosity(before)
+
+
+@pytest.fixture(autouse=True)
+def own_backend(monkeypatch):
+    """A model's set_attention_backend changes the default of the process too, and nothing in diffusers undoes that."""
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
 
 
 @pytest.fixture(autouse=True)
