@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from dit_sparse import SparseAttnProcessor, SparseConfig, sparsify
+from dit_sparse import SparseAttnProcessor, SparseConfig, attention, sparsify
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.wan import SparseWanAttnProcessor
 from dit_sparse.state import StateTooLarge
@@ -236,7 +236,9 @@ def test_a_backend_the_user_chose_runs_the_dense_steps(pipe, when, monkeypatch):
         used.append(str(kwargs["backend"].value))
         return dispatch(*args, **kwargs)
 
+    ours, dense = [], attention.dense_attention
     monkeypatch.setattr(module, "dispatch_attention_fn", counted)
+    monkeypatch.setattr(attention, "dense_attention", lambda *a, **k: ours.append(1) or dense(*a, **k))
     if when == "before":
         pipe.transformer.set_attention_backend("_native_math")
     with sparsify(pipe, "anchor", density=0.15, dense_steps=2) as session:
@@ -248,6 +250,8 @@ def test_a_backend_the_user_chose_runs_the_dense_steps(pipe, when, monkeypatch):
         report = session.report()
     # Two layers, two branches, two dense steps.
     assert used == ["_native_math"] * 8
+    # An anchor needs the log-sum-exp, which no backend of diffusers gives.
+    assert len(ours) == (0 if when == "method set later" else 4)
     assert report.dense_backend == "_native_math"
     assert [r.phase for r in report.steps][:2] == ["dense", "dense"]
     assert not report.fallbacks
