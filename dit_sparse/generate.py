@@ -34,12 +34,12 @@ class Request:
 
 # What the demo model was trained for; other models have their pipeline's own defaults.
 DEMO = Request(
-    prompt="a large striped red circle moves right over a navy checkered background",
-    height=160,
-    width=192,
-    num_frames=33,
+    prompt="a large plain magenta cross moves left over a olive cloudy background while the camera stays still",
+    height=128,
+    width=144,
+    num_frames=15,
     num_inference_steps=20,
-    guidance_scale=3.0,
+    guidance_scale=4.0,
 )
 
 
