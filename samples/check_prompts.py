@@ -14,7 +14,7 @@ from pathlib import Path
 
 import demo_world as world
 import torch
-from diffusers import WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 
 # Training draws its scenes from other seeds.
@@ -164,6 +164,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=Settings.width)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--guidance_scale", type=float, default=Settings.guidance_scale)
+    parser.add_argument("--shift", type=float, help="noise schedule shift; as the model is saved, if not given")
     parser.add_argument("--batch", type=int, help="clips at a time; 16 on a GPU, else 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ground_truth", action="store_true", help="check the checker and the autoencoder instead")
@@ -180,7 +181,10 @@ def main() -> None:
     dtype = {"transformer": torch.bfloat16 if gpu else torch.float32, "default": torch.float32}
     pipe = WanPipeline.from_pretrained(args.model_id, torch_dtype=dtype).to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    print(json.dumps({"model_id": args.model_id, "device": args.device, **asdict(settings)}), flush=True)
+    if args.shift is not None:
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=args.shift)
+    settings_line = {"model_id": args.model_id, "device": args.device, "shift": pipe.scheduler.config.shift}
+    print(json.dumps({**settings_line, **asdict(settings)}), flush=True)
     start = time.perf_counter()
     if args.ground_truth:
         clips = ground_truth(args.num_prompts, settings, args.seed)

@@ -402,10 +402,14 @@ def _score_group(frames: torch.Tensor, group: Group) -> GroupScore:
     mask = colour_mask(frames, group.colour)
     area = mask.flatten(1).sum(1).float() * pixel * pixel
     radius = RADIUS[group.size or "small"]
-    # Least visible area per object of the asked size, given that the smallest shape covers 1.9 radius².
-    seen = area > 0.45 * 1.9 * radius * radius
-    colour = seen.float().mean().item() >= 0.6
-    if not colour:
+    # Least area of one object of the asked size, given that the smallest shape covers 1.9 radius².
+    least = 0.45 * 1.9 * radius * radius
+    seen = area > least
+    picks = torch.linspace(0, length - 1, min(7, length)).round().long().tolist()
+    parts = [_components(mask[pick]) if seen[pick] else [] for pick in picks]
+    # One solid part, not as many scattered pixels: noise has every hue.
+    parts = [part for part in parts if part and part[0][1] * pixel * pixel > least]
+    if len(parts) < 0.6 * len(picks):
         return GroupScore(False, False, False, False, False, None, 0, (0.0, 0.0))
 
     y = (torch.arange(height, device=frames.device) + 0.5) * pixel - 1
@@ -424,9 +428,6 @@ def _score_group(frames: torch.Tensor, group: Group) -> GroupScore:
         # Within 45 degrees of what was asked, and at least a third of the slowest motion of the world.
         direction = ahead > aside and ahead > DISPLACEMENT["drift"] / 3
 
-    picks = torch.nonzero(seen).flatten()
-    picks = picks[torch.linspace(0, len(picks) - 1, min(7, len(picks)), device=frames.device).round().long()]
-    parts = [_components(frame) for frame in mask[picks]]
     counts = sorted(sum(size > 0.35 * part[0][1] for _, size in part) for part in parts)
     count_seen = counts[len(counts) // 2]
     fits = torch.zeros(len(SHAPES), device=frames.device)
@@ -445,7 +446,7 @@ def _score_group(frames: torch.Tensor, group: Group) -> GroupScore:
         limit = (RADIUS["small"] + RADIUS["large"]) / 2
         size = (measured > limit) == (group.size == "large")
     return GroupScore(
-        colour,
+        True,
         shape_seen == group.shape,
         direction,
         size,
