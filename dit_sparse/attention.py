@@ -142,7 +142,9 @@ class Call:
         """The pooled tail where the method has one, else nothing."""
         if not self.config.has_tail:
             return Correction()
-        return Correction(tail=pooled_tail(self.pooled, self.q.dtype, second_order=self.config.second_order))
+        c = self.config
+        tail = pooled_tail(self.pooled, self.q.dtype, second_order=c.second_order, limit=c.second_order_limit)
+        return Correction(tail=tail)
 
     def route(self, density: float) -> Routing:
         text = self.k[:, :, self.layout.grid.tokens :] if self.layout.text else None

@@ -218,7 +218,7 @@ def _rows(
     tail, residual = correction.tail, correction.residual
     if tail is not None:
         variances = None if tail.variances is None else tail.variances[:, one]
-        tail = Tail(tail.keys[:, one], tail.values[:, one], tail.log_weights, variances)
+        tail = Tail(tail.keys[:, one], tail.values[:, one], tail.log_weights, variances, tail.limit)
     if residual is not None:
         scales = None if residual.scales is None else residual.scales[:, one, rows]
         residual = Residual(residual.codes[:, one, rows], scales, residual.kind)
@@ -283,7 +283,7 @@ def _operator_of(
     texts = dict(text_keys=k[:, :, grid.tokens :]) if case.text else {}
     pooled = pool(q, k, v, layout, config)
     plan = route(pooled, layout, config, density=density, scale=scale, **texts).plan
-    tail = pooled_tail(pooled, q.dtype, second_order=True)
+    tail = pooled_tail(pooled, q.dtype, second_order=True, limit=config.second_order_limit)
     residual = pack(torch.randn_like(q[:, :, : grid.tokens]), "fp8")
     full = Correction(tail=tail, residual=residual)
     kernel = partial(block_attention, q, k, v, plan, block=case.block, text=case.text)

@@ -19,6 +19,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "residual": ("anchor", "reshape"),
     "max_state_gib": ("anchor", "reshape"),
     "second_order": ("anchor", "tail"),
+    "second_order_limit": ("anchor", "tail"),
     "ramp": ("reshape",),
     "clamp": ("reshape",),
     "keep_mass": ("reshape",),
@@ -66,6 +67,9 @@ class SparseConfig:
     """Memory the remembered state may take, in GiB; what is free if not given."""
     second_order: bool = True
     """Tail: weigh a block by the variance of its keys too."""
+    second_order_limit: float = 2.0
+    """Tail: the most that the variance may add to a block's logit. The plain formula (inf) is for logits that spread
+    like a Gaussian inside a block, and puts too much weight on blocks where they spread far."""
     ramp: float = 0.0
     """Re-ttention's lambda, added to rho at each step after a refresh; the paper uses 0.04."""
     clamp: bool = True
@@ -95,6 +99,8 @@ class SparseConfig:
             raise ValueError(f"refresh_every is a number of steps from 1 on, not {self.refresh_every!r}.")
         if self.max_state_gib is not None and (not _is_number(self.max_state_gib) or self.max_state_gib <= 0):
             raise ValueError(f"max_state_gib is a positive number of GiB, not {self.max_state_gib!r}.")
+        if not _is_number(self.second_order_limit) or not self.second_order_limit > 0:
+            raise ValueError(f"second_order_limit is a positive number, or inf, not {self.second_order_limit!r}.")
         if not _is_number(self.ramp) or not 0 <= self.ramp < 1:
             raise ValueError(f"ramp is at least 0 and below 1, not {self.ramp!r}.")
         tile = self.tile

@@ -1,5 +1,6 @@
 """What each method adds for the blocks left out, as one Correction: out = scale * merge(exact, tail) + residual."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,14 @@ from dit_sparse.routing import Pooled, Routing
 LEAST_REST = 2**-8
 
 
-def pooled_tail(pooled: Pooled, dtype: torch.dtype, *, second_order: bool) -> Tail:
+def pooled_tail(pooled: Pooled, dtype: torch.dtype, *, second_order: bool, limit: float = math.inf) -> Tail:
     """Every block as one pseudo-key; the kernel leaves out the routed ones. dtype is that of q, k and v."""
     return Tail(
         pooled.k.mean.to(dtype),
         pooled.v.mean.to(dtype),
         pooled.lengths.to(pooled.k.mean.dtype).log(),
         pooled.k.var.to(dtype) if second_order else None,
+        limit,
     )
 
 

@@ -1,5 +1,6 @@
 """What an attention kernel is given besides q, k and v: which blocks to visit, and what to add for the rest."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,12 +73,14 @@ class Tail:
     keys, values  [B, H, N, D]    block means
     log_weights   [N] or [B, N]   float32, ln of the number of real tokens
     variances     [B, H, N, D]    per-channel variance of each block's keys, or None for the first-order tail
+    limit         most that the variance may add to a logit
     """
 
     keys: Tensor
     values: Tensor
     log_weights: Tensor
     variances: Tensor | None = None
+    limit: float = math.inf
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def block_attention(
         tail and tail.values,
         tail and tail.log_weights,
         tail and tail.variances,
+        tail.limit if tail else math.inf,
         correction.scale,
         residual and residual.codes,
         residual and residual.scales,
@@ -154,6 +155,7 @@ def _block_attention(
     tail_values: Tensor | None,
     tail_log_weights: Tensor | None,
     tail_variances: Tensor | None,
+    tail_limit: float,
     row_scale: Tensor | None,
     residual: Tensor | None,
     residual_scales: Tensor | None,
@@ -161,7 +163,7 @@ def _block_attention(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     plan = BlockPlan(counts, indices, key_blocks)
-    tail = None if tail_keys is None else Tail(tail_keys, tail_values, tail_log_weights, tail_variances)
+    tail = None if tail_keys is None else Tail(tail_keys, tail_values, tail_log_weights, tail_variances, tail_limit)
     added = None if residual is None else Residual(residual, residual_scales, residual_kind)
     run = _triton if impl == "triton" else _torch
     return run(q, k, v, plan, Correction(row_scale, added, tail), block, scale, key_mask, text)
@@ -343,7 +345,8 @@ def _merge_tail(
     wide = lse.dtype
     logits = (q @ tail.keys[b, h].to(q.dtype).mT).to(wide).mul_(scale)
     if tail.variances is not None:
-        logits += ((q * scale).square() @ tail.variances[b, h].to(q.dtype).mT).to(wide).mul_(0.5)
+        spread = ((q * scale).square() @ tail.variances[b, h].to(q.dtype).mT).to(wide).mul_(0.5)
+        logits += spread.clamp_(max=tail.limit)
     weights = tail.log_weights if tail.log_weights.dim() == 1 else tail.log_weights[b]
     logits += weights.to(wide)
     logits.masked_fill_(routed[:, None], float("-inf"))
@@ -400,7 +403,7 @@ if triton is not None:
         r_sb, r_sh, r_st,
         tail_log_sb,
         H, LQ, LK, ROWS, COLUMNS, NQ, NK, W, SCALES, RESIDUALS,
-        scale,
+        scale, tail_limit,
         D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
         BT: tl.constexpr,
         TEXT: tl.constexpr, MASKED: tl.constexpr, TAIL: tl.constexpr, SECOND: tl.constexpr,
@@ -516,17 +519,18 @@ if triton is not None:
                 m_c = m_c & (tl.load(p_routed + o_c, mask=m_c, other=1) == 0)
                 # [BD, BT]
                 b_k = tl.load(p_tail_k + o_c[None, :] * D + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
-                b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision=PRECISION)
+                b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision=PRECISION) * scale + b_w[None, :]
                 if SECOND:
-                    b_q2 = b_q.to(tl.float32)
-                    b_q2 = (b_q2 * b_q2 * (0.5 * scale)).to(b_q.dtype)
+                    b_q2 = b_q.to(tl.float32) * scale
+                    b_q2 = (b_q2 * b_q2).to(b_q.dtype)
                     # [BD, BT]
                     b_u = tl.load(p_tail_var + o_c[None, :] * D + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
-                    b_s = tl.dot(b_q2, b_u.to(b_q.dtype), b_s, input_precision=PRECISION)
-                b_s = tl.where(m_c[None, :], b_s * scale2 + b_w[None, :] * LOG2E, float("-inf"))
+                    b_u = tl.dot(b_q2, b_u.to(b_q.dtype), input_precision=PRECISION) * 0.5
+                    b_s += tl.minimum(b_u, tail_limit)
+                b_s = tl.where(m_c[None, :], b_s, float("-inf"))
                 # [BT, BD]
                 b_v = tl.load(p_tail_v + o_c[:, None] * D + o_d, mask=m_c[:, None] & m_d, other=0.0)
-                b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, 1.0, b_v.to(b_q.dtype), True, PRECISION)
+                b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, LOG2E, b_v.to(b_q.dtype), True, PRECISION)
 
         b_o = b_o / tl.where(b_l > 0, b_l, 1.0)[:, None]
 
@@ -611,7 +615,7 @@ def _triton(
         heads, queries, keys, rows, keys - text, query_blocks, plan.key_blocks, indices.shape[-1],
         row_scale.shape[2] if row_scale is not None else 0,
         residual.codes.shape[2] if residual else 0,
-        scale,
+        scale, tail.limit if tail else 0.0,
         D=dim, BD=width, BLOCK=block, BM=tile.rows, BN=tile.columns, BT=min(tile.columns, 32),
         TEXT=text > 0, MASKED=key_mask is not None,
         TAIL=tail is not None, SECOND=tail is not None and tail.variances is not None,

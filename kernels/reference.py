@@ -90,7 +90,8 @@ def correct(
         logits = q @ keys.mT * scale
         logits = logits + tail.log_weights.to(q.dtype).reshape(-1, 1, 1, tail.log_weights.shape[-1])
         if tail.variances is not None:
-            logits = logits + 0.5 * scale**2 * q.square() @ tail.variances.to(q.dtype).mT
+            spread = 0.5 * scale**2 * q.square() @ tail.variances.to(q.dtype).mT
+            logits = logits + spread.clamp(max=tail.limit)
         routed = plan.mask().repeat_interleave(block, -2)[..., :rows, :]
         logits = logits.masked_fill(routed, float("-inf"))
         whole = torch.logaddexp(lse, logits.logsumexp(-1))[..., None]

@@ -209,7 +209,9 @@ def test_between_anchors_plan_and_residual_stay_and_the_rest_is_fresh(text):
         out = run(g, step, q, k, v)
         assert learned(g) is kept
         pooled = pool(q, k, v, Layout(GRID, text, 16), g.config)
-        correction = Correction(tail=pooled_tail(pooled, q.dtype, second_order=True), residual=kept.residual)
+        correction = Correction(
+            tail=pooled_tail(pooled, q.dtype, second_order=True, limit=2.0), residual=kept.residual
+        )
         close(out, block_attention(q, k, v, kept.plan, correction, block=16, text=text)[0])
     q, k, v = inputs(text)
     close(run(g, 3, q, k, v), dense_attention(q, k, v)[0])
@@ -444,7 +446,7 @@ def test_error_is_at_most_twice_pytorchs(method, dtype):
         stats = [reference.block_stats(x[:, :, : GRID.tokens], layout.lengths(CPU), 16) for x in (q, k, v)]
         if g.config.has_tail:
             pooled = pool(q, k, v, layout, g.config)
-            tail = pooled_tail(pooled, wide, second_order=True)
+            tail = pooled_tail(pooled, wide, second_order=True, limit=2.0)
             tail = type(tail)(stats[1].mean, stats[2].mean, tail.log_weights, stats[1].var)
             correction = Correction(scale, residual, tail)
         if method == "rectify":

@@ -1,6 +1,7 @@
 """block_attention against kernels/reference.py in float64, for both implementations."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def corrected(q, k, v, plan, block, text, parts):
         lengths = (columns - torch.arange(0, columns, block, device=DEVICE)).clamp(max=block)
         stats = reference.block_stats(k[:, :, :columns], lengths, block)
         values = reference.block_stats(v[:, :, :columns], lengths, block).mean
-        tail = Tail(stats.mean, values, lengths.double().log(), stats.var if "second" in parts else None)
+        limit = 0.2 if "limit" in parts else math.inf
+        tail = Tail(stats.mean, values, lengths.double().log(), stats.var if "second" in parts else None, limit)
     leading = q.shape[:2]
     if "scale" in parts:
         scale = draw(*leading, rows).abs()
@@ -60,7 +62,7 @@ def cast(correction, dtype):
     tail, residual, scale = correction.tail, correction.residual, correction.scale
     if tail is not None:
         var = None if tail.variances is None else tail.variances.to(dtype)
-        tail = Tail(tail.keys.to(dtype), tail.values.to(dtype), tail.log_weights.float(), var)
+        tail = Tail(tail.keys.to(dtype), tail.values.to(dtype), tail.log_weights.float(), var, tail.limit)
     if residual is not None and residual.kind == "full":
         residual = Residual(residual.codes.to(dtype))
     return Correction(None if scale is None else scale.float(), residual, tail)
@@ -79,8 +81,8 @@ CASES = {
     "text, key mask": dict(batch=2, queries=53 + 21, text=21, masked=True, strided=True),
 }
 PARTS = [
-    (), ("tail",), ("tail", "second"), ("scale",), ("block_scale",), ("residual",), ("block_residual",),
-    ("fp8",), ("int4",), ("tail", "second", "scale", "residual"), ("tail", "block_scale", "int4"),
+    (), ("tail",), ("tail", "second"), ("tail", "second", "limit"), ("scale",), ("block_scale",), ("residual",),
+    ("block_residual",), ("fp8",), ("int4",), ("tail", "second", "scale", "residual"), ("tail", "block_scale", "int4"),
 ]  # fmt: skip
 
 
@@ -201,7 +203,7 @@ def test_batch_rows_are_independent(impl):
         one = Correction(
             correction.scale[at],
             Residual(r.codes[at], r.scales[at], r.kind),
-            Tail(t.keys[at], t.values[at], t.log_weights, t.variances[at]),
+            Tail(t.keys[at], t.values[at], t.log_weights, t.variances[at], t.limit),
         )
         alone, _ = block_attention(
             q[at],

@@ -59,7 +59,7 @@ def build(kind: str, dim: int, block: int, flags: dict, capability: int) -> Buil
             constexprs[name] = None
         elif name.startswith("p_"):
             signature[name] = types.get(name, f"*{kind}") + ":16"
-        elif name == "scale":
+        elif name in ("scale", "tail_limit"):
             signature[name] = "fp32"
         else:
             signature[name] = "i32:16" if name[1:3] == "_s" else "i32"

@@ -1,0 +1,126 @@
+"""What each method costs in decibels: the demo model's clips, sparse against dense, same prompts and seeds.
+
+    python samples/quality_table.py
+    python samples/quality_table.py --num_prompts 4 --density 0.1 --refresh_every 4 --methods anchor,rectify
+    python samples/quality_table.py --pareto
+
+All methods of a row have the same dense steps: the first `--dense_steps`, then one in every `refresh_every`. With
+`--pareto`, settings of different attention work are listed, for comparing methods at equal work.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import check_prompts
+import demo_world as world
+import torch
+from diffusers import WanPipeline
+from rich.console import Console
+from rich.table import Table
+
+from dit_sparse import SparseConfig, sparsify
+from dit_sparse.calibration.metrics import psnr, ssim
+
+METHODS = ("none", "rectify", "reshape", "tail", "anchor", "anchor-fp8", "anchor-int4")
+
+
+def settings_of(method: str, density: float, every: int | None, dense_steps: int) -> SparseConfig:
+    """A method by name; "anchor-fp8" is anchor with its residual stored in fp8."""
+    name, _, storage = method.partition("-")
+    config = SparseConfig(name, density=density, refresh_every=every, dense_steps=dense_steps)
+    if config.learns:
+        config = replace(config, residual=storage or "bf16")
+    return config
+
+
+def pareto() -> dict[str, SparseConfig]:
+    """Settings of different work: anchors by interval and softness, the rest by density alone."""
+    found = {}
+    for every, soft, density in ((4, None, 0.05), (4, 0.5, 0.05), (4, 0.25, 0.05), (8, None, 0.05), (8, 0.5, 0.05)):
+        label = f"anchor every {every}, {'dense' if soft is None else soft}, {density}"
+        found[label] = SparseConfig(
+            density=density, refresh_every=every, anchor_density=soft, dense_steps=3, residual="bf16"
+        )
+    for density in (0.05, 0.2, 0.35):
+        for method in ("tail", "rectify", "none"):
+            found[f"{method} {density}"] = SparseConfig(method, density=density, dense_steps=3)
+    for every, density in ((4, 0.1), (8, 0.1), (8, 0.2)):
+        found[f"reshape every {every}, {density}"] = SparseConfig(
+            "reshape", density=density, refresh_every=every, dense_steps=3, residual="bf16"
+        )
+    return found
+
+
+def measure(pipe: WanPipeline, configs: dict[str, SparseConfig], scenes: tuple, settings) -> list[dict]:
+    captions = [world.caption(scene) for scene in scenes]
+    seeds = [check_prompts.HELD_OUT_SEED + index for index in range(len(scenes))]
+    rows, dense = [], None
+    for label, config in {"dense": SparseConfig("dense"), **configs}.items():
+        start = time.perf_counter()
+        with sparsify(pipe, config) as session:
+            clips = check_prompts.generate(pipe, captions, seeds, settings)
+            report = session.report()
+        dense = clips if dense is None else dense
+        score = check_prompts.judge(clips, scenes)
+        pairs = [(a.numpy(), b.numpy()) for a, b in zip(clips, dense, strict=True)]
+        rows.append(
+            {
+                "setting": label,
+                "work": report.work,
+                "density": report.density,
+                "psnr_db": None if clips is dense else sum(psnr(a, b) for a, b in pairs) / len(pairs),
+                "ssim": None if clips is dense else sum(ssim(a, b) for a, b in pairs) / len(pairs),
+                "colour_and_shape": score.colour_and_shape,
+                "direction": score.direction,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_id", default=str(check_prompts.DEMO))
+    parser.add_argument("--num_prompts", type=int, default=16)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--refresh_every", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--dense_steps", type=int, default=4)
+    parser.add_argument("--pareto", action="store_true", help="list settings by attention work instead")
+    parser.add_argument("--num_frames", type=int, default=check_prompts.Settings.frames)
+    parser.add_argument("--height", type=int, default=check_prompts.Settings.height)
+    parser.add_argument("--width", type=int, default=check_prompts.Settings.width)
+    parser.add_argument("--batch", type=int, help="clips at a time; 16 on a GPU, else 1")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_file", type=Path, help="also write the rows as JSON")
+    args = parser.parse_args()
+    gpu = args.device.startswith("cuda")
+    dtype = {"transformer": torch.bfloat16 if gpu else torch.float32, "default": torch.float32}
+    pipe = WanPipeline.from_pretrained(args.model_id, torch_dtype=dtype).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    settings = check_prompts.Settings(args.num_frames, args.height, args.width, batch=args.batch or (16 if gpu else 1))
+    configs = pareto() if args.pareto else {
+        f"{method}, {density:g}, every {every}": settings_of(method, density, every, args.dense_steps)
+        for every in args.refresh_every
+        for density in args.density
+        for method in args.methods.split(",")
+    }  # fmt: skip
+    rows = measure(pipe, configs, check_prompts.held_out(args.num_prompts).scenes, settings)
+    table = Table(
+        title=f"{args.num_prompts} prompts, {settings.steps} steps, {args.device}, torch {torch.__version__}"
+    )
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    for row in rows:
+        table.add_row(*("-" if x is None else x if isinstance(x, str) else f"{x:.4g}" for x in row.values()))
+    Console(width=120).print(table)
+    if args.output_file is not None:
+        args.output_file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
