@@ -61,6 +61,8 @@ class Recipe:
     decoder_dim: int = 64
     # Where frames agree so much, noise hides the layout of a clip only near its very end: train and sample there.
     shift: float = 8.0
+    # Deviation of the logit of the noise level: wide, for layout is decided above 0.97 and detail below 0.3.
+    level_spread: float = 1.5
     rate: float = 1e-3
     ema: float = 0.999
     # Rendering and encoding a clip costs a part of an update: each batch is used this often, with fresh noise.
@@ -440,7 +442,7 @@ class Trainer:
         """One backward pass of the flow-matching loss; returns the loss."""
         chances = torch.rand(bucket.batch, 7, generator=self.scene_generator).tolist()
         captions = [shorten(scene, row) for scene, row in zip(scenes, chances, strict=True)]
-        level = torch.sigmoid(self.normal(bucket.batch))
+        level = torch.sigmoid(self.recipe.level_spread * self.normal(bucket.batch))
         shift = self.recipe.shift
         sigma = shift * level / (1 + (shift - 1) * level)
         noise = self.normal(*latents.shape)
