@@ -20,7 +20,7 @@ except ImportError:  # Triton has no wheel for macOS and Windows; the torch impl
 
 LN2 = math.log(2)
 # Bytes of keys and values that the torch implementation gathers at a time: about a core's share of the last cache.
-GATHER_BYTES = 4 << 20
+GATHER_BYTES = 2 << 20
 
 
 def block_attention(
@@ -207,8 +207,10 @@ def _torch(
                 consecutive = chosen[-1] - chosen[0] + 1 == len(chosen)
                 pick = (lambda x, at=at: x[at]) if consecutive else _picker(chosen, block)
                 query = pick(q[b, h]).unflatten(0, (len(chosen), -1)).unsqueeze(1)
-                listed = torch.as_tensor(chosen, device=q.device)
-                key, value, bias = keys.gather(plan.indices[b, h, listed, :width], plan.counts[b, h, listed])
+                # Views where they will do: on small chunks an index costs as much as the arithmetic.
+                listed = slice(chosen[0], chosen[-1] + 1) if consecutive else torch.as_tensor(chosen, device=q.device)
+                uneven = None if all(counts[b][h][i] == width for i in chosen) else plan.counts[b, h, listed]
+                key, value, bias = keys.gather(plan.indices[b, h, listed, :width], uneven)
                 o, l = _partial(query, key, value, bias, scale)
                 if correction.tail is not None:
                     o = _merge_tail(
@@ -275,17 +277,24 @@ class _Keys:
         self.columns = k.shape[0] - text
         self.full, self.rest = divmod(self.columns, block)
 
-    def gather(self, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """indices [n, W], counts [n] -> keys and values [n, 1, W * block + text, D], additive bias or None."""
-        listed = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
-        # Places past the count are gathered too, from block 0, and masked.
-        indices = torch.where(listed, indices, 0).long()
+    def gather(self, indices: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """indices [n, W], counts [n] or None if all are W -> keys and values [n, 1, W * block + text, D], and a bias
+        where something must be masked."""
+        listed = None
+        if counts is not None:
+            listed = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
+            # Places past the count are gathered too, from block 0, and masked.
+            indices = torch.where(listed, indices, 0)
         short = (indices == self.full) if self.rest else None
+        if short is not None and not bool(short.any()):
+            short = None
         key, value = (self._gather(x, indices, short) for x in (self.k, self.v))
-        if bool(listed.all()) and self.mask is None and (short is None or not bool(short.any())):
+        if listed is None and self.mask is None and short is None:
             return key, value, None
-        tokens = indices[..., None] * self.block + torch.arange(self.block, device=indices.device)
-        keep = listed[..., None] & (tokens < self.columns)
+        tokens = indices[..., None].long() * self.block + torch.arange(self.block, device=indices.device)
+        keep = tokens < self.columns
+        if listed is not None:
+            keep &= listed[..., None]
         if self.mask is not None:
             keep = keep & self.mask[tokens.clamp(max=self.columns - 1)]
         keep = keep.flatten(1)
@@ -302,10 +311,10 @@ class _Keys:
             whole = x[: self.full * self.block].unflatten(0, (self.full, self.block))
             at = indices if short is None else indices.clamp(max=self.full - 1)
             if self.text:
-                blocks.copy_(whole[at])
+                blocks.copy_(whole[at.long()])
             else:
                 torch.index_select(whole, 0, at.flatten(), out=got.view(n * width, self.block, -1))
-        if short is not None and bool(short.any()):
+        if short is not None:
             padded = x.new_zeros(self.block, x.shape[-1])
             padded[: self.rest] = x[self.full * self.block : self.columns]
             blocks[short] = padded
@@ -356,13 +365,16 @@ def _merge_tail(
     return out.mul((lse[..., None] - whole).exp()).add_(pooled)
 
 
-def _correct_rows(out: Tensor, correction: Correction, at: tuple[int, int], pick, listed: Tensor, rows: int) -> Tensor:
+def _correct_rows(
+    out: Tensor, correction: Correction, at: tuple[int, int], pick, listed: slice | Tensor, rows: int
+) -> Tensor:
     b, h = at
 
     def here(x: Tensor) -> Tensor:  # the values of these rows, of a tensor with one a row or one a query block
         if x.shape[2] == rows:
             return pick(x[b, h])
-        return x[b, h, listed].repeat_interleave(len(out) // len(listed), 0)
+        per_block = x[b, h, listed]
+        return per_block.repeat_interleave(len(out) // len(per_block), 0)
 
     if correction.scale is not None:
         out = out * here(correction.scale)[:, None]
@@ -412,6 +424,8 @@ if triton is not None:
     ):  # fmt: skip
         """One tile of BM query rows of one head: its listed blocks, the text, the tail, the correction, the store."""
         LOG2E: tl.constexpr = 1.4426950408889634
+        # One product too many for the registers in full precision; three passes of tf32 err as little.
+        SECOND_PRECISION: tl.constexpr = "tf32x3" if PRECISION == "ieee" and BD > 64 else PRECISION
         i_tile = tl.program_id(0)
         i_bh = tl.program_id(1)
         i_b = (i_bh // H).to(tl.int64)
@@ -525,7 +539,7 @@ if triton is not None:
                     b_q2 = (b_q2 * b_q2).to(b_q.dtype)
                     # [BD, BT]
                     b_u = tl.load(p_tail_var + o_c[None, :] * D + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
-                    b_u = tl.dot(b_q2, b_u.to(b_q.dtype), input_precision=PRECISION) * 0.5
+                    b_u = tl.dot(b_q2, b_u.to(b_q.dtype), input_precision=SECOND_PRECISION) * 0.5
                     b_s += tl.minimum(b_u, tail_limit)
                 b_s = tl.where(m_c[None, :], b_s, float("-inf"))
                 # [BT, BD]
