@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, _get_qkv_projections
+from einops import rearrange
 from torch import Tensor
 
 from dit_sparse.layout import TokenGrid
@@ -32,11 +33,11 @@ class SparseWanAttnProcessor:
     ) -> Tensor:
         query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        query, key, value = (rearrange(x, "b l (h d) -> b l h d", h=attn.heads) for x in (query, key, value))
         if rotary_emb is not None:
             query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
 
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        query, key, value = (rearrange(x, "b l h d -> b h l d") for x in (query, key, value))
         if attention_mask is not None:
             reason = "a mask was given to Wan's self-attention, and only text padding can be masked"
             out = self.attend.dense(query, key, value, attention_mask, self, reason)
@@ -47,7 +48,7 @@ class SparseWanAttnProcessor:
         else:
             out = self.attend(query, key, value)
 
-        out = out.transpose(1, 2).flatten(2, 3).type_as(query)
+        out = rearrange(out, "b h l d -> b l (h d)").type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 
 

@@ -1,0 +1,79 @@
+"""How much softmax mass block routing finds, by the order in which tokens are cut into blocks, on the demo model.
+
+python samples/routing_recall.py --density 0.1 --step 3
+"""
+
+import argparse
+from contextlib import suppress
+from dataclasses import replace
+
+import check_prompts
+import demo_world as world
+import torch
+from diffusers import WanPipeline
+
+from dit_sparse import SparseConfig, sparsify
+from dit_sparse.kernels.permute import permute
+from dit_sparse.layout import Layout
+from dit_sparse.order import token_order
+from dit_sparse.routing import pool, route
+
+ORDERS = {
+    "hilbert": SparseConfig("none", order="hilbert"),
+    "tile 2x4x4": SparseConfig("none", order="tile", tile=(2, 4, 4)),
+    "raster": SparseConfig("none", order="raster"),
+    "pixel": SparseConfig("none", order="pixel"),
+}
+
+
+class Reached(Exception):
+    """The step to look at is done; the rest of the clip is not needed."""
+
+
+def recall(q: torch.Tensor, k: torch.Tensor, grid, config: SparseConfig) -> float:
+    """Mean share of each row's softmax that lies in its routed blocks; q and k [B, H, L, D] in raster order."""
+    layout = Layout(grid, block=config.block_size(grid.tokens))
+    q, k = permute((q, k), token_order(config.order, grid, config.tile, q.device).take)
+    scale = q.shape[-1] ** -0.5
+    mask = route(pool(q, k, k, layout, config), layout, config, density=config.density, scale=scale).plan.mask()
+    mass = torch.nn.functional.pad((q @ k.mT * scale).softmax(-1), (0, layout.blocks * layout.block - grid.tokens))
+    by_block = mass.unflatten(-1, (layout.blocks, layout.block)).sum(-1)
+    return (by_block * mask.repeat_interleave(layout.block, -2)[:, :, : grid.tokens]).sum(-1).mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_id", default=str(check_prompts.DEMO))
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--step", type=int, default=3)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
+    args = parser.parse_args()
+    pipe = WanPipeline.from_pretrained(args.model_id)
+    pipe.set_progress_bar_config(disable=True)
+    found: dict[str, list[float]] = {name: [] for name in ORDERS}
+    with sparsify(pipe, "dense") as session, torch.no_grad():
+        generation = session.generation
+
+        def look(layer, q, k, v, key_mask):
+            if generation.moment.step == args.step and generation.moment.branch == "cond":
+                for name, config in ORDERS.items():
+                    found[name].append(recall(q, k, generation.grid, replace(config, density=args.density)))
+
+        def stop(pipe, step, timestep, inputs):
+            if step == args.step:
+                raise Reached
+            return inputs
+
+        generation.dense = look
+        scene = check_prompts.held_out(1).scenes[0]
+        with suppress(Reached):
+            pipe(world.caption(scene), height=128, width=144, num_frames=14, output_type="latent",
+                 num_inference_steps=args.num_inference_steps, guidance_scale=4.0, callback_on_step_end=stop,
+                 generator=torch.Generator().manual_seed(check_prompts.HELD_OUT_SEED))  # fmt: skip
+    print(f"share of softmax mass in routed blocks at density {args.density}, step {args.step}; mean, then by layer")
+    for name, shares in found.items():
+        print(f"{name:12}{sum(shares) / len(shares):.3f}   " + " ".join(f"{x:.3f}" for x in shares))
+
+
+if __name__ == "__main__":
+    main()
