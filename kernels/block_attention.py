@@ -403,6 +403,19 @@ if triton is not None:
         return b_o, b_top, b_l
 
     @triton.jit
+    def _masked_step(
+        b_o, b_m, b_l, b_q, p_k, p_v, o_c, m_c, k_st, v_st, o_d, m_d, scale2, PRECISION: tl.constexpr
+    ):  # fmt: skip
+        """Attend to the keys at o_c [BT], int64, where m_c."""
+        # [BD, BT]
+        b_k = tl.load(p_k + o_c[None, :] * k_st + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
+        b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
+        b_s = tl.where(m_c[None, :], b_s, float("-inf"))
+        # [BT, BD]
+        b_v = tl.load(p_v + o_c[:, None] * v_st + o_d, mask=m_c[:, None] & m_d, other=0.0)
+        return _softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, True, PRECISION)
+
+    @triton.jit
     def _block_attention_kernel(
         p_q, p_k, p_v, p_out, p_lse,
         p_counts, p_indices, p_every, p_key_mask,
@@ -492,14 +505,9 @@ if triton is not None:
             m_c = o_c < COLUMNS
             if MASKED:
                 m_c = m_c & (tl.load(p_key_mask + i_b * LK + o_c, mask=m_c, other=0) != 0)
-            o_c = o_c.to(tl.int64)
-            # [BD, BT]
-            b_k = tl.load(p_k + o_c[None, :] * k_st + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
-            b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
-            b_s = tl.where(m_c[None, :], b_s, float("-inf"))
-            # [BT, BD]
-            b_v = tl.load(p_v + o_c[:, None] * v_st + o_d, mask=m_c[:, None] & m_d, other=0.0)
-            b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, True, PRECISION)
+            b_o, b_m, b_l = _masked_step(
+                b_o, b_m, b_l, b_q, p_k, p_v, o_c.to(tl.int64), m_c, k_st, v_st, o_d, m_d, scale2, PRECISION
+            )
 
         if TEXT:
             for begin in tl.range(COLUMNS, LK, BT, num_stages=1):
@@ -507,14 +515,9 @@ if triton is not None:
                 m_c = o_c < LK
                 if MASKED:
                     m_c = m_c & (tl.load(p_key_mask + i_b * LK + o_c, mask=m_c, other=0) != 0)
-                o_c = o_c.to(tl.int64)
-                # [BD, BT]
-                b_k = tl.load(p_k + o_c[None, :] * k_st + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
-                b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
-                b_s = tl.where(m_c[None, :], b_s, float("-inf"))
-                # [BT, BD]
-                b_v = tl.load(p_v + o_c[:, None] * v_st + o_d, mask=m_c[:, None] & m_d, other=0.0)
-                b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, True, PRECISION)
+                b_o, b_m, b_l = _masked_step(
+                    b_o, b_m, b_l, b_q, p_k, p_v, o_c.to(tl.int64), m_c, k_st, v_st, o_d, m_d, scale2, PRECISION
+                )
 
         # The log-sum-exp of the exact part, before the tail joins the sum. [BM]
         b_lse = tl.where(b_l > 0, (b_m + tl.log2(b_l)) / LOG2E, float("-inf"))
