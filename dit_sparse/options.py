@@ -4,7 +4,7 @@ import io
 import re
 import types
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -180,10 +180,8 @@ def _read(hint: Any, token: str) -> Any:
                 return choice
     for kind in (int, float, Path, str):
         if kind in members:
-            try:
+            with suppress(ValueError):
                 return kind(token)
-            except ValueError:
-                pass
     return _REFUSED
 
 

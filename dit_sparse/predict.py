@@ -9,8 +9,8 @@ from dit_sparse.layout import TokenGrid
 from dit_sparse.residual import bytes_per_row
 from dit_sparse.state import Generation, Phase
 
-# How fast kept work runs beside dense attention. At 10 % density gathered blocks reached 0.7 of dense SDPA's rate on a
-# CPU with AVX-512 (4 heads, 8192 tokens), a plain Triton loop 0.8 of cuDNN's on an H200 (40 heads, 75648 tokens).
+# How fast kept work runs beside dense attention, between what the tables of kernels/README.md give at 10 % density:
+# 0.55 on a CPU with AVX-512 (`bench attention`), 0.8 for the bare kernel and cuDNN on an H200 (`bench operator`).
 SPARSE_RATE = 0.7
 
 # Below this a user would not notice, and the quality given up buys nothing.

@@ -21,7 +21,7 @@ ATTENTION: dict[int, dict[tuple[int, int], Tile]] = {
         (4, 64): Tile(32, 32, 8, 1),
         (4, 128): Tile(16, 16, 8, 1),
     },
-    # H200, 2026-11-23, triton 3.6: 128 columns gain a quarter over 64 at 128 channels (kernels/README.md).
+    # Tried on an H200, 2026-11-23, triton 3.6; what the tile of (2, 128) reaches stands in kernels/README.md.
     90: {
         (2, 64): Tile(64, 128, 4, 2),
         (2, 128): Tile(128, 128, 8, 3),
