@@ -292,14 +292,7 @@ def render(scenes: SceneTensors, frames: int, height: int, width: int) -> torch.
     image = _background(scenes, time, x, y, pixel)
     for slot in reversed(range(SLOTS)):
         radius = scenes.radius[:, slot].view(-1, 1, 1, 1)
-        swing = torch.sin(4 * math.pi * time)
-        centre = [
-            scenes.start[:, slot, axis].view(-1, 1, 1, 1)
-            + scenes.step[:, slot, axis].view(-1, 1, 1, 1) * time
-            + scenes.sway[:, slot, axis].view(-1, 1, 1, 1) * swing
-            for axis in (0, 1)
-        ]
-        dx, dy = x - centre[0], y - centre[1]
+        dx, dy = _from_centre(scenes, slot, time, x, y)
         shape = scenes.shape[:, slot].view(-1, 1, 1, 1)
         present = (radius > 0).float()
         shadow = 0.32 * torch.sigmoid(-signed_distance(shape, dx - 0.05, dy - 0.07, radius) / 0.02) * present
@@ -316,6 +309,45 @@ def render(scenes: SceneTensors, frames: int, height: int, width: int) -> torch.
         image = image + cover.unsqueeze(1) * (paint - image)
     gain = scenes.light[:, 0].view(-1, 1, 1, 1) + scenes.light[:, 1].view(-1, 1, 1, 1) * time
     return (image * gain.unsqueeze(1)).clamp(0, 1) * 2 - 1
+
+
+def _from_centre(
+    scenes: SceneTensors, slot: int, time: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets (dx, dy) of every position from where the object of a slot is at every time."""
+    swing = torch.sin(4 * math.pi * time)
+    centre_x, centre_y = (
+        scenes.start[:, slot, axis].view(-1, 1, 1, 1)
+        + scenes.step[:, slot, axis].view(-1, 1, 1, 1) * time
+        + scenes.sway[:, slot, axis].view(-1, 1, 1, 1) * swing
+        for axis in (0, 1)
+    )
+    return x - centre_x, y - centre_y
+
+
+# What label() tells of each place: 0 is background, then colours, shapes and directions in their order.
+LABELS = (len(COLOURS) + 1, len(SHAPES) + 1, len(DIRECTIONS) + 1)
+
+
+def label(scenes: SceneTensors, frames: int, rows: int, columns: int) -> torch.Tensor:
+    """What lies at the middle of every cell of a grid: int64 [B, 3, frames, rows, columns], below LABELS[...]."""
+    device = scenes.radius.device
+    time = torch.linspace(0, 1, frames, device=device).view(1, frames, 1, 1)
+    y = ((torch.arange(rows, device=device) + 0.5) * (2.0 / rows) - 1).view(1, 1, rows, 1)
+    x = ((torch.arange(columns, device=device) + 0.5) * (2.0 / rows) - columns / rows).view(1, 1, 1, columns)
+    paints = torch.tensor(list(COLOURS.values()), device=device)
+    steps = torch.tensor([UNIT_STEP[name] for name in DIRECTIONS], device=device)
+    found = torch.zeros(len(scenes.radius), 3, frames, rows, columns, dtype=torch.long, device=device)
+    for slot in reversed(range(SLOTS)):
+        radius = scenes.radius[:, slot].view(-1, 1, 1, 1)
+        shape = scenes.shape[:, slot]
+        dx, dy = _from_centre(scenes, slot, time, x, y)
+        inside = (signed_distance(shape.view(-1, 1, 1, 1), dx, dy, radius) < 0) & (radius > 0)
+        colour = (scenes.colour[:, slot].unsqueeze(1) - paints).abs().sum(-1).argmin(-1)
+        direction = (scenes.step[:, slot] @ steps.T).argmax(-1)
+        told = 1 + torch.stack([colour, shape, direction], 1)
+        found = torch.where(inside.unsqueeze(1), told.view(-1, 3, 1, 1, 1), found)
+    return found
 
 
 def _background(

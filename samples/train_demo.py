@@ -65,18 +65,22 @@ class Recipe:
     level_spread: float = 1.5
     rate: float = 1e-3
     ema: float = 0.999
+    # What a linear reading of the middle block must tell of each token, on top of the velocity: the colour, the shape
+    # and the direction there. Velocity alone says little about them where noise hides the clip.
+    reading: float = 0.3
     # Rendering and encoding a clip costs a part of an update: each batch is used this often, with fresh noise.
     updates_per_batch: int = 2
     # Shares of batches while the layout of a scene is learned, then while its details are.
     early_until: float = 0.3
-    early: tuple[float, ...] = (0.7, 0.3, 0.0, 0.0, 0.0)
-    late: tuple[float, ...] = (0.10, 0.78, 0.04, 0.04, 0.04)
+    early: tuple[float, ...] = (0.3, 0.2, 0.0, 0.0, 0.0, 0.5)
+    late: tuple[float, ...] = (0.08, 0.76, 0.04, 0.04, 0.04, 0.04)
     buckets: tuple[Bucket, ...] = (
         Bucket(9, 96, 112, 64, compiled=True),
         Bucket(15, 128, 144, 20, compiled=True),
         Bucket(17, 176, 192, 8),
         Bucket(31, 128, 144, 8),
         Bucket(15, 256, 288, 3),
+        Bucket(9, 64, 72, 128, compiled=True),
     )
 
 
@@ -313,6 +317,7 @@ class Limits:
     steps: int | None
     seconds: float | None
     stop_after: int | None = None
+    stop_seconds: float | None = None
 
     def progress(self, step: int, elapsed: float) -> float:
         shares = [step / self.steps] if self.steps is not None else []
@@ -320,13 +325,24 @@ class Limits:
         return max(shares, default=1.0)
 
     def reached(self, step: int, elapsed: float) -> bool:
-        return self.progress(step, elapsed) >= 1 or (self.stop_after is not None and step >= self.stop_after)
+        interrupted = self.stop_after is not None and step >= self.stop_after
+        interrupted |= self.stop_seconds is not None and elapsed >= self.stop_seconds
+        return interrupted or self.progress(step, elapsed) >= 1
 
 
 def learning_rate(step: int, progress: float, decay_from: float, warm_up: int) -> float:
     """Share of the full rate: a linear rise, a plateau, a linear fall."""
     fall = (1 - progress) / (1 - decay_from) if decay_from < 1 else 1.0
     return max(min((step + 1) / warm_up, 1.0, fall), 0.0)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Scenes, their clips as the transformer sees them, and what lies under each token (world.label)."""
+
+    scenes: tuple[world.Scene, ...]
+    latents: torch.Tensor
+    labels: torch.Tensor
 
 
 class Trainer:
@@ -342,17 +358,27 @@ class Trainer:
         self.step = 0
         self.elapsed = 0.0
         self.trained = list(self.transformer.parameters()) + list(self.text_encoder.parameters())
+        width = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
+        # Only training reads; nothing of it is exported.
+        self.reader = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(world.LABELS))).to(device)
+        self.read: torch.Tensor | None = None
+        middle = self.transformer.blocks[(len(self.transformer.blocks) - 1) // 2]
+        middle.register_forward_hook(self.keep)
         matrices = [p for name, p in self.transformer.blocks.named_parameters() if p.ndim == 2 and "weight" in name]
         known = {id(p) for p in matrices}
         others = [p for p in self.trained if id(p) not in known]
         self.optimizers = [
             Muon(matrices, recipe.rate),
-            torch.optim.AdamW(others, recipe.rate, (0.9, 0.98), fused=compiled),
+            torch.optim.AdamW(others + list(self.reader.parameters()), recipe.rate, (0.9, 0.98), fused=compiled),
         ]
         self.average = [p.detach().clone() for p in self.trained]
         if compiled:
             for block in self.transformer.blocks:
-                block.compile(dynamic=False)
+                # Not block.compile(): that would take the hook into the graph.
+                block.forward = torch.compile(block.forward, dynamic=False)
+
+    def keep(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.read = output
 
     def state(self) -> dict:
         return {
@@ -360,6 +386,7 @@ class Trainer:
             "vae_config": {name: list(self.vae.config[name]) for name in ("latents_mean", "latents_std")},
             "transformer": self.transformer.state_dict(),
             "text_encoder": self.text_encoder.state_dict(),
+            "reader": self.reader.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "average": self.average,
             "generators": [self.scene_generator.get_state(), self.noise_generator.get_state()],
@@ -371,6 +398,7 @@ class Trainer:
         self.vae.register_to_config(**state["vae_config"])
         self.transformer.load_state_dict(state["transformer"])
         self.text_encoder.load_state_dict(state["text_encoder"])
+        self.reader.load_state_dict(state["reader"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         torch._foreach_copy_(self.average, [p.to(self.device) for p in state["average"]])
@@ -383,11 +411,6 @@ class Trainer:
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device, generator=self.noise_generator)
-
-    def clips(self, bucket: Bucket) -> tuple[torch.Tensor, tuple[world.Scene, ...]]:
-        scenes = world.sample_scenes(bucket.batch, self.scene_generator)
-        tensors = world.scene_tensors(scenes, bucket.width / bucket.height).to(self.device)
-        return world.render(tensors, bucket.frames, bucket.height, bucket.width), scenes.scenes
 
     def pick(self, shares: tuple[float, ...]) -> int:
         return int(torch.multinomial(torch.tensor(shares), 1, generator=self.scene_generator))
@@ -433,15 +456,18 @@ class Trainer:
         return F.pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))
 
     @torch.no_grad()
-    def latents(self, bucket: Bucket) -> tuple[torch.Tensor, tuple[world.Scene, ...]]:
-        """Clips as the transformer sees them."""
-        clips, scenes = self.clips(bucket)
-        return self.scale(encode(self.vae, clips)), scenes
+    def examples(self, bucket: Bucket) -> Examples:
+        batch = world.sample_scenes(bucket.batch, self.scene_generator)
+        scenes = world.scene_tensors(batch, bucket.width / bucket.height).to(self.device)
+        clips = world.render(scenes, bucket.frames, bucket.height, bucket.width)
+        labels = world.label(scenes, bucket.frames, bucket.height // 8, bucket.width // 8)
+        return Examples(batch.scenes, self.scale(encode(self.vae, clips)), labels)
 
-    def flow_loss(self, bucket: Bucket, latents: torch.Tensor, scenes: tuple[world.Scene, ...]) -> torch.Tensor:
-        """One backward pass of the flow-matching loss; returns the loss."""
+    def losses(self, bucket: Bucket, examples: Examples) -> torch.Tensor:
+        """One backward pass; returns the loss of flow matching and that of reading, [2]."""
+        latents = examples.latents
         chances = torch.rand(bucket.batch, 7, generator=self.scene_generator).tolist()
-        captions = [shorten(scene, row) for scene, row in zip(scenes, chances, strict=True)]
+        captions = [shorten(scene, row) for scene, row in zip(examples.scenes, chances, strict=True)]
         level = torch.sigmoid(self.recipe.level_spread * self.normal(bucket.batch))
         shift = self.recipe.shift
         sigma = shift * level / (1 + (shift - 1) * level)
@@ -453,9 +479,12 @@ class Trainer:
             text = self.embed(captions)
             with sdpa_kernel(preferred, set_priority=True), eager:
                 velocity = self.transformer(noisy, sigma * 1000, text, return_dict=False)[0]
-        loss = F.mse_loss(velocity.float(), noise - latents)
-        loss.backward()
-        return loss.detach()
+            read = self.reader(self.read).float().flatten(0, 1).split(world.LABELS, -1)
+        flow = F.mse_loss(velocity.float(), noise - latents)
+        told = examples.labels.transpose(0, 1).flatten(1)
+        reading = sum(F.cross_entropy(logits, labels) for logits, labels in zip(read, told, strict=True))
+        (flow + self.recipe.reading * reading).backward()
+        return torch.stack([flow, reading]).detach()
 
     def train_transformer(
         self,
@@ -475,22 +504,23 @@ class Trainer:
                     group["lr"] = rate
             chosen = self.pick(self.recipe.early if progress < early_until else self.recipe.late)
             bucket = self.recipe.buckets[chosen]
-            latents, scenes = self.latents(bucket)
+            examples = self.examples(bucket)
             for _ in range(self.recipe.updates_per_batch):
-                loss = self.update(bucket, latents, scenes)
+                losses = self.update(bucket, examples)
                 if chosen == 1:
-                    recent.append(loss)
+                    recent.append(losses)
             # The host runs ahead of the device; the clock must not.
             self.synchronise()
             self.elapsed = time.monotonic() - start
             if self.step % 100 < self.recipe.updates_per_batch:
-                mean = torch.stack(recent).mean().item() if recent else None
-                log({"stage": "dit", "step": self.step, "seconds": self.elapsed, "loss": mean, "rate": rate})
+                flow, reading = torch.stack(recent).mean(0).tolist() if recent else (None, None)
+                line = {"stage": "dit", "step": self.step, "seconds": self.elapsed, "loss": flow, "reading": reading}
+                log({**line, "rate": rate})
                 recent = []
             save()
 
-    def update(self, bucket: Bucket, latents: torch.Tensor, scenes: tuple[world.Scene, ...]) -> torch.Tensor:
-        loss = self.flow_loss(bucket, latents, scenes)
+    def update(self, bucket: Bucket, examples: Examples) -> torch.Tensor:
+        losses = self.losses(bucket, examples)
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -498,7 +528,7 @@ class Trainer:
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.trained], 1 - decay)
         self.step += 1
-        return loss
+        return losses
 
     def synchronise(self) -> None:
         if self.device.startswith("cuda"):
@@ -587,6 +617,9 @@ def arguments() -> argparse.Namespace:
         "--stop_after", type=int, help="stop at this step of the transformer, as an interruption would"
     )
     parser.add_argument(
+        "--stop_seconds", type=float, help="stop there on the way to --seconds, to --resume later"
+    )
+    parser.add_argument(
         "--decay_from", type=float, default=0.6, help="progress at which the learning rate begins to fall"
     )
     parser.add_argument("--early_until", type=float, help="progress at which the sizes change from early to late")
@@ -645,7 +678,7 @@ def main() -> None:
     if args.init is None and args.resume is None:
         trainer.fit_vae()
         log({"stage": "vae", "psnr": trainer.psnr(4 if args.tiny else 16)})
-    limits = Limits(args.steps, args.seconds, args.stop_after)
+    limits = Limits(args.steps, args.seconds, args.stop_after, args.stop_seconds)
     early_until = recipe.early_until if args.early_until is None else args.early_until
     save = every(args.save_seconds, args.save_steps, write_and_export)
     trainer.train_transformer(limits, args.decay_from, early_until, log, save)

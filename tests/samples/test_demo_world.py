@@ -136,6 +136,26 @@ def test_objects_stay_inside_the_frame() -> None:
         assert reach.max() <= 1.0
 
 
+def test_labels_name_what_the_picture_shows() -> None:
+    batch = scenes(40, 5)
+    batch = replace(batch, scenes=tuple(replace(s, light="steady") for s in batch.scenes))
+    tensors = world.scene_tensors(batch, 1.125)
+    rows, columns = 16, 18
+    labels = world.label(tensors, 6, rows, columns)
+    assert all(int(labels[:, kind].max()) < size for kind, size in enumerate(world.LABELS))
+    # An odd number of pixels to a cell: one lies at its middle.
+    frames = clips(batch, 6, rows * 7, columns * 7)[:, :, 3::7, 3::7]
+    for clip, label, scene in zip(frames, labels, batch.scenes, strict=True):
+        for group in scene.groups:
+            here = label[0] == 1 + list(world.COLOURS).index(group.colour)
+            assert here.any()
+            # Edges are a pixel soft, and a dark spot on them can fall below the saturation of an object.
+            assert (world.colour_mask(clip, group.colour) == here).float().mean() > 0.985
+            assert set(label[1][here].tolist()) == {1 + world.SHAPES.index(group.shape)}
+            assert set(label[2][here].tolist()) == {1 + world.DIRECTIONS.index(group.direction)}
+        assert (label[:, label[0] == 0] == 0).all()
+
+
 @pytest.fixture(scope="module")
 def train() -> ModuleType:
     load("check_prompts")
@@ -153,7 +173,7 @@ def test_the_autoencoder_in_one_pass_is_the_one_that_is_exported(train) -> None:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
             if "attentions" in name and "proj" in name:
                 parameter.zero_()
-        pixels, _ = trainer.clips(train.Bucket(9, 32, 48, 1))
+        pixels = world.render(world.scene_tensors(scenes(1, 0), 1.5), 9, 32, 48)
         latents = train.encode(trainer.vae, pixels)
         torch.testing.assert_close(latents, trainer.vae.encode(pixels).latent_dist.mode(), atol=1e-4, rtol=1e-4)
         again = train.decode(trainer.vae, latents).clamp(-1, 1)
