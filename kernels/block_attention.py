@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +19,13 @@ try:
 except ImportError:  # Triton has no wheel for macOS and Windows; the torch implementation needs none.
     triton = None
 
-LN2 = math.log(2)
+try:
+    from dit_sparse.kernels import block_attention_hopper as hopper
+except ImportError:  # Triton without Gluon, or none.
+    hopper = None
+
+# auto, or one of: PyTorch; Triton for any GPU; Gluon, Triton's lower-level dialect, for Hopper.
+AttentionImpl = Literal[Impl, "gluon"]
 # Bytes of keys and values that the torch implementation gathers at a time: about a core's share of the last cache.
 GATHER_BYTES = 2 << 20
 
@@ -34,7 +41,7 @@ def block_attention(
     scale: float | None = None,
     key_mask: Tensor | None = None,
     text: int = 0,
-    impl: Impl = "auto",
+    impl: AttentionImpl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention over the planned key blocks, then `correction`: out = scale * merge(exact, tail) + residual.
 
@@ -44,17 +51,14 @@ def block_attention(
     False for padding. scale is D^-1/2 unless given.
 
     Returns out like q, and lse [B, H, Lq] float32 (float64 for float64), natural logarithm, of the exact part; rows
-    that see no key give zeros and -inf. impl "auto" is triton on CUDA and torch elsewhere; a named one never falls
-    back, and triton refuses float32 beyond 128 channels, which would not fit its registers. Raises ValueError where
-    shapes, dtypes or devices do not fit together.
+    that see no key give zeros and -inf. impl "auto" is gluon on Hopper where it takes the inputs (16-bit, 64 or 128
+    channels, blocks of 128, no key mask), triton on CUDA and torch elsewhere. A named one never falls back, and triton
+    refuses float32 beyond 128 channels, which would not fit its registers. Raises ValueError where shapes, dtypes or
+    devices do not fit together.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     correction = correction or Correction()
-    if impl == "auto" and q.dtype == torch.float32 and q.shape[-1] > 128:
-        impl = "torch"
-    impl = resolve(impl, q)
-    if impl == "triton" and q.dtype == torch.float32 and q.shape[-1] > 128:
-        raise ValueError(f"impl 'triton' takes float32 up to head dimension 128, not {q.shape[-1]}; 'torch' takes it.")
+    impl = _implementation(impl, q, k, v, plan, block, key_mask)
     _check(q, k, v, plan, correction, block, key_mask, text, impl)
     tail, residual = correction.tail, correction.residual
     return _block_attention(
@@ -79,6 +83,25 @@ def block_attention(
         residual.kind if residual else "full",
         impl,
     )
+
+
+def _implementation(
+    impl: AttentionImpl, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None
+) -> str:
+    if impl not in get_args(AttentionImpl):
+        raise ValueError(f"Unknown impl {impl!r}: choose from {', '.join(get_args(AttentionImpl))}.")
+    if impl == "gluon" or (impl == "auto" and q.is_cuda):
+        refused = "needs CUDA tensors and triton 3.6 or newer"
+        if hopper is not None and q.is_cuda:
+            refused = hopper.refusal(q, k, v, plan, block, key_mask)
+        if refused is None:
+            return "gluon"
+        if impl == "gluon":
+            raise ValueError(f"impl 'gluon' {refused}.")
+    wide = q.dtype == torch.float32 and q.shape[-1] > 128
+    if impl == "triton" and wide:
+        raise ValueError(f"impl 'triton' takes float32 up to head dimension 128, not {q.shape[-1]}; 'torch' takes it.")
+    return resolve("torch" if wide else impl, q)
 
 
 def _check(
@@ -165,8 +188,11 @@ def _block_attention(
     plan = BlockPlan(counts, indices, key_blocks)
     tail = None if tail_keys is None else Tail(tail_keys, tail_values, tail_log_weights, tail_variances, tail_limit)
     added = None if residual is None else Residual(residual, residual_scales, residual_kind)
+    correction = Correction(row_scale, added, tail)
+    if impl == "gluon":
+        return hopper.attend(q, k, v, plan, correction, scale, text, _every(key_blocks, q.device))
     run = _triton if impl == "triton" else _torch
-    return run(q, k, v, plan, Correction(row_scale, added, tail), block, scale, key_mask, text)
+    return run(q, k, v, plan, correction, block, scale, key_mask, text)
 
 
 @_block_attention.register_fake

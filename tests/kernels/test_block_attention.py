@@ -1,7 +1,6 @@
 """block_attention against kernels/reference.py in float64, for both implementations."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -10,62 +9,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
-from dit_sparse.residual import pack
 from tests.close import assert_no_worse
+from tests.kernels.attention_inputs import DEVICE, cast, corrected, inputs, random_plan
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["torch", "triton"]
-
-
-def inputs(batch=1, heads=2, queries=80, keys=None, dim=16, strided=False, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    shapes = [(batch, n, heads, dim) for n in (queries, keys or queries, keys or queries)]
-    qkv = [torch.randn(s, generator=g, dtype=torch.float64).transpose(1, 2) for s in shapes]
-    return [(x if strided else x.contiguous()).to(DEVICE) for x in qkv]
-
-
-def random_plan(batch, heads, rows, columns, density=0.4, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    mask = torch.rand(batch, heads, rows, columns, generator=g) < density
-    mask |= torch.nn.functional.one_hot(torch.randint(columns, mask.shape[:-1], generator=g), columns).bool()
-    return BlockPlan.from_mask(mask.to(DEVICE), width=int(mask.sum(-1).max()))
-
-
-def corrected(q, k, v, plan, block, text, parts):
-    """A Correction with the named parts, of the right shapes for these inputs, in float64."""
-    g = torch.Generator().manual_seed(2)
-    rows, columns = q.shape[2] - text, k.shape[2] - text
-    draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(DEVICE)  # noqa: E731
-    tail = scale = residual = None
-    if "tail" in parts:
-        lengths = (columns - torch.arange(0, columns, block, device=DEVICE)).clamp(max=block)
-        stats = reference.block_stats(k[:, :, :columns], lengths, block)
-        values = reference.block_stats(v[:, :, :columns], lengths, block).mean
-        limit = 0.2 if "limit" in parts else math.inf
-        tail = Tail(stats.mean, values, lengths.double().log(), stats.var if "second" in parts else None, limit)
-    leading = q.shape[:2]
-    if "scale" in parts:
-        scale = draw(*leading, rows).abs()
-    if "block_scale" in parts:
-        scale = draw(*leading, plan.counts.shape[-1]).abs()
-    if "residual" in parts:
-        residual = Residual(draw(*leading, rows, q.shape[-1]))
-    if "block_residual" in parts:
-        residual = Residual(draw(*leading, plan.counts.shape[-1], q.shape[-1]))
-    for kind in ("fp8", "int4"):
-        if kind in parts:
-            residual = pack(draw(*leading, rows, q.shape[-1]).float(), kind)
-    return Correction(scale, residual, tail)
-
-
-def cast(correction, dtype):
-    tail, residual, scale = correction.tail, correction.residual, correction.scale
-    if tail is not None:
-        var = None if tail.variances is None else tail.variances.to(dtype)
-        tail = Tail(tail.keys.to(dtype), tail.values.to(dtype), tail.log_weights.float(), var, tail.limit)
-    if residual is not None and residual.kind == "full":
-        residual = Residual(residual.codes.to(dtype))
-    return Correction(None if scale is None else scale.float(), residual, tail)
 
 
 CASES = {

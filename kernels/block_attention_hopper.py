@@ -1,0 +1,485 @@
+"""block_attention for Hopper: one warp streams listed blocks through a ring, two groups of four attend to them."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dit_sparse.kernels.block_select import plan_mask
+from dit_sparse.plan import BlockPlan, Correction, Tail
+
+# Queries and keys of a step; queries of a group, as many as one warpgroup product takes.
+BLOCK, ROWS = 128, 64
+# Blocks in the ring: with the queries and the tail's weights, what 227 KiB of shared memory hold at 128 channels.
+SLOTS = 5
+
+# Today's name, and that of Triton 3.6.
+_load_tile = tma.async_load if "async_load" in tma.__all__ else tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def _next(slot, phase, SLOTS: gl.constexpr):
+    """The slot after this one, and the phase of its barriers."""
+    slot += 1
+    wrapped = slot == SLOTS
+    return gl.where(wrapped, 0, slot), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def _tile(t, pointers, sizes, TEXT: gl.constexpr, ORDERED: gl.constexpr, BLOCK: gl.constexpr):
+    """Tile t: its head, query block and row, the list it reads, and how many steps that list and the text take."""
+    p_counts, p_indices, p_every, p_order = pointers
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W = sizes
+    per_head = NQ
+    if TEXT:
+        # Text rows list every block: the longest come first.
+        text_tiles = gl.cdiv(LQ - VISION, BLOCK)
+        per_head += text_tiles
+    i_bh = t // per_head
+    i = t % per_head
+    i_block = i
+    is_text = i < 0
+    if TEXT:
+        is_text = i < text_tiles
+        i_block = gl.where(is_text, 0, i - text_tiles)
+    if ORDERED:
+        i_block = gl.load(p_order + i_bh * NQ + i_block)
+    i_list = i_bh.to(gl.int64) * NQ + i_block
+    n = gl.load(p_counts + i_list)
+    p_list = p_indices + i_list * W
+    row = i_block * BLOCK
+    steps = n
+    if TEXT:
+        row = gl.where(is_text, VISION + i * BLOCK, row)
+        n = gl.where(is_text, NK, n)
+        p_list = gl.where(is_text, p_every, p_list)
+        steps = n + gl.cdiv(LK - COLUMNS, BLOCK)
+    return i_bh, i_list, row, is_text, p_list, n, steps
+
+
+@gluon.jit
+def _fill(desc, b, h, row, ring, bars, slot, phase, more: gl.constexpr):
+    """Copy a block into the slot once it is empty; `more` bytes are to follow."""
+    full, empty = bars
+    mbarrier.wait(empty.index(slot), phase ^ 1)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes + more)
+    _load_tile(desc, [b, h, row, 0], full.index(slot), ring.index(slot))
+
+
+@gluon.jit
+def _produce(
+    descs, tail_descs, pointers, rings, bars, q_bars, sizes, tiles, padded, weight_step,
+    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, ORDERED: gl.constexpr,
+    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Keys of a step, then values of the step before: the order in which they are used."""
+    d_q, d_k, d_v = descs
+    q_ring, ring, routed_ring, weight_ring = rings
+    q_full, q_empty = q_bars
+    full, empty = bars
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W = sizes
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    q_phase = gl.to_tensor(0)
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        i_bh, i_list, row, is_text, p_list, n, steps = _tile(t, pointers, sizes, TEXT, ORDERED, BLOCK)
+        b, h = i_bh // H, i_bh % H
+        before = gl.load(p_list) * BLOCK
+        for group in gl.static_range(2):
+            mbarrier.wait(q_empty.index(group), q_phase ^ 1)
+            mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
+            _load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
+        q_phase ^= 1
+        _fill(d_k, b, h, before, ring, bars, slot, phase, 0)
+        slot, phase = _next(slot, phase, SLOTS)
+        for i in range(1, steps):
+            start = gl.load(p_list + i, mask=i < n, other=0) * BLOCK
+            if TEXT:
+                start = gl.where(i < n, start, COLUMNS + (i - n) * BLOCK)
+            _fill(d_k, b, h, start, ring, bars, slot, phase, 0)
+            slot, phase = _next(slot, phase, SLOTS)
+            _fill(d_v, b, h, before, ring, bars, slot, phase, 0)
+            slot, phase = _next(slot, phase, SLOTS)
+            before = start
+        if TAIL:
+            d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights = tail_descs
+            tail_steps = gl.where(is_text, 0, padded // BLOCK)
+            for i in range(0, tail_steps):
+                if SECOND:
+                    _fill(d_tail_var, b, h, i * BLOCK, ring, bars, slot, phase, 0)
+                    slot, phase = _next(slot, phase, SLOTS)
+                _fill(d_tail_k, b, h, i * BLOCK, ring, bars, slot, phase, BLOCK * 5)
+                routed_at = (i_list * padded).to(gl.int32) + i * BLOCK
+                _load_tile(d_routed, [routed_at], full.index(slot), routed_ring.index(slot))
+                _load_tile(d_weights, [b * weight_step + i * BLOCK], full.index(slot), weight_ring.index(slot))
+                slot, phase = _next(slot, phase, SLOTS)
+                if i == 0:
+                    _fill(d_v, b, h, before, ring, bars, slot, phase, 0)
+                else:
+                    _fill(d_tail_v, b, h, (i - 1) * BLOCK, ring, bars, slot, phase, 0)
+                slot, phase = _next(slot, phase, SLOTS)
+            if tail_steps == 0:
+                _fill(d_v, b, h, before, ring, bars, slot, phase, 0)
+            else:
+                _fill(d_tail_v, b, h, (tail_steps - 1) * BLOCK, ring, bars, slot, phase, 0)
+        else:
+            _fill(d_v, b, h, before, ring, bars, slot, phase, 0)
+        slot, phase = _next(slot, phase, SLOTS)
+
+
+@gluon.jit
+def _exponentials(s, m, l, scale2):
+    """Logits s, to be scaled into base 2 -> their exponentials, the row maximum, what it shrinks, the row sum."""
+    top = gl.maximum(m, gl.max(s, 1) * scale2)
+    e = gl.exp2(s * scale2 - top[:, None])
+    shrink = gl.exp2(m - top)
+    return e, top, shrink, l * shrink + gl.sum(e, 1)
+
+
+@gluon.jit
+def _step(
+    q, p, o, m, l, ring, bars, slot, phase, scale2, left,
+    MASKED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """Logits of the keys at `slot` while the values of the step before are added; exponentials while they are.
+
+    The slot after the values is waited for before the values are: the wait is a branch, behind which the assembler
+    would otherwise move the exponentials, and then nothing would run beside the product.
+    """
+    full, empty = bars
+    s = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
+    s = warpgroup_mma(q, ring.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+    v_slot, v_phase = _next(slot, phase, SLOTS)
+    mbarrier.wait(full.index(v_slot), v_phase)
+    o = warpgroup_mma(p, ring.index(v_slot), o, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(empty.index(slot))
+    if MASKED:
+        o_c = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
+        s = gl.where((o_c < left)[None, :], s, float("-inf"))
+    e, m, shrink, l = _exponentials(s, m, l, scale2)
+    slot, phase = _next(v_slot, v_phase, SLOTS)
+    mbarrier.wait(full.index(slot), phase)
+    o = warpgroup_mma_wait(0, deps=[o])
+    mbarrier.arrive(empty.index(v_slot))
+    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+    p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    return p, o, m, l, slot, phase
+
+
+@gluon.jit
+def _tail_step(
+    q, q2, p, o, m, l, ring, routed_ring, weight_ring, bars, slot, phase, scale, scale2, limit,
+    SECOND: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """The same for pooled keys: weight, second-order term and mask are what the product of the logits is added to."""
+    full, empty = bars
+    s = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
+    k_slot, k_phase = slot, phase
+    if SECOND:
+        s = warpgroup_mma(q2, ring.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+        k_slot, k_phase = _next(slot, phase, SLOTS)
+        mbarrier.wait(full.index(k_slot), k_phase)
+    v_slot, v_phase = _next(k_slot, k_phase, SLOTS)
+    mbarrier.wait(full.index(v_slot), v_phase)
+    o = warpgroup_mma(p, ring.index(v_slot), o, is_async=True)
+    if SECOND:
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(empty.index(slot))
+        s = gl.minimum(s * 0.5, limit)
+    column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    weight = weight_ring.index(k_slot).load(column_layout)
+    weight = gl.where(routed_ring.index(k_slot).load(column_layout) != 0, float("-inf"), weight)
+    s = (s + weight[None, :]) * (1.0 / scale)
+    s = warpgroup_mma(q, ring.index(k_slot).permute((1, 0)), s, is_async=True)
+    s, o = warpgroup_mma_wait(0, deps=[s, o])
+    mbarrier.arrive(empty.index(k_slot))
+    mbarrier.arrive(empty.index(v_slot))
+    e, m, shrink, l = _exponentials(s, m, l, scale2)
+    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+    p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    slot, phase = _next(v_slot, v_phase, SLOTS)
+    mbarrier.wait(full.index(slot), phase)
+    return p, o, m, l, slot, phase
+
+
+@gluon.jit
+def _consume(
+    group: gl.constexpr,
+    p_out, p_lse, out_strides, pointers, correction, rings, bars, q_bars, sizes, tiles, padded, scale, limit,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, ORDERED: gl.constexpr,
+    SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
+    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Half of a tile's rows, from the first listed block to the store."""
+    LOG2E: gl.constexpr = 1.4426950408889634
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q_ring, ring, routed_ring, weight_ring = rings
+    full, empty = bars
+    q_full, q_empty = q_bars
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W = sizes
+    o_sb, o_sh, o_st = out_strides
+    p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals = correction
+    scale2 = scale * LOG2E
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    q_phase = gl.to_tensor(0)
+    q = q_ring.index(group)
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        i_bh, i_list, row, is_text, p_list, n, steps = _tile(t, pointers, sizes, TEXT, ORDERED, BLOCK)
+        first = gl.load(p_list) * BLOCK
+        # Lists ascend, so only the last listed block can be the short one.
+        short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
+        whole = n - (short < BLOCK).to(gl.int32)
+        row += group * ROWS
+
+        mbarrier.wait(q_full.index(group), q_phase)
+        mbarrier.wait(full.index(slot), phase)
+        s = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
+        s = warpgroup_mma(q, ring.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(empty.index(slot))
+        slot, phase = _next(slot, phase, SLOTS)
+        o_c = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
+        s = gl.where((o_c < COLUMNS - first)[None, :], s, float("-inf"))
+        m = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
+        l = gl.zeros([ROWS], gl.float32, s_rows)
+        e, m, shrink, l = _exponentials(s, m, l, scale2)
+        p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
+        o = gl.zeros([ROWS, D], gl.float32, o_layout)
+        mbarrier.wait(full.index(slot), phase)
+
+        for _ in range(1, whole):
+            p, o, m, l, slot, phase = _step(
+                q, p, o, m, l, ring, bars, slot, phase, scale2, BLOCK, False, SLOTS, BLOCK, ROWS, s_layout, o_layout
+            )
+        for i in range(gl.maximum(whole, 1), steps):
+            left = short
+            if TEXT:
+                left = gl.where(i < n, short, LK - COLUMNS - (i - n) * BLOCK)
+            p, o, m, l, slot, phase = _step(
+                q, p, o, m, l, ring, bars, slot, phase, scale2, left, True, SLOTS, BLOCK, ROWS, s_layout, o_layout
+            )
+
+        # The log-sum-exp of the exact part, before the tail joins the sum.
+        end = VISION
+        if TEXT:
+            end = gl.where(is_text, LQ, end)
+        o_l = row + gl.arange(0, ROWS, s_rows)
+        gl.store(p_lse + i_bh.to(gl.int64) * LQ + o_l, (m + gl.log2(l)) / LOG2E, mask=o_l < end)
+
+        if TAIL:
+            q2 = q.load(gl.DotOperandLayout(0, s_layout, 2))
+            if SECOND:
+                wide = q2.to(gl.float32) * scale
+                q2 = (wide * wide).to(ring.dtype)
+            for _ in range(0, gl.where(is_text, 0, padded // BLOCK)):
+                p, o, m, l, slot, phase = _tail_step(
+                    q, q2, p, o, m, l, ring, routed_ring, weight_ring, bars, slot, phase, scale, scale2, limit,
+                    SECOND, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+                )  # fmt: skip
+        mbarrier.arrive(q_empty.index(group))
+        q_phase ^= 1
+
+        o = warpgroup_mma(p, ring.index(slot), o, is_async=True)
+        o_m = row + gl.arange(0, ROWS, o_rows)
+        o_d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+        b, h = (i_bh // H).to(gl.int64), (i_bh % H).to(gl.int64)
+        m_r = (o_m < VISION) & (is_text == 0)
+        if SCALE:
+            o_r = o_m if SCALE_PER_ROW else o_m // BLOCK
+            factor = gl.load(p_scale + i_bh.to(gl.int64) * scales + o_r, mask=m_r, other=1.0)
+        if RESIDUAL > 0:
+            o_r = o_m if PER_ROW else o_m // BLOCK
+            p_r = p_res + b * r_sb + h * r_sh + o_r.to(gl.int64)[:, None] * r_st
+            if RESIDUAL == 3:
+                # A byte holds channel d in its low half and channel d + D/2 in its high half.
+                p_r += (o_d % (D // 2))[None, :]
+            else:
+                p_r += o_d[None, :]
+            codes = gl.load(p_r, mask=m_r[:, None], other=0)
+            if RESIDUAL > 1:
+                unit = gl.load(p_res_scale + i_bh.to(gl.int64) * residuals + o_r, mask=m_r, other=0.0)
+        o = warpgroup_mma_wait(0, deps=[o])
+        mbarrier.arrive(empty.index(slot))
+        slot, phase = _next(slot, phase, SLOTS)
+
+        o = o * gl.convert_layout(1.0 / l, o_rows)[:, None]
+        if SCALE:
+            o = o * factor[:, None]
+        if RESIDUAL == 1:
+            o += codes.to(gl.float32)
+        elif RESIDUAL == 2:
+            o += codes.to(gl.float8e4nv, bitcast=True).to(gl.float32) * unit[:, None]
+        elif RESIDUAL == 3:
+            half = (codes.to(gl.int32) >> (4 * (o_d // (D // 2)))[None, :]) & 15
+            o += (half.to(gl.float32) - 8.0) * unit[:, None]
+        p_o = p_out + b * o_sb + h * o_sh + o_m.to(gl.int64)[:, None] * o_st + o_d[None, :]
+        gl.store(p_o, o.to(ring.dtype), mask=(o_m < end)[:, None])
+
+
+# Sizes that change from plan to plan: nothing is gained from compiling again for each.
+_SIZES = (
+    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "tiles", "padded", "weight_step", "scales", "residuals",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_SIZES)
+def block_attention_hopper_kernel(
+    d_q, d_k, d_v, d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights,
+    p_out, p_lse, p_counts, p_indices, p_every, p_order, p_scale, p_res, p_res_scale,
+    o_sb, o_sh, o_st, r_sb, r_sh, r_st,
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, tiles, padded, weight_step, scales, residuals,
+    scale, limit,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, ORDERED: gl.constexpr,
+    SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
+    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Persistent: every program takes each num_programs-th tile of BLOCK query rows."""
+    dtype: gl.constexpr = d_k.dtype
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
+    q_ring = gl.allocate_shared_memory(dtype, [2, ROWS, D], tile_layout)
+    ring = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK, D], tile_layout)
+    rings = (q_ring, ring, ring, ring)
+    if TAIL:
+        routed_ring = gl.allocate_shared_memory(gl.uint8, [SLOTS, BLOCK], d_routed.layout)
+        weight_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, BLOCK], d_weights.layout)
+        rings = (q_ring, ring, routed_ring, weight_ring)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    bars, q_bars = (full, empty), (q_full, q_empty)
+    pointers = (p_counts, p_indices, p_every, p_order)
+    sizes = (H, LQ, LK, VISION, COLUMNS, NQ, NK, W)
+    out_strides = (o_sb, o_sh, o_st)
+    correction = (p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals)
+    descs = (d_q, d_k, d_v)
+    tail_descs = (d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, p_out, p_lse, out_strides, pointers, correction, rings, bars, q_bars, sizes, tiles, padded, scale,
+                limit, D, TEXT, TAIL, SECOND, ORDERED, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, SLOTS, BLOCK, ROWS,
+            )),
+            (_consume, (
+                1, p_out, p_lse, out_strides, pointers, correction, rings, bars, q_bars, sizes, tiles, padded, scale,
+                limit, D, TEXT, TAIL, SECOND, ORDERED, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, SLOTS, BLOCK, ROWS,
+            )),
+            (_produce, (
+                descs, tail_descs, pointers, rings, bars, q_bars, sizes, tiles, padded, weight_step,
+                TEXT, TAIL, SECOND, ORDERED, SLOTS, BLOCK, ROWS,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None) -> str | None:
+    """Why this kernel does not take such inputs, or None."""
+    if torch.cuda.get_device_capability(q.device)[0] != 9:
+        return "needs a GPU of compute capability 9"
+    if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"needs triton 3.6, not {triton.__version__}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {q.dtype}"
+    if q.shape[-1] not in (64, 128):
+        return f"takes head dimensions 64 and 128, not {q.shape[-1]}"
+    if block != BLOCK:
+        return f"takes blocks of {BLOCK}, not {block}"
+    if key_mask is not None:
+        return "takes no key mask"
+    if any(x.data_ptr() % 16 or any(s % 8 for s in _strides(x)) for x in (q, k, v)):
+        return "needs 16-byte alignment of every row"
+    if plan.counts.numel() * _padded(plan.key_blocks) >= 2**31:
+        return "takes fewer than 2^31 pairs of blocks"
+    return None
+
+
+def _padded(blocks: int) -> int:
+    return triton.cdiv(blocks, BLOCK) * BLOCK
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides of all but the last dimension; a dimension of one is never stepped along."""
+    return [8 if n == 1 else stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """[B, H, L, D] -> tiles of `rows` by D."""
+    kind = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    shape = [1, 1, rows, x.shape[-1]]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, kind)
+    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], shape, layout)
+
+
+def _line(x: Tensor) -> TensorDescriptor:
+    """Any contiguous tensor as one row -> pieces of BLOCK numbers."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * x.element_size(), rank=1)
+    return TensorDescriptor(x, [x.numel()], [1], [BLOCK], layout)
+
+
+def _tail_descriptors(tail: Tail, plan: BlockPlan, dtype: torch.dtype) -> Sequence[TensorDescriptor | None]:
+    padded = _padded(plan.key_blocks)
+    # Pooled keys that do not exist weigh nothing.
+    weights = tail.log_weights.new_full((*tail.log_weights.shape[:-1], padded), float("-inf"), dtype=torch.float32)
+    weights[..., : plan.key_blocks] = tail.log_weights
+    routed = plan_mask(BlockPlan(plan.counts, plan.indices, padded), impl="triton")
+    pooled = [
+        None if x is None else _descriptor(x.to(dtype).contiguous(), BLOCK)
+        for x in (tail.keys, tail.values, tail.variances)
+    ]
+    return [*pooled, _line(routed), _line(weights)]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, correction: Correction, scale: float, text: int, every: Tensor
+) -> tuple[Tensor, Tensor]:
+    """block_attention of inputs that are not refused; every [key_blocks] int32 is the list of a text row."""
+    batch, heads, queries, dim = q.shape
+    keys, rows = k.shape[2], queries - text
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    tail, residual, row_scale = correction.tail, correction.residual, correction.scale
+    counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
+    # Longest first within a head: programs take tiles in turn, so that each gets long ones and short ones, while the
+    # head's keys and values stay in the cache.
+    order = counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True).indices.int()
+    tiles = batch * heads * (counts.shape[-1] + triton.cdiv(text, BLOCK))
+    programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    block_attention_hopper_kernel[(programs,)](
+        _descriptor(q, ROWS), _descriptor(k, BLOCK), _descriptor(v, BLOCK),
+        *(_tail_descriptors(tail, plan, q.dtype) if tail else [None] * 5),
+        out, lse, counts, indices, every if text else None, order,
+        row_scale.float().contiguous() if row_scale is not None else None,
+        residual.codes if residual else None,
+        residual.scales.contiguous() if residual and residual.scales is not None else None,
+        *out.stride()[:3], *(residual.codes.stride()[:3] if residual else (0, 0, 0)),
+        heads, queries, keys, rows, keys - text, counts.shape[-1], plan.key_blocks, indices.shape[-1],
+        tiles, _padded(plan.key_blocks), _padded(plan.key_blocks) if tail and tail.log_weights.dim() == 2 else 0,
+        row_scale.shape[2] if row_scale is not None else 0, residual.codes.shape[2] if residual else 0,
+        scale, tail.limit if tail else 0.0,
+        D=dim, TEXT=text > 0, TAIL=tail is not None, SECOND=tail is not None and tail.variances is not None,
+        ORDERED=True, SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
+        RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
+        PER_ROW=residual is not None and residual.codes.shape[2] == rows,
+        SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,141 @@
+"""The Hopper kernel against kernels/reference.py in float64; what it does not take, and what auto does then."""
+
+import pytest
+import torch
+
+from dit_sparse.kernels import reference
+from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.plan import BlockPlan
+from tests.close import assert_no_worse
+from tests.kernels.attention_inputs import DEVICE, cast, corrected, inputs, random_plan
+
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
+on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9")]
+
+BLOCK = 128
+CASES = {
+    "even": dict(queries=512),
+    "ragged": dict(queries=5 * BLOCK - 53),
+    "one short block": dict(queries=9),
+    "64 channels": dict(queries=5 * BLOCK - 53, dim=64),
+    "fewer keys": dict(queries=700, keys=333),
+    "more keys": dict(queries=200, keys=20 * BLOCK + 1),
+    "batch, strided": dict(batch=2, queries=700, strided=True),
+    "text": dict(queries=700 + 5, text=5),
+    "text of several blocks": dict(queries=512 + 300, text=300, batch=2, strided=True),
+    "text, 64 channels": dict(queries=700 + 226, text=226, dim=64),
+    "more tiles than programs": dict(queries=3000, heads=12),
+}
+PARTS = [
+    (), ("tail",), ("tail", "second"), ("tail", "second", "limit"), ("scale",), ("block_scale",), ("residual",),
+    ("block_residual",), ("fp8",), ("int4",), ("tail", "second", "scale", "residual"), ("tail", "block_scale", "int4"),
+]  # fmt: skip
+
+
+def build(case, parts, dtype):
+    case = {"dim": 128} | CASES[case]
+    text = case.pop("text", 0)
+    q, k, v = inputs(**case)
+    columns = k.shape[2] - text
+    plan = random_plan(*q.shape[:2], -(-(q.shape[2] - text) // BLOCK), -(-columns // BLOCK))
+    correction = cast(corrected(q, k, v, plan, BLOCK, text, parts), dtype)
+    return [x.to(dtype) for x in (q, k, v)], plan, correction, dict(block=BLOCK, text=text)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        *((case, parts) for case in CASES for parts in [(), ("tail", "second", "scale", "residual")]),
+        *(("text of several blocks", parts) for parts in PARTS),
+        *(("64 channels", parts) for parts in PARTS),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "+".join(x),
+)
+class TestOnHopper:
+    pytestmark = on_hopper
+
+    def test_error_is_at_most_twice_pytorchs(self, case, parts, dtype):
+        qkv, plan, correction, options = build(case, parts, dtype)
+        scale = qkv[0].shape[-1] ** -0.5
+        exact = reference.block_attention(
+            *(x.double() for x in qkv), plan, cast(correction, torch.float64), scale=scale, **options
+        )
+        eager = reference.block_attention(*qkv, plan, correction, scale=scale, **options)
+        actual = block_attention(*qkv, plan, correction, impl="gluon", **options)
+        assert actual[0].dtype == dtype and actual[0].stride() == qkv[0].stride()
+        for a, by_torch, e in zip(actual, eager, exact, strict=True):
+            assert_no_worse(a, by_torch, e)
+
+
+class TestAnyPlan:
+    pytestmark = on_hopper
+
+    def test_uneven_counts(self):
+        q, k, v = (x.bfloat16() for x in inputs(heads=3, queries=40 * BLOCK - 3, dim=128))
+        listed = 1 + (7 * torch.arange(40, device=DEVICE) + torch.arange(3, device=DEVICE)[:, None]) % 40
+        mask = torch.arange(40, device=DEVICE).expand(1, 3, 40, 40) < listed[None, :, :, None]
+        plan = BlockPlan.from_mask(mask)
+        exact = reference.block_attention(q.double(), k.double(), v.double(), plan, None, block=BLOCK, scale=128**-0.5)
+        eager = reference.block_attention(q, k, v, plan, None, block=BLOCK, scale=128**-0.5)
+        actual = block_attention(q, k, v, plan, block=BLOCK, impl="gluon")
+        for a, by_torch, e in zip(actual, eager, exact, strict=True):
+            assert_no_worse(a, by_torch, e)
+
+    def test_the_same_inputs_give_the_same_bits(self):
+        qkv, plan, correction, options = build("text of several blocks", ("tail", "second", "fp8"), torch.bfloat16)
+        once = block_attention(*qkv, plan, correction, impl="gluon", **options)
+        for _ in range(5):
+            again = block_attention(*qkv, plan, correction, impl="gluon", **options)
+            assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+    def test_in_a_graph_it_reads_what_is_there_at_replay(self):
+        qkv, plan, correction, options = build("text", ("tail", "second", "fp8"), torch.bfloat16)
+        block_attention(*qkv, plan, correction, impl="gluon", **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = block_attention(*qkv, plan, correction, impl="gluon", **options)
+        qkv[0].copy_(torch.randn_like(qkv[0]))
+        graph.replay()
+        for a, b in zip(captured, block_attention(*qkv, plan, correction, impl="gluon", **options), strict=True):
+            assert torch.equal(a, b)
+
+    def test_auto_takes_it_where_it_can(self):
+        qkv, plan, _, options = build("text", (), torch.bfloat16)
+        for a, b in zip(
+            block_attention(*qkv, plan, **options), block_attention(*qkv, plan, impl="gluon", **options), strict=True
+        ):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (dict(dtype=torch.float32), "takes float16 and bfloat16, not torch.float32"),
+            (dict(dim=72), "takes head dimensions 64 and 128, not 72"),
+            (dict(block=64), "takes blocks of 128, not 64"),
+            (dict(masked=True), "takes no key mask"),
+            (dict(offset=4), "needs 16-byte alignment of every row"),
+        ],
+        ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
+    )
+    def test_refusals_are_named_and_auto_goes_round_them(self, change, message):
+        block, dim, offset = change.get("block", BLOCK), change.get("dim", 128), change.get("offset", 0)
+        q, k, v = inputs(queries=200, dim=dim + 2 * offset)
+        q, k, v = (x.to(change.get("dtype", torch.bfloat16))[..., offset : offset + dim] for x in (q, k, v))
+        mask = torch.ones(1, 200, dtype=torch.bool, device=DEVICE) if "masked" in change else None
+        plan = BlockPlan.full(1, 2, -(-200 // block), -(-200 // block), DEVICE)
+        with pytest.raises(ValueError, match=f"impl 'gluon' {message}"):
+            block_attention(q, k, v, plan, block=block, key_mask=mask, impl="gluon")
+        out, _ = block_attention(q, k, v, plan, block=block, key_mask=mask)
+        exact, _ = reference.block_attention(
+            q.double(), k.double(), v.double(), plan, None, block=block, scale=dim**-0.5
+        )
+        eager, _ = reference.block_attention(q, k, v, plan, None, block=block, scale=dim**-0.5)
+        assert_no_worse(out, eager, exact)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="CUDA tensors are taken or refused for other reasons")
+def test_tensors_of_a_cpu_are_refused():
+    q, k, v = (x.bfloat16() for x in inputs(queries=128, dim=128))
+    with pytest.raises(ValueError, match="impl 'gluon' needs CUDA tensors and triton 3.6 or newer"):
+        block_attention(q, k, v, BlockPlan.full(1, 2, 1, 1, DEVICE), block=BLOCK, impl="gluon")
