@@ -34,19 +34,19 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 def _tile(t, pointers, sizes, TEXT: gl.constexpr, ORDERED: gl.constexpr, BLOCK: gl.constexpr):
     """Tile t: its head, query block and row, the list it reads, and how many steps that list and the text take."""
     p_counts, p_indices, p_every, p_order = pointers
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W = sizes
-    per_head = NQ
-    if TEXT:
-        # Text rows list every block: the longest come first.
-        text_tiles = gl.cdiv(LQ - VISION, BLOCK)
-        per_head += text_tiles
-    i_bh = t // per_head
-    i = t % per_head
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    i_bh = t // NQ
+    i = t % NQ
     i_block = i
     is_text = i < 0
     if TEXT:
-        is_text = i < text_tiles
-        i_block = gl.where(is_text, 0, i - text_tiles)
+        # Text rows list every block. A head's would meet those of other heads in the same few programs, were they not
+        # all at the start, one or none for each program.
+        is_text = t < texts
+        per_head = gl.cdiv(LQ - VISION, BLOCK)
+        i_bh = gl.where(is_text, t // per_head, (t - texts) // NQ)
+        i = gl.where(is_text, t % per_head, (t - texts) % NQ)
+        i_block = gl.where(is_text, 0, i)
     if ORDERED:
         i_block = gl.load(p_order + i_bh * NQ + i_block)
     i_list = i_bh.to(gl.int64) * NQ + i_block
@@ -82,7 +82,7 @@ def _produce(
     q_ring, ring, routed_ring, weight_ring = rings
     q_full, q_empty = q_bars
     full, empty = bars
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W = sizes
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
@@ -227,7 +227,7 @@ def _consume(
     q_ring, ring, routed_ring, weight_ring = rings
     full, empty = bars
     q_full, q_empty = q_bars
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W = sizes
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
     o_sb, o_sh, o_st = out_strides
     p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals = correction
     scale2 = scale * LOG2E
@@ -330,7 +330,8 @@ def _consume(
 
 # Sizes that change from plan to plan: nothing is gained from compiling again for each.
 _SIZES = (
-    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "tiles", "padded", "weight_step", "scales", "residuals",
+    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "texts", "tiles", "padded", "weight_step", "scales",
+    "residuals",
 )  # fmt: skip
 
 
@@ -339,7 +340,7 @@ def block_attention_hopper_kernel(
     d_q, d_k, d_v, d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights,
     p_out, p_lse, p_counts, p_indices, p_every, p_order, p_scale, p_res, p_res_scale,
     o_sb, o_sh, o_st, r_sb, r_sh, r_st,
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, tiles, padded, weight_step, scales, residuals,
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, padded, weight_step, scales, residuals,
     scale, limit,
     D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, ORDERED: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
@@ -367,7 +368,7 @@ def block_attention_hopper_kernel(
         mbarrier.init(q_empty.index(i), count=1)
     bars, q_bars = (full, empty), (q_full, q_empty)
     pointers = (p_counts, p_indices, p_every, p_order)
-    sizes = (H, LQ, LK, VISION, COLUMNS, NQ, NK, W)
+    sizes = (H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts)
     out_strides = (o_sb, o_sh, o_st)
     correction = (p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals)
     descs = (d_q, d_k, d_v)
@@ -462,7 +463,9 @@ def attend(
     # Longest first within a head: programs take tiles in turn, so that each gets long ones and short ones, while the
     # head's keys and values stay in the cache.
     order = counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True).indices.int()
-    tiles = batch * heads * (counts.shape[-1] + triton.cdiv(text, BLOCK))
+    padded = _padded(plan.key_blocks)
+    texts = batch * heads * triton.cdiv(text, BLOCK)
+    tiles = texts + counts.numel()
     programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
     block_attention_hopper_kernel[(programs,)](
         _descriptor(q, ROWS), _descriptor(k, BLOCK), _descriptor(v, BLOCK),
@@ -473,7 +476,7 @@ def attend(
         residual.scales.contiguous() if residual and residual.scales is not None else None,
         *out.stride()[:3], *(residual.codes.stride()[:3] if residual else (0, 0, 0)),
         heads, queries, keys, rows, keys - text, counts.shape[-1], plan.key_blocks, indices.shape[-1],
-        tiles, _padded(plan.key_blocks), _padded(plan.key_blocks) if tail and tail.log_weights.dim() == 2 else 0,
+        texts, tiles, padded, padded if tail and tail.log_weights.dim() == 2 else 0,
         row_scale.shape[2] if row_scale is not None else 0, residual.codes.shape[2] if residual else 0,
         scale, tail.limit if tail else 0.0,
         D=dim, TEXT=text > 0, TAIL=tail is not None, SECOND=tail is not None and tail.variances is not None,

@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time, with no GPU: what they take of registers, stack and shared memory."""
+"""Triton and Gluon kernels compiled ahead of time, with no GPU: the registers, stack and shared memory they take."""
 
 import json
 import os
@@ -26,9 +26,10 @@ class Resources:
 class Build:
     """One kernel to compile.
 
-    fn          a triton.jit function at the top level of an importable module
+    fn          a triton.jit or gluon.jit function at the top level of an importable module
     signature   the arguments that are not constexpr, by name: "*bf16", "fp32", "i32", "i1", or a tuple of such for a
-                tuple argument, with ":16" behind for what launches find divisible by 16 ("*bf16:16", "i32:16")
+                tuple argument, with ":16" behind for what launches find divisible by 16 ("*bf16:16", "i32:16");
+                a tensor descriptor as Gluon writes it, "tensordesc<bf16[1,1,128,64],NVMMASharedLayout(...)>"
     constexprs  every constexpr, and every argument a launch specialises: a stride of 1, or None for a pointer
     capability  80, 90 or 100
     """
@@ -80,8 +81,11 @@ def _compile(build: dict[str, Any]) -> Resources:
             signature[argument] = _typed(build["signature"][argument], (place,), attrs, constants)
     unknown = {*build["signature"], *constexprs} - set(fn.arg_names)
     assert not unknown, f"{name} has no arguments {sorted(unknown)}"
+    source = triton.compiler.ASTSource
+    if fn.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
     compiled = triton.compile(
-        triton.compiler.ASTSource(fn, signature, constants, attrs),
+        source(fn, signature, constants, attrs),
         target=GPUTarget("cuda", build["capability"], 32),
         options={"num_warps": build["num_warps"], "num_stages": build["num_stages"]},
     )
@@ -104,6 +108,8 @@ def _typed(kind: Any, place: tuple[int, ...], attrs: dict, constants: dict) -> A
     if not isinstance(kind, str):
         constants[place] = kind
         return "constexpr"
+    if kind.startswith("tensordesc"):
+        return kind
     kind, _, divisor = kind.partition(":")
     if divisor:
         attrs[place] = [["tt.divisibility", int(divisor)]]

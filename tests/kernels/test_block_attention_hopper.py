@@ -1,5 +1,8 @@
 """The Hopper kernel against kernels/reference.py in float64; what it does not take, and what auto does then."""
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -139,3 +142,55 @@ def test_tensors_of_a_cpu_are_refused():
     q, k, v = (x.bfloat16() for x in inputs(queries=128, dim=128))
     with pytest.raises(ValueError, match="impl 'gluon' needs CUDA tensors and triton 3.6 or newer"):
         block_attention(q, k, v, BlockPlan.full(1, 2, 1, 1, DEVICE), block=BLOCK, impl="gluon")
+
+
+class _Pointer(NamedTuple):
+    """An address as the kernel adds to it."""
+
+    base: str
+    offset: int = 0
+
+    def __add__(self, step):
+        return _Pointer(self.base, self.offset + int(step))
+
+
+def schedule(hopper, monkeypatch, *, heads, blocks, text, programs):
+    """The steps of each program, and every (head, first row) that a tile of it begins at."""
+    counts = torch.randint(blocks // 8, blocks // 4, (heads, blocks))
+    order = counts.sort(dim=-1, descending=True, stable=True).indices
+    rows, texts = blocks * BLOCK - 5, heads * -(-text // BLOCK)
+    tables = {"counts": counts.flatten(), "order": order.flatten()}
+    language = SimpleNamespace(
+        cdiv=lambda a, b: -(-a // b),
+        where=lambda c, a, b: a if c else b,
+        load=lambda p: tables[p.base][p.offset],
+        int64=torch.int64,
+    )
+    monkeypatch.setattr(hopper, "gl", language)
+    pointers = tuple(_Pointer(name) for name in ("counts", "indices", "every", "order"))
+    sizes = (heads, rows + text, rows + text, rows, rows, blocks, blocks, 8, texts)
+    steps, begins = [0] * programs, []
+    for t in range(texts + heads * blocks):
+        i_bh, _, row, is_text, p_list, n, took = hopper._tile.fn(
+            torch.tensor(t), pointers, sizes, text > 0, True, BLOCK
+        )
+        assert p_list.base == ("every" if is_text else "indices") and n == (blocks if is_text else n) and took >= n
+        steps[t % programs] += int(took)
+        begins.append((int(i_bh), int(row)))
+    return steps, begins, rows
+
+
+@pytest.mark.parametrize("text", [0, 7, 300])
+def test_every_row_is_in_one_tile(text, monkeypatch):
+    hopper = pytest.importorskip("dit_sparse.kernels.block_attention_hopper")
+    _, begins, rows = schedule(hopper, monkeypatch, heads=5, blocks=9, text=text, programs=7)
+    vision = [(h, i * BLOCK) for h in range(5) for i in range(9)]
+    words = [(h, rows + i * BLOCK) for h in range(5) for i in range(-(-text // BLOCK))]
+    assert sorted(begins) == sorted(vision + words)
+
+
+def test_no_program_gets_more_than_its_share_of_text(monkeypatch):
+    hopper = pytest.importorskip("dit_sparse.kernels.block_attention_hopper")
+    # 128 + 4 tiles a head, as many as programs: taken head by head, all text would be with four of them.
+    steps, _, _ = schedule(hopper, monkeypatch, heads=24, blocks=128, text=512, programs=132)
+    assert max(steps) < 1.2 * sum(steps) / len(steps)
