@@ -99,20 +99,23 @@ SLOTS = 3
 NUISANCES = 8 + 4 * SLOTS
 
 
-def sample_scenes(batch: int, generator: torch.Generator) -> SceneBatch:
-    """Draw scenes from a CPU generator: the same generator state gives the same scenes on every machine."""
+def sample_scenes(batch: int, generator: torch.Generator, two_groups: float = 0.45) -> SceneBatch:
+    """Draw scenes from a CPU generator: the same generator state gives the same scenes on every machine.
+
+    two_groups is the share of scenes with a second group, where there is room for one.
+    """
     # One table of uniforms per batch, then arithmetic: no draw depends on an earlier one.
     picks = torch.rand(batch, 32, generator=generator).tolist()
     nuisance = torch.rand(batch, NUISANCES, generator=generator)
-    return SceneBatch(tuple(_scene(iter(row)) for row in picks), nuisance)
+    return SceneBatch(tuple(_scene(iter(row), two_groups) for row in picks), nuisance)
 
 
-def _scene(uniform) -> Scene:
+def _scene(uniform, share: float) -> Scene:
     def pick(options):
         options = tuple(options)
         return options[int(next(uniform) * len(options))]
 
-    two_groups = next(uniform) < 0.45
+    two_groups = next(uniform) < share
     first_count = (1, 1, 1, 1, 1, 1, 1, 2, 2, 3)[int(next(uniform) * 10)]
     second_count = 2 if next(uniform) < 0.2 and first_count == 1 else 1
     two_groups = two_groups and first_count + second_count <= SLOTS

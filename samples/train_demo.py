@@ -68,6 +68,8 @@ class Recipe:
     # What a linear reading of the middle block must tell of each token, on top of the velocity: the colour, the shape
     # and the direction there. Velocity alone says little about them where noise hides the clip.
     reading: float = 0.3
+    # More scenes of two groups than there are in the world: which words belong to which group is the hard part.
+    two_groups: float = 0.7
     # Rendering and encoding a clip costs a part of an update: each batch is used this often, with fresh noise.
     updates_per_batch: int = 2
     # Shares of batches while the layout of a scene is learned, then while its details are.
@@ -457,7 +459,7 @@ class Trainer:
 
     @torch.no_grad()
     def examples(self, bucket: Bucket) -> Examples:
-        batch = world.sample_scenes(bucket.batch, self.scene_generator)
+        batch = world.sample_scenes(bucket.batch, self.scene_generator, self.recipe.two_groups)
         scenes = world.scene_tensors(batch, bucket.width / bucket.height).to(self.device)
         clips = world.render(scenes, bucket.frames, bucket.height, bucket.width)
         labels = world.label(scenes, bucket.frames, bucket.height // 8, bucket.width // 8)
@@ -616,9 +618,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--stop_after", type=int, help="stop at this step of the transformer, as an interruption would"
     )
-    parser.add_argument(
-        "--stop_seconds", type=float, help="stop there on the way to --seconds, to --resume later"
-    )
+    parser.add_argument("--stop_seconds", type=float, help="stop there on the way to --seconds, to --resume later")
     parser.add_argument(
         "--decay_from", type=float, default=0.6, help="progress at which the learning rate begins to fall"
     )

@@ -136,6 +136,16 @@ def test_objects_stay_inside_the_frame() -> None:
         assert reach.max() <= 1.0
 
 
+def test_the_share_of_second_groups_is_as_asked() -> None:
+    def seconds(share: float) -> int:
+        batch = world.sample_scenes(400, torch.Generator().manual_seed(1), share)
+        return sum(len(scene.groups) == 2 for scene in batch.scenes)
+
+    # Three of a kind leave no room for a second group.
+    assert seconds(0.0) == 0 and seconds(1.0) > 340
+    assert 130 < seconds(0.45) < 220
+
+
 def test_labels_name_what_the_picture_shows() -> None:
     batch = scenes(40, 5)
     batch = replace(batch, scenes=tuple(replace(s, light="steady") for s in batch.scenes))
