@@ -3,13 +3,14 @@
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from dit_sparse.attention import sparse_attention
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import Learned, pooled_tail
 from dit_sparse.kernels import reference
-from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.block_attention import AttentionImpl, block_attention, chosen_impl
 from dit_sparse.kernels.dense_attention import Backend, dense_attention, dense_backend
 from dit_sparse.kernels.permute import permute
 from dit_sparse.layout import Layout, TokenGrid
@@ -49,21 +50,28 @@ CASES: dict[str, Case] = {
     "flux-4096": Case(24, (1, 256, 256), text=512),
     "small": Case(4, (8, 32, 32), head_dim=64, block=64),
 }
+DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
+# Densities at which counts are also spread, as top-p makes them.
+UNEVEN = (0.1,)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class BenchOptions:
     """Time sparse attention beside the fastest dense attention here. Ratios are within one run.
 
-    Each result is first checked against float64 on a sample of its rows; what fails is not timed, and the exit code is
-    1. TFLOP/s count kept work only. Extra memory is the peak beyond inputs and outputs.
+    attention: the kernel over random plans; operator: a layer's sparse step and its parts; forward: a transformer with
+    random weights. Each result is first checked against float64 on a sample of its rows, a forward for NaN and Inf;
+    what fails is not timed, and the exit code is 1. TFLOP/s count kept work only. Extra memory is the peak beyond
+    inputs and outputs.
     """
 
     case: tuple[str, ...] = ()
-    """Shapes by name: wan-14b-720p, wan-14b-480p, wan-1.3b-480p, hunyuanvideo-720p, cogvideox-480p, flux-4096, small;
-    small on a CPU and wan-14b-720p on a GPU if none is given."""
-    density: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)
-    """Shares of key blocks computed."""
+    """Shapes by name: wan-14b-720p, wan-14b-480p, wan-1.3b-480p, small, and but for forward hunyuanvideo-720p,
+    cogvideox-480p, flux-4096; if none is given, small on a CPU, wan-14b-720p on a GPU (wan-1.3b-480p of forward)."""
+    density: tuple[float, ...] = ()
+    """Shares of key blocks computed: 0.05, 0.1, 0.2, 0.5 and 1 if none is given, of a forward 0.1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -94,15 +102,18 @@ class Bench:
         self.device = torch.device(kind)
         name = self.options.dtype
         self.dtype = getattr(torch, ("bfloat16" if kind == "cuda" else "float32") if name == "auto" else name)
-        for case in self.options.case:
-            if case not in CASES:
-                raise ValueError(f"Unknown case {case!r}: choose from {', '.join(CASES)}.")
         for density in self.options.density:
             if not 0 < density <= 1:
                 raise ValueError(f"density is a share above 0 and at most 1, not {density!r}.")
         torch.manual_seed(self.options.seed)
 
+    def densities(self, *default: float) -> tuple[float, ...]:
+        return self.options.density or default
+
     def cases(self) -> dict[str, Case]:
+        for case in self.options.case:
+            if case not in CASES:
+                raise ValueError(f"Unknown case {case!r}: choose from {', '.join(CASES)}.")
         names = self.options.case or (("small",) if self.device.type == "cpu" else ("wan-14b-720p",))
         return {name: CASES[name] for name in names}
 
@@ -113,26 +124,28 @@ class Bench:
         return [torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2) for _ in range(3)]
 
     def add(self, **row: Any) -> None:
+        """Keep a row for the table, and tell it at once: a long run may be stopped before the table."""
         self.rows.append(row)
+        print(", ".join(f"{key} {_cell(value)}" for key, value in row.items()), file=sys.stderr, flush=True)
 
     def milliseconds(self, run: Callable[[], Any]) -> float:
         """Median time of `run`, after two runs that do not count."""
         for _ in range(2):
             run()
-        times = []
-        for _ in range(self.options.repeats):
-            if self.device.type == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                run()
-                end.record()
-                end.synchronize()
-                times.append(start.elapsed_time(end))
-            else:
-                begin = time.perf_counter()
-                run()
-                times.append((time.perf_counter() - begin) * 1000)
-        return statistics.median(times)
+        return statistics.median(self.timed(run)[0] for _ in range(self.options.repeats))
+
+    def timed(self, run: Callable[[], Result]) -> tuple[float, Result]:
+        """Milliseconds that `run` takes, and what it returns."""
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            result = run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end), result
+        begin = time.perf_counter()
+        result = run()
+        return (time.perf_counter() - begin) * 1000, result
 
     def extra_bytes(self, run: Callable[[], tuple[Tensor, ...]]) -> int:
         """Most memory `run` holds at once, beyond what it returns."""
@@ -155,13 +168,17 @@ class Bench:
         return peak - sum(x.numel() * x.element_size() for x in result)
 
 
-def random_plan(case: Case, density: float, device: torch.device) -> BlockPlan:
-    """The same number of blocks in every row, drawn at random."""
+def random_plan(case: Case, density: float, device: torch.device, *, spread: float = 1) -> BlockPlan:
+    """Blocks drawn at random: as many in every row, or the same total with `spread` times the fewest at most."""
     blocks = -(-TokenGrid(*case.grid).tokens // case.block)
     keep = max(1, int(density * blocks))
-    chosen = torch.rand(1, case.heads, blocks, blocks, device=device).topk(keep, -1).indices
-    counts = torch.full((1, case.heads, blocks), keep, dtype=torch.int32, device=device)
-    return BlockPlan(counts, chosen.sort(-1).values.int(), blocks)
+    fewest, most = 2 * keep / (1 + spread), 2 * keep * spread / (1 + spread)
+    counts = torch.linspace(fewest, most, blocks, device=device).round().int().clamp(1, blocks)
+    counts = counts[torch.rand(1, case.heads, blocks, device=device).argsort(-1)]
+    drawn = torch.rand(1, case.heads, blocks, blocks, device=device).topk(int(counts.max()), -1).indices
+    place = torch.arange(drawn.shape[-1], device=device)
+    listed = drawn.masked_fill(place >= counts[..., None], blocks).sort(-1).values
+    return BlockPlan(counts, listed.clamp(max=blocks - 1).int(), blocks)
 
 
 def verify(
@@ -242,14 +259,26 @@ def _attention_of(bench: Bench, name: str, case: Case) -> None:
         best = min((x for x in (best, ms) if x), default=None)
         bench.add(case=name, what=f"dense {backend}", density=1.0, ms=ms, error=error, speedup=None,
                   tflops=ms and flops / ms / 1e9, extra_mib=None)  # fmt: skip
-    for density in bench.options.density:
-        plan = random_plan(case, density, bench.device)
-        call = partial(block_attention, q, k, v, plan, block=case.block, text=case.text)
-        error = verify(q, k, v, plan, None, case, call()[0])
-        ms = bench.milliseconds(call) if error <= 1 else None
-        bench.add(case=name, what="block", density=plan.density(), ms=ms, error=error,
-                  speedup=best / ms if ms and best else None, tflops=ms and plan.density() * flops / ms / 1e9,
-                  extra_mib=bench.extra_bytes(call) / 2**20)  # fmt: skip
+    for density, spread in [(x, 1) for x in bench.densities(*DENSITIES)] + [(x, 10) for x in UNEVEN]:
+        plan = random_plan(case, density, bench.device, spread=spread)
+        for impl in implementations(q, k, v, plan, case.block):
+            call = partial(block_attention, q, k, v, plan, block=case.block, text=case.text, impl=impl)
+            error = verify(q, k, v, plan, None, case, call()[0])
+            ms = bench.milliseconds(call) if error <= 1 else None
+            # Listed blocks, text keys for every row, and every key for text rows.
+            tokens = q.shape[2] - case.text
+            share = (tokens * (plan.density() * tokens + case.text) + case.text * q.shape[2]) / q.shape[2] ** 2
+            what = impl if spread == 1 else f"{impl}, counts spread {spread} times"
+            bench.add(case=name, what=what, density=plan.density(), ms=ms, error=error,
+                      speedup=best / ms if ms and best else None, tflops=ms and share * flops / ms / 1e9,
+                      extra_mib=bench.extra_bytes(call) / 2**20)  # fmt: skip
+
+
+def implementations(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int) -> list[AttentionImpl]:
+    """The kernels that can run here, the one `auto` takes first."""
+    if not q.is_cuda:
+        return ["torch"]
+    return ["gluon", "triton"] if chosen_impl("auto", q, k, v, plan, block, None) == "gluon" else ["triton"]
 
 
 def dense_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Backend]:
@@ -267,7 +296,7 @@ def operator(bench: Bench) -> None:
         q, k, v = bench.qkv(case)
         dense_ms = bench.milliseconds(partial(dense_attention, q, k, v))
         bench.add(case=name, what="dense", density=1.0, ms=dense_ms, error=None, share_of_dense=1.0, over_bare=None)
-        for density in bench.options.density:
+        for density in bench.densities(*DENSITIES):
             _operator_of(bench, name, case, (q, k, v), dense_ms, density)
 
 
@@ -326,14 +355,17 @@ def environment(device: torch.device) -> dict[str, str]:
     return found
 
 
-def run(what: Literal["attention", "operator"], options: BenchOptions) -> int:
+def run(what: Literal["attention", "operator", "forward"], options: BenchOptions) -> int:
     """Measure, print a table, return the exit code: 1 if a result did not verify."""
     from rich.console import Console
     from rich.table import Table
 
+    # It is made of what stands above.
+    from dit_sparse.bench_forward import forward
+
     bench = Bench(options)
     with torch.no_grad():
-        {"attention": attention, "operator": operator}[what](bench)
+        {"attention": attention, "operator": operator, "forward": forward}[what](bench)
     facts = environment(bench.device) | {"dtype": str(bench.dtype).removeprefix("torch.")}
     columns = list(bench.rows[0])
     table = Table(title=f"bench {what}", caption=", ".join(f"{key} {value}" for key, value in facts.items()))
@@ -347,8 +379,8 @@ def run(what: Literal["attention", "operator"], options: BenchOptions) -> int:
         options.output_file.write_text(json.dumps(told, indent=1, default=str) + "\n")
     wrong = [row for row in bench.rows if row["error"] is not None and row["error"] > 1]
     for row in wrong:
-        print(f"not timed: {row['case']}, {row['what']}, density {row['density']:.3f} errs {row['error']:.2f} times "
-              "what is allowed")  # fmt: skip
+        density = _cell(row["density"])
+        print(f"not timed: {row['case']}, {row['what']}, density {density} errs {row['error']:.2f} times the limit")
     return 1 if wrong else 0
 
 

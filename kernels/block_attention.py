@@ -42,6 +42,7 @@ def block_attention(
     key_mask: Tensor | None = None,
     text: int = 0,
     impl: AttentionImpl = "auto",
+    check_plan: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the planned key blocks, then `correction`: out = scale * merge(exact, tail) + residual.
 
@@ -54,12 +55,14 @@ def block_attention(
     that see no key give zeros and -inf. impl "auto" is gluon on Hopper where it takes the inputs (16-bit, 64 or 128
     channels, blocks of 128, no key mask), triton on CUDA and torch elsewhere. A named one never falls back, and triton
     refuses float32 beyond 128 channels, which would not fit its registers. Raises ValueError where shapes, dtypes or
-    devices do not fit together.
+    devices do not fit together, and with check_plan, which waits for the device, where the plan is illegal; without,
+    an illegal plan reads memory that is not its own.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     correction = correction or Correction()
-    impl = _implementation(impl, q, k, v, plan, block, key_mask)
-    _check(q, k, v, plan, correction, block, key_mask, text, impl)
+    _check(q, k, v, plan, correction, block, key_mask, text)
+    if check_plan:
+        plan.check()
     tail, residual = correction.tail, correction.residual
     return _block_attention(
         q,
@@ -85,9 +88,10 @@ def block_attention(
     )
 
 
-def _implementation(
+def chosen_impl(
     impl: AttentionImpl, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None
-) -> str:
+) -> Literal["torch", "triton", "gluon"]:
+    """The implementation that block_attention runs for these arguments; raises ValueError where it refuses them."""
     if impl not in get_args(AttentionImpl):
         raise ValueError(f"Unknown impl {impl!r}: choose from {', '.join(get_args(AttentionImpl))}.")
     if impl == "gluon" or (impl == "auto" and q.is_cuda):
@@ -101,7 +105,10 @@ def _implementation(
     wide = q.dtype == torch.float32 and q.shape[-1] > 128
     if impl == "triton" and wide:
         raise ValueError(f"impl 'triton' takes float32 up to head dimension 128, not {q.shape[-1]}; 'torch' takes it.")
-    return resolve("torch" if wide else impl, q)
+    chosen = resolve("torch" if wide else impl, q)
+    if chosen == "triton" and block not in (16, 32, 64, 128):
+        raise ValueError(f"block must be 16, 32, 64 or 128 for impl 'triton', not {block}.")
+    return chosen
 
 
 def _check(
@@ -113,7 +120,6 @@ def _check(
     block: int,
     key_mask: Tensor | None,
     text: int,
-    impl: str,
 ) -> None:
     if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
@@ -128,8 +134,8 @@ def _check(
         raise ValueError(f"The head dimension must be a multiple of 8 up to 256, not {dim}.")
     if {q.stride(-1), k.stride(-1), v.stride(-1)} != {1}:
         raise ValueError("The last dimension of q, k and v must be contiguous.")
-    if block < 1 or (impl == "triton" and block not in (16, 32, 64, 128)):
-        raise ValueError(f"block must be {'16, 32, 64 or 128' if impl == 'triton' else 'at least 1'}, not {block}.")
+    if block < 1:
+        raise ValueError(f"block must be at least 1, not {block}.")
     if not 0 <= text < min(queries, keys):
         raise ValueError(f"text must leave at least one vision token of {min(queries, keys)}, but it is {text}.")
     rows, key_blocks = -(-(queries - text) // block), -(-(keys - text) // block)
@@ -189,9 +195,11 @@ def _block_attention(
     tail = None if tail_keys is None else Tail(tail_keys, tail_values, tail_log_weights, tail_variances, tail_limit)
     added = None if residual is None else Residual(residual, residual_scales, residual_kind)
     correction = Correction(row_scale, added, tail)
-    if impl == "gluon":
+    # Here and not before, so that a compiler need not look into it.
+    chosen = chosen_impl(impl, q, k, v, plan, block, key_mask)
+    if chosen == "gluon":
         return hopper.attend(q, k, v, plan, correction, scale, text, _every(key_blocks, q.device))
-    run = _triton if impl == "triton" else _torch
+    run = _triton if chosen == "triton" else _torch
     return run(q, k, v, plan, correction, block, scale, key_mask, text)
 
 

@@ -193,7 +193,6 @@ def test_custom_op_contract_and_compile(parts):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(block=48, impl="triton"), "block must be 16, 32, 64 or 128, not 48"),
         (dict(block=0, impl="torch"), "block must be at least 1, not 0"),
         (dict(text=80), "text must leave at least one vision token of 80"),
         (dict(impl="cuda"), "Unknown impl 'cuda'"),
@@ -232,3 +231,33 @@ def test_unlike_inputs_are_refused():
         block_attention(q, k, v, plan, block=16, impl="triton")
     with pytest.raises(ValueError, match="last dimension"):
         block_attention(q.mT.contiguous().mT, k, v, plan, block=16)
+
+
+def test_triton_refuses_blocks_it_has_no_tile_for():
+    q, k, v = (x.float() for x in inputs(queries=96))
+    with pytest.raises(ValueError, match="block must be 16, 32, 64 or 128 for impl 'triton', not 48"):
+        block_attention(q, k, v, BlockPlan.full(1, 2, 2, 2, DEVICE), block=48, impl="triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("counts", "indices", "message"),
+    [
+        ([2, 0, 2, 2, 2], [0, 1], "Counts must lie in 1..2, but they span 0..2"),
+        ([2, 3, 2, 2, 2], [0, 1], "Counts must lie in 1..2, but they span 2..3"),
+        ([2, 2, 2, 2, 2], [0, 5], "Key block 5 is out of range: there are 5"),
+        ([2, 2, 2, 2, 2], [-1, 1], "Key block -1 is out of range"),
+        ([2, 2, 2, 2, 2], [3, 1], "must ascend"),
+        ([2, 2, 2, 2, 2], [1, 1], "must ascend"),
+    ],
+    ids=["none listed", "more than there is room for", "past the end", "negative", "unsorted", "twice"],
+)
+def test_a_checked_plan_must_be_legal(counts, indices, message, impl):
+    q, k, v = (x.float() for x in inputs())
+    rows = torch.tensor(counts, dtype=torch.int32, device=DEVICE).expand(1, 2, 5).contiguous()
+    listed = torch.tensor(indices, dtype=torch.int32, device=DEVICE).expand(1, 2, 5, 2).contiguous()
+    with pytest.raises(ValueError, match=message):
+        block_attention(q, k, v, BlockPlan(rows, listed, 5), block=16, impl=impl, check_plan=True)
+    legal = BlockPlan.full(1, 2, 5, 5, DEVICE)
+    checked = block_attention(q, k, v, legal, block=16, impl=impl, check_plan=True)
+    assert torch.equal(checked[0], block_attention(q, k, v, legal, block=16, impl=impl)[0])

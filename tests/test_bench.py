@@ -1,0 +1,95 @@
+"""The bench command on a CPU: what it times, what it refuses to time, and the plans it draws."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dit_sparse import bench, bench_forward
+from dit_sparse.bench import BenchOptions, Case, random_plan
+
+CASE = Case(2, (2, 16, 20), head_dim=16, block=16)
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.CASES, "small", CASE)
+
+
+def rows(what, tmp_path, **options):
+    told = tmp_path / "rows.json"
+    code = bench.run(what, BenchOptions(device="cpu", repeats=1, output_file=told, **options))
+    return code, json.loads(told.read_text())["rows"]
+
+
+def test_attention_times_dense_and_even_and_uneven_plans(tmp_path, capsys):
+    code, got = rows("attention", tmp_path, density=(0.1, 0.5))
+    assert code == 0 and all(row["ms"] > 0 and row["error"] <= 1 for row in got)
+    assert [row["what"] for row in got] == ["dense cpu", "torch", "torch", "torch, counts spread 10 times"]
+    assert [row["density"] for row in got[1:]] == pytest.approx([0.1, 0.5, 0.1], abs=0.02)
+    assert "counts spread 10 times" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
+    right = bench.block_attention
+    monkeypatch.setattr(bench, "block_attention", lambda *a, **k: tuple(x + 0.5 for x in right(*a, **k)))
+    code, got = rows("attention", tmp_path, density=(0.1,))
+    assert code == 1 and got[0]["ms"] > 0 and all(row["ms"] is None and row["error"] > 1 for row in got[1:])
+    assert "not timed: small, torch, density 0.1" in capsys.readouterr().out
+
+
+def test_operator_times_every_part(tmp_path):
+    code, got = rows("operator", tmp_path, density=(0.2,))
+    assert code == 0 and len(got) == 10 and all(row["ms"] > 0 for row in got)
+
+
+def test_forward_times_dense_sparse_and_anchor_steps(tmp_path):
+    code, got = rows("forward", tmp_path, density=(0.2,))
+    assert code == 0 and all(row["ms"] > 0 for row in got)
+    assert [row["what"] for row in got] == [
+        "dense, native", "tail, sparse step", "anchor, anchor step", "anchor, sparse step"
+    ]  # fmt: skip
+    assert got[0]["speedup"] == 1 and got[1]["density"] == 0.2
+
+
+def test_a_forward_with_nan_is_not_timed(tmp_path, monkeypatch, capsys):
+    made = bench_forward._random
+
+    def broken(*args):
+        transformer = made(*args)
+        transformer.proj_out.weight[0, 0] = float("nan")
+        return transformer
+
+    monkeypatch.setattr(bench_forward, "_random", broken)
+    code, got = rows("forward", tmp_path)
+    assert code == 1 and all(row["ms"] is None for row in got)
+    assert "not timed: small, dense, native, density -" in capsys.readouterr().out
+
+
+def test_published_shapes_are_those_of_the_other_benches():
+    config = SimpleNamespace(in_channels=16, text_dim=4096)
+    for name, case in bench_forward.FORWARDS.items():
+        if name == "small":
+            continue
+        inputs = bench_forward.INPUTS[case.class_name](SimpleNamespace(config=config), case, META, torch.bfloat16)
+        patches = zip(inputs["hidden_states"].shape[2:], case.transformer["patch_size"], strict=True)
+        of_attention = bench.CASES[name]
+        assert tuple(n // p for n, p in patches) == of_attention.grid
+        assert case.transformer["num_attention_heads"] == of_attention.heads
+        assert case.transformer["attention_head_dim"] == of_attention.head_dim
+
+
+@pytest.mark.parametrize("what", ["attention", "operator", "forward"])
+def test_unknown_cases_are_refused(what):
+    with pytest.raises(ValueError, match="Unknown case 'wan': choose from"):
+        bench.run(what, BenchOptions(case=("wan",), device="cpu"))
+
+
+@pytest.mark.parametrize("spread", [1, 10])
+def test_random_plans_are_legal_and_keep_the_density(spread):
+    plan = random_plan(Case(3, (1, 64, 100), block=64), 0.2, CPU, spread=spread)
+    plan.check()
+    assert plan.density() == pytest.approx(0.2, abs=0.01)
+    assert int(plan.counts.max()) / int(plan.counts.min()) == pytest.approx(spread, rel=0.2)
