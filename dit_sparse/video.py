@@ -51,10 +51,10 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> list[Path]:
             path.with_name(f"{path.stem}-{i:0{digits}d}{path.suffix}") for i in range(len(pixels))
         ]  # fmt: skip
         for name, frame in zip(names, pixels, strict=True):
-            with _whole(name) as part:
+            with whole(name) as part:
                 iio.imwrite(part, frame)
         return names
-    with _whole(path) as part:
+    with whole(path) as part:
         if kind == ".gif":
             iio.imwrite(part, pixels, duration=1000 / fps, loop=0)
         else:
@@ -70,7 +70,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> list[Path]:
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """`record` as JSON."""
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    with _whole(path) as part:
+    with whole(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -79,7 +79,7 @@ def _part(path: Path) -> Path:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, which becomes `path` if all goes well and vanishes if not."""
     part = _part(path)
     try:
