@@ -21,7 +21,6 @@ from dit_sparse.calibration import costs, effects
 from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
 from dit_sparse.choices import Choice
-from dit_sparse.layout import TokenGrid
 from dit_sparse.pipelines.session import FAMILIES, levels_of, sparsify
 from dit_sparse.profile import Header, Profile, fingerprint
 from dit_sparse.video import whole, write_record
@@ -96,7 +95,7 @@ def _begin(job: Job, work: Path) -> None:
     odd = next((name for name in mine if there.get(name) != mine[name]), None)
     if odd is not None:
         raise ValueError(
-            f"{str(work)!r} holds an unfinished calibration with other {odd}: finish that one, or delete the directory."
+            f"{str(work)!r} holds an unfinished calibration with other {odd}: finish that one, or delete it."
         )
 
 
@@ -145,9 +144,9 @@ def _dense(job: Job, work: Path, number: int) -> None:
             with torch.no_grad():
                 told["costs"] = costs.measure(layer, tuple(qkv), grid, job.plan.ladder, job.plan.base)
             _save(tape.tensors(), work / "tape.safetensors")
-    stats = {
-        f"{branch}/{name}": x.cpu() for branch, named in recorder.found.items() for name, x in named.items()
-    } | {"frames": torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32))}
+    stats = {f"{branch}/{name}": x.cpu() for branch, named in recorder.found.items() for name, x in named.items()} | {
+        "frames": torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32))
+    }
     _save(stats, file, {"told": json.dumps(told)})
 
 
@@ -167,9 +166,7 @@ def _effects(job: Job, work: Path) -> None:
             for index, name in enumerate(layers):
                 key = f"{name}@{step}"
                 if key not in known["probes"]:
-                    known["probes"][key] = effects.probe(
-                        part, module, tape, step, branch, index, len(layers), config
-                    )
+                    known["probes"][key] = effects.probe(part, module, tape, step, branch, index, len(layers), config)
                     write_record(file, known)
                 job.tick("probes", 1)
     for start in effects.pilot_starts(job.steps):
@@ -273,9 +270,7 @@ def _relative(mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in ("error", "stale"):
         ratio = energy.reshape(*energy.shape, *[1] * (mean[name].dim() - 3))
         out[name] = (mean[name] / ratio).sqrt()
-    return {
-        name: (x.float() if name == "energy" else x.clamp(max=6e4).half()).contiguous() for name, x in out.items()
-    }
+    return {name: (x.float() if name == "energy" else x.clamp(max=6e4).half()).contiguous() for name, x in out.items()}
 
 
 def _ran(layers: Sequence[tuple[str, int, int]], energy: Tensor) -> dict[str, tuple[int, ...]]:

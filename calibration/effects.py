@@ -21,7 +21,7 @@ def probe_steps(steps: int) -> tuple[int, ...]:
 
 def pilot_starts(steps: int) -> tuple[int, ...]:
     """The steps at which pilot runs turn sparse, the earliest first."""
-    return tuple(sorted({0, steps // 3, 2 * steps // 3}))
+    return tuple(sorted({0, steps // 6, steps // 2}))
 
 
 def probe(
@@ -77,4 +77,3 @@ def output_metric(transformer: nn.Module, part: str) -> dict[str, torch.Tensor]:
         values, vectors = torch.linalg.eigh(grams @ grams.mT)
         found[f"{part}.{name}"] = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT
     return found
-

@@ -17,8 +17,8 @@ from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.kernels.permute import permute
 from dit_sparse.layout import Layout
 from dit_sparse.order import token_order
-from dit_sparse.profile import LEARNERS, METHODS, ROUTINGS, STORAGES
 from dit_sparse.plan import Residual
+from dit_sparse.profile import LEARNERS, METHODS, ROUTINGS, STORAGES
 from dit_sparse.report import Mark
 from dit_sparse.residual import pack, unpack
 from dit_sparse.routing import Pooled, pool, route
@@ -271,7 +271,9 @@ class Bank:
             "energy": square(dense)[0],
         }
         now = Memory(by_mass, by_error, (dense - tailed).bfloat16(), (dense - out).bfloat16(), held)
-        found["coarse"] = torch.stack([self._coarse(x[:, self.plan.middle].float()) for x in (now.anchor, now.reshape)])
+        found["coarse"] = torch.stack(
+            [self._coarse(x[:, self.plan.middle].float()) for x in (now.anchor, now.reshape)]
+        )
         found |= self._aged(memory, step, dense, exact, with_tail, square)
         return found, now
 

@@ -51,9 +51,7 @@ class Tape:
             if moment.step in keep_calls:
                 if args:
                     raise ValueError(f"The pipeline calls {part} with nameless arguments, which no probe can repeat.")
-                self.calls[key] = {
-                    name: x.to("cpu", copy=True) for name, x in kwargs.items() if isinstance(x, Tensor)
-                }
+                self.calls[key] = {name: x.to("cpu", copy=True) for name, x in kwargs.items() if isinstance(x, Tensor)}
             out = original(*args, **kwargs)
             self.outputs[key] = _sample(out).to("cpu", copy=True)
             return out

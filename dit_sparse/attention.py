@@ -92,9 +92,7 @@ def _at_once(call: "Call", rho: Tensor | None) -> tuple[Tensor, Tensor]:
     if rho is not None:
         assert correction.tail is not None
         vision = call.q[:, :, : call.layout.grid.tokens]
-        correction = calibrated(
-            vision, routing.plan, correction.tail, rho, block=call.layout.block, scale=call.scale
-        )
+        correction = calibrated(vision, routing.plan, correction.tail, rho, block=call.layout.block, scale=call.scale)
         call.known += vision.shape[0] * vision.shape[1] * vision.shape[2] * call.layout.blocks
     if call.config.method == "rectify":
         correction = rectify(routing, call.pooled, critical_mass=call.config.critical_mass)

@@ -122,8 +122,8 @@ def run(options: GenerateOptions) -> int:
     }
     record = {
         "settings": _settings(options, request, files, device, dtype),
-        "versions": _versions(),
-        "device": _device_name(device),
+        "versions": versions(),
+        "device": device_name(device),
         "seconds": seconds,
         "seconds_by_phase": _by_phase((step.phase, step.seconds) for step in report.steps),
         "peak_memory_bytes": _peak_memory(device),
@@ -339,7 +339,7 @@ def _settings(
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     names = ("dit-sparse", "torch", "triton", "diffusers", "transformers", "accelerate", "imageio-ffmpeg")
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for name in names:
@@ -353,9 +353,9 @@ def _versions() -> dict[str, str | None]:
     return found | {"dit-sparse": __version__}
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 

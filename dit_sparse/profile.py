@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ AXES = {
     "anchor": "hbt",
 }
 ROUTINGS = ("mass", "error")
-# "remainder" is no method: it is what Re-ttention's residual makes up for, the output without rho times the sparse part.
+# "remainder" is no method: the output without rho times the sparse part, which Re-ttention's residual holds.
 METHODS = ("none", "rectify", "tail", "calibrated", "remainder")
 LEARNERS = ("anchor", "reshape")
 STORAGES = ("fp8", "int4")
@@ -186,7 +186,8 @@ class Profile:
                 of = ", ".join(f"{part} {said['class']}" for part, said in known.items())
                 raise ValueError(f"{self.source} was made for {of}, and this is {part} {name}.")
             half = next(module.parameters()).dtype == torch.float16
-            if fingerprint(module)["float16" if half else "bfloat16"] != known[part]["float16" if half else "bfloat16"]:
+            kind = "float16" if half else "bfloat16"
+            if fingerprint(module)[kind] != known[part][kind]:
                 raise ValueError(
                     f"{self.source} was made for {self.header.model_id}, and the {part} here has other weights: "
                     "calibrate this model."

@@ -190,8 +190,8 @@ class Generation:
         need = self._planned_bytes(self._table)
         if need > free:
             raise StateTooLarge(
-                f"The profile remembers {need / GIB:.3g} GiB at its peak, but {free / GIB:.3g} GiB may be used: fit it "
-                "again with --max_state_gib."
+                f"The profile remembers {need / GIB:.3g} GiB at its peak, but {free / GIB:.3g} GiB may be used: "
+                "fit it again with --max_state_gib."
             )
 
     def _planned_bytes(self, table: Table) -> float:

@@ -16,6 +16,11 @@ def check_writable(path: Path) -> None:
     """Raise ValueError unless a video can be written to `path`; leaves no trace."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"output_file ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, not {path.suffix!r}.")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Raise ValueError unless a file can be written to `path`; leaves no trace."""
     if path.is_dir():
         raise ValueError(f"output_file {str(path)!r} is a directory: give the name of a file in it.")
     if not path.parent.is_dir():
