@@ -49,9 +49,9 @@ class CalibrateOptions:
     """How strongly to follow the prompt; above 1 the model runs twice a step."""
     seed: int = 0
     """Of the first prompt's noise; the next has the next."""
-    density: tuple[float, ...] = (0.03, 0.1, 0.2, 0.4)
+    density: tuple[float, ...] = (0.03, 0.06, 0.1, 0.2, 0.4)
     """Shares of key blocks to try."""
-    top_p: float | None = 0.7
+    top_p: float | None = None
     """Also try the lowest density with this share of the estimated score kept at least."""
     rows: int = 128
     """Query rows looked at per head; fewer where their memory would not fit in 4 GiB."""
@@ -138,8 +138,8 @@ def calibrate(options: CalibrateOptions) -> int:
     models.check_known(files, FAMILIES)
     generate.check(asked, request, files)
     base = replace(asked.sparse, dense_steps=SparseConfig.dense_steps)
-    pipe = generate.load(asked, files, device, dtype)
     plan = Plan(ladder, DISTANCES, BINS, _rows(options, files, request, len(ladder)), base)
+    pipe = generate.load(asked, files, device, dtype)
     facts = {
         "model_id": name_of(options.model_id, files),
         "size": (request.height, request.width, request.num_frames),

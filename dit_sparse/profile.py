@@ -293,4 +293,4 @@ def _frozen(value: Any) -> Any:
     """Lists from JSON as tuples."""
     if isinstance(value, list):
         return tuple(map(_frozen, value))
-    return value
+    return {name: _frozen(x) for name, x in value.items()} if isinstance(value, dict) else value
