@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from dit_sparse.calibration import costs, effects
 from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
 from dit_sparse.choices import Choice
-from dit_sparse.pipelines.session import FAMILIES, levels_of, sparsify
-from dit_sparse.profile import Header, Profile, fingerprint
+from dit_sparse.pipelines.session import FAMILIES, Session, levels_of, sparsify
+from dit_sparse.profile import METHODS, Header, Profile, fingerprint
 from dit_sparse.video import whole, write_record
 
 Tick = Callable[[str, int], None]
@@ -105,7 +106,8 @@ def _dense(job: Job, work: Path, number: int) -> None:
     if _whole(file):
         job.tick(f"prompt {number + 1}, recorded before", job.steps)
         return
-    tape, found = Tape(), []
+    tape = Tape()
+    found: list[Session] = []
     keep = frozenset(effects.probe_steps(job.steps)) if number == 0 else frozenset()
 
     def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -140,9 +142,9 @@ def _dense(job: Job, work: Path, number: int) -> None:
             "costs": None,
         }
         if number == 0:
-            layer, *qkv = recorder.inputs
+            layer, q, k, v = recorder.inputs
             with torch.no_grad():
-                told["costs"] = costs.measure(layer, tuple(qkv), grid, job.plan.ladder, job.plan.base)
+                told["costs"] = costs.measure(layer, (q, k, v), grid, job.plan.ladder, job.plan.base)
             _save(tape.tensors(), work / "tape.safetensors")
     stats = {f"{branch}/{name}": x.cpu() for branch, named in recorder.found.items() for name, x in named.items()} | {
         "frames": torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32))
@@ -171,11 +173,9 @@ def _effects(job: Job, work: Path) -> None:
                 job.tick("probes", 1)
     for start in effects.pilot_starts(job.steps):
         if str(start) not in known["pilots"]:
-            done = _Steps(lambda: job.tick(f"pilot from step {start}", 1), start)  # noqa: B023  (used before the next)
-            known["pilots"][str(start)] = effects.pilot(
-                job.pipe, job.transformers, tape, start, config,
-                lambda done=done: job.run(job.prompts[0], job.seed, done), first,
-            )  # fmt: skip
+            done = _Steps(partial(job.tick, f"pilot from step {start}", 1), start)
+            run = partial(job.run, job.prompts[0], job.seed, done)
+            known["pilots"][str(start)] = effects.pilot(job.pipe, job.transformers, tape, start, config, run, first)
             write_record(file, known)
         else:
             job.tick(f"pilot from step {start}", job.steps - start)
@@ -235,7 +235,8 @@ def _felt(
 ) -> dict[str, Any]:
     """gain: layer -> step -> how much a unit of its squared error changes the transformer's output; pilots: start ->
     mean squared error of the frames."""
-    tail, start, gains = 2, 0, {}
+    tail, start = METHODS.index("tail"), 0
+    gains: dict[str, dict[str, float]] = {}
     for name, heads, _ in layers:
         gains[name] = {}
         for key, change in known["probes"].items():
@@ -274,7 +275,8 @@ def _relative(mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _ran(layers: Sequence[tuple[str, int, int]], energy: Tensor) -> dict[str, tuple[int, ...]]:
-    ran, start = {}, 0
+    ran: dict[str, tuple[int, ...]] = {}
+    start = 0
     for name, heads, _ in layers:
         steps = (~energy[start, 0].isnan()).nonzero().flatten().tolist()
         ran.setdefault(name.partition(".")[0], tuple(steps))

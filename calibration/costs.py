@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.attention import attend_part
-from dit_sparse.choices import DENSE, LEARNING, Choice, ChoiceMethod, Rung
+from dit_sparse.choices import DENSE, LEARNING, Choice, ChoiceMethod, Phase, Rung
 from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenGrid
 from dit_sparse.report import Mark
@@ -37,7 +37,7 @@ def measure(
 
     def timed(choice: Choice, at_anchor: bool = False) -> float:
         rho = torch.full((heads, -(-grid.tokens // base.block_size(grid.tokens))), 0.5, device=q.device)
-        phase = "dense" if choice is DENSE else "anchor" if at_anchor else "sparse"
+        phase: Phase = "dense" if choice is DENSE else "anchor" if at_anchor else "sparse"
         part = Part(
             alone, None, phase, choice.config(base), choice.residual, rho if choice.method == "calibrated" else None
         )

@@ -24,10 +24,10 @@ def forwards(transformers: Mapping[str, nn.Module], wrap: Callable[..., Any]) ->
         yield
     finally:
         for part, module in transformers.items():
-            if before[part] is None:
-                del module.forward
-            else:
-                module.forward = before[part]
+            # A hook's forward is on the module; without one it is the class's again.
+            del module.forward
+            if (own := before[part]) is not None:
+                module.forward = own
 
 
 @dataclass

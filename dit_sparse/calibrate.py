@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from dit_sparse import generate, models, prompts
-from dit_sparse.choices import ChoiceMethod, Rung
+from dit_sparse.choices import Rung
 from dit_sparse.config import SparseConfig
 from dit_sparse.profile import Profile
 from dit_sparse.video import check_place
@@ -18,7 +19,8 @@ DISTANCES = (1, 2, 3, 5, 8)
 BINS = 8
 # What the memory of sampled rows may take while recording; rows are halved until it fits.
 MEMORY_BYTES = 4 << 30
-ALL: tuple[ChoiceMethod, ...] = ("none", "rectify", "tail", "calibrated", "anchor", "reshape")
+Fitted = Literal["none", "rectify", "tail", "calibrated", "anchor", "reshape"]
+ALL: tuple[Fitted, ...] = ("none", "rectify", "tail", "calibrated", "anchor", "reshape")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class FitOptions:
     """At least this speed-up of the transformers: the most faithful such choice."""
     max_state_gib: float | None = None
     """Remember at most so much; without another target, at the speed of the default uniform setting."""
-    methods: tuple[Literal["none", "rectify", "tail", "calibrated", "anchor", "reshape"], ...] = ALL
+    methods: tuple[Fitted, ...] = ALL
     """Which methods may be chosen; calibrated is Re-ttention with the profile's rho instead of refresh steps."""
     verify: Path | None = None
     """Prompts file; make these, dense and with the profile, and print what is measured beside what is predicted."""
@@ -221,9 +223,8 @@ def verify(path: Path, profile: Profile, options: FitOptions, unseen: tuple[str,
             made = {}
             for name, config in (("dense", SparseConfig("dense")), ("sparse", SparseConfig(profile=str(path)))):
                 with sparsify(pipe, config) as session:
-                    made[name] = run(
-                        prompt, options.seed + number, lambda name=name, n=number: tick(f"prompt {n + 1}, {name}", 1)
-                    )
+                    done = partial(tick, f"prompt {number + 1}, {name}", 1)
+                    made[name] = run(prompt, options.seed + number, done)
                     report = session.report()
                     seconds[name] += sum(step.seconds for step in report.steps)
             quality.append(min(psnr(made["sparse"], made["dense"]), 200.0))

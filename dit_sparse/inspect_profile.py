@@ -114,8 +114,7 @@ def show(profile: Profile, branch: str | None) -> None:
         console.print("a capital A or R is where a memory begins")
     else:
         console.print(f"[bold]Error of the tail, branch {h.branches[b]}[/]: from {SHADES[1]} (small) to {SHADES[-1]}")
-        for line in _shaded(profile, b):
-            console.print(line, markup=False)
+        console.print("\n".join(_shaded(profile, b)), markup=False)
         console.print("No choices yet: run dit-sparse fit.")
 
 

@@ -260,9 +260,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     saved in is still recognised."""
     digests = {kind: hashlib.sha256() for kind in (torch.bfloat16, torch.float16)}
     for name, weight in sorted(model.named_parameters()):
-        if weight.is_meta:
-            weight = _offloaded(model, name)
-        flat = weight.detach().flatten()
+        flat = (_offloaded(model, name) if weight.is_meta else weight.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float().cpu()
         for kind, digest in digests.items():
             digest.update(f"{name} {tuple(weight.shape)}".encode())
