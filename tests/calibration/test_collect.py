@@ -13,7 +13,7 @@ import torch
 from dit_sparse import generate
 from dit_sparse.calibration import collect, effects
 from dit_sparse.calibration.metrics import psnr
-from dit_sparse.calibration.replay import Tape, forwards
+from dit_sparse.calibration.replay import Tape, forward_once, forwards
 from dit_sparse.choices import DENSE, Choice, Rung
 from dit_sparse.cli import main
 from dit_sparse.config import SparseConfig
@@ -119,6 +119,10 @@ def test_the_statistics_of_a_run_do_not_change_it(model, here):
     config = SparseConfig("tail", density=0.1)
     changes = [effects.probe("transformer", pipe.transformer, tape, 1, "cond", i, 2, config) for i in (0, 1)]
     assert min(changes) > 0 and changes[0] != changes[1]
+    call = tape.calls["transformer", 1, "cond"]
+    with sparsify(pipe.transformer, "tail", density=0.1, dense_steps=0, dense_layers="1"):
+        first = forward_once(pipe.transformer, call, torch.device("cpu"))
+    assert changes[0] == (first - tape.outputs["transformer", 1, "cond"]).square().mean().item()
     whole = SparseConfig("tail", density=1.0)
     assert effects.probe("transformer", pipe.transformer, tape, 1, "cond", 0, 2, whole) < 1e-9
 

@@ -41,14 +41,15 @@ def everything(problem: Problem):
 
 
 @pytest.mark.parametrize("methods", [("tail",), ("tail", "reshape"), ("anchor",)])
+@pytest.mark.parametrize("rent", [0, 1e-11, 1e-10, 1e-9])
 @pytest.mark.parametrize("price", [1e-7, 1e-6, 1e-5, 1e-4])
-def test_each_head_takes_the_cheapest_of_all_ways(methods, price):
+def test_each_head_takes_the_cheapest_of_all_ways(methods, price, rent):
     made = profiles.profile(*ONE_HEAD, steps=4)
     header = replace(made.header, rungs=made.header.rungs[:1])
     keep = {name: x[..., :1, :] if name == "rho" else x[..., :1] for name, x in made.tensors.items() if name in
             ("rho", "recall", "kept", "error", "stale")}  # fmt: skip
     problem = Problem(replace(made, header=header, tensors=made.tensors | keep), methods)
-    rent = np.array([0.0, 3.0, 1.0, 0.0]) * 1e-11
+    rent = np.array([0.0, 3.0, 1.0, 0.5]) * rent
     best = min(everything(problem), key=lambda way: way.error + price * way.seconds + (rent * way.state).sum())
     found = problem.cheapest(price, rent)
     assert np.array_equal(found.option, best.option) and np.array_equal(found.anchor, best.anchor)
