@@ -42,13 +42,15 @@ class Tape:
     calls: dict[tuple[str, int, str], dict[str, Tensor]] = field(default_factory=dict)
 
     def record(self, generation: Generation, keep_calls: frozenset[int]) -> Callable[..., Any]:
-        """To be given to `forwards` around a dense run of a session with this generation."""
+        """To be given to `forwards` around a dense run of a session with this generation. Arguments are kept of the
+        steps `keep_calls`, and of the first that a component runs at."""
 
         def forward(part: str, original: Forward, *args: Any, **kwargs: Any) -> Any:
             moment = generation.moment
             assert moment is not None
             key = (part, moment.step, moment.branch)
-            if moment.step in keep_calls:
+            first = min((step for of, step, _ in self.outputs if of == part), default=moment.step)
+            if moment.step in keep_calls or moment.step == first:
                 if args:
                     raise ValueError(f"The pipeline calls {part} with nameless arguments, which no probe can repeat.")
                 self.calls[key] = {name: x.to("cpu", copy=True) for name, x in kwargs.items() if isinstance(x, Tensor)}

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from dit_sparse import options
 from dit_sparse.choices import Choice
-from dit_sparse.profile import METHODS, Profile
+from dit_sparse.profile import LEARNERS, METHODS, Profile
 
 # What a head does at a step: letter, colour.
 MARKS = {
@@ -135,14 +135,15 @@ def facts(profile: Profile) -> dict[str, str]:
 
 
 def _statistics(profile: Profile) -> Table:
-    table = Table(title="mean over heads, branches and steps")
-    for name in ("density", "rho", "recall", *(f"error {m}" for m in METHODS[:-1])):
+    table = Table(title="shares, and errors by method: means over heads, branches and steps")
+    aged = [f"{m}, {profile.header.distances[0]} on" for m in LEARNERS]
+    for name in ("density", "rho", "recall", *METHODS[:-1], *aged):
         table.add_column(name, justify="right")
     t = {name: x.float() for name, x in profile.tensors.items()}
-    error = t["error"].nanmean((0, 1, 2))
+    error, stale = t["error"].nanmean((0, 1, 2)), t["stale"][..., 0, :].nanmean((0, 1, 2))
     for k, rung in enumerate(profile.header.ladder):
         rho, recall = t["rho"][..., k, :].nanmean(), t["recall"][..., k].nanmean()
-        table.add_row(str(rung), *(f"{x:.3f}" for x in (rho, recall, *error[:-1, k])))
+        table.add_row(str(rung), *(f"{x:.3f}" for x in (rho, recall, *error[:-1, k], *stale[:, k])))
     return table
 
 

@@ -33,6 +33,8 @@ def test_show_says_what_it_was_made_for_and_what_is_predicted(folder, capsys):
     assert "6 steps of FlowMatchEulerDiscreteScheduler, 5 x 16 x 16, 5 x 8 x 8 tokens, guidance 4, 1 prompts" in out
     assert "targets    psnr 25" in out and "psnr_db 25" in out and "0.1, 0.1+p0.7, 0.3" in out
     assert "What each head does, branch cond" in out
+    # The calibrated version of Re-ttention beside the online one.
+    assert "calibrated" in out and "reshape, 1 on" in out
 
 
 def test_the_heat_map_is_what_was_chosen(folder, capsys):

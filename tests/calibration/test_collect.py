@@ -102,7 +102,8 @@ def test_the_statistics_of_a_run_do_not_change_it(model, here):
         found.append(session)
         recorded = tiny.generate(pipe)
     assert torch.equal(before, recorded) and "forward" not in pipe.transformer.__dict__
-    assert len(tape.outputs) == 8 and set(tape.calls) == {("transformer", 1, "cond"), ("transformer", 1, "uncond")}
+    branches = ("cond", "uncond")
+    assert len(tape.outputs) == 8 and set(tape.calls) == {("transformer", i, b) for i in (0, 1) for b in branches}
     again = Tape.from_tensors(tape.tensors())
     assert again.outputs.keys() == tape.outputs.keys() and again.calls.keys() == tape.calls.keys()
 
@@ -305,3 +306,19 @@ def test_in_python_a_profile_is_an_option(model, here):
         pipe.set_attn_processor(SparseConfig(profile=str(here / "f.safetensors")))
         assert torch.equal(tiny.generate(pipe, steps=5, frames=2, size=32), first)
     assert not torch.equal(first, dense)
+
+
+def test_two_transformers_share_a_profile(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_wan(vae="1x1", wan22=True).save_pretrained("wan22")
+    (tmp_path / "p.txt").write_text("a red ball")
+    assert main(command(Path("wan22"), "--num_inference_steps", "8")) == 0
+    made = Profile.load(FILE)
+    assert made.header.ran == {"transformer": (0, 1, 2), "transformer_2": (3, 4, 5, 6, 7)}
+    assert made.tensors["energy"][:4, :, 3:].isnan().all() and made.tensors["energy"][4:, :, :3].isnan().all()
+    assert all(made.header.effects["gain"].values())
+    assert main(fitted("--target_psnr", "40")) == 0
+    make = ["generate", "--model_id", "wan22", "--prompt", "a", *SIZE, "--guidance_scale", "4", "--profile"]
+    assert main([*make, "f.safetensors", "--num_inference_steps", "6", "--output_file", "a.png"]) == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert len(record["attention"]["steps"]) == 6 and record["attention"]["fallbacks"] == {}
