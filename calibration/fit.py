@@ -65,7 +65,7 @@ def _lasting(levels: np.ndarray, by_step: np.ndarray, starts: Sequence[int], sha
 
 
 @dataclass(frozen=True)
-class Path:
+class Solution:
     """One solution; heads and branches are one axis, x.
 
     option  [x, steps] index into `Problem.options`; anchor [x, steps] bool, where a memory begins
@@ -221,10 +221,10 @@ class Problem:
         base = SparseConfig.from_dict(self.header.config)
         return generation.state_bytes(Layer("", 0, 1, 1, dim), choice.residual, choice.config(base), branches=1)
 
-    def dense(self) -> Path:
+    def dense(self) -> Solution:
         return self.cheapest(0.0, np.zeros(self.steps), only_dense=True)
 
-    def cheapest(self, price: float, rent: np.ndarray, only_dense: bool = False) -> Path:
+    def cheapest(self, price: float, rent: np.ndarray, only_dense: bool = False) -> Solution:
         """The least of error + price * seconds + sum over steps of rent * bytes, for each head by itself."""
         single_error, single_cost = self.single
         aged, coarse, after, at, size = self.followed
@@ -257,7 +257,7 @@ class Problem:
             ahead[t] = best
         return self._walk(option, length)
 
-    def _walk(self, option: np.ndarray, length: np.ndarray) -> Path:
+    def _walk(self, option: np.ndarray, length: np.ndarray) -> Solution:
         """Follow each head from its first step, and add up."""
         x, steps = self.energy.shape
         chosen, anchor = np.zeros((x, steps), int), np.zeros((x, steps), bool)
@@ -271,7 +271,7 @@ class Problem:
             here = np.where(starts, t + length[t], here)
         return self.account(chosen, anchor, begin)
 
-    def account(self, chosen: np.ndarray, anchor: np.ndarray, begin: np.ndarray) -> Path:
+    def account(self, chosen: np.ndarray, anchor: np.ndarray, begin: np.ndarray) -> Solution:
         """Error, seconds and memory of given options; begin [x, t] is the step that each memory is from."""
         single_error, single_cost = self.single
         aged, coarse, after, at, size = self.followed
@@ -289,9 +289,9 @@ class Problem:
             error = error + np.where(learns & ~anchor, old, 0.0)
             cost = cost + np.where(learns, np.where(anchor, at[rows, times, q], after[rows, times, q]), 0.0)
             state = np.where(learns, size[q], 0.0).sum(0)
-        return Path(chosen, anchor, float(error.sum()), float(cost.sum() + self.header.costs["other"]), state)
+        return Solution(chosen, anchor, float(error.sum()), float(cost.sum() + self.header.costs["other"]), state)
 
-    def uniform(self, config: SparseConfig, k: int) -> Path:
+    def uniform(self, config: SparseConfig, k: int) -> Solution:
         """What a uniform config at rung k would do, staggering aside."""
         x, steps = self.energy.shape
         phases = [Generation(config).phase_at(step, steps) for step in range(steps)]
@@ -307,7 +307,7 @@ class Problem:
         return self.account(*spread)
 
 
-def solve(problem: Problem, targets: Targets) -> Path:
+def solve(problem: Problem, targets: Targets) -> Solution:
     """The best path for the targets. Raises ValueError, with the best there is, where they are out of reach."""
     limit = math.inf if targets.max_state_gib is None else targets.max_state_gib * GIB
     rent = np.zeros(problem.steps)
@@ -326,7 +326,7 @@ def solve(problem: Problem, targets: Targets) -> Path:
     raise ValueError(f"No choice was found that remembers at most {targets.max_state_gib} GiB.")
 
 
-def _solve_at(problem: Problem, targets: Targets, rent: np.ndarray) -> Path:
+def _solve_at(problem: Problem, targets: Targets, rent: np.ndarray) -> Solution:
     """For given rents: the least error at the speed asked for, else the least time at the quality asked for."""
     whole = problem.header.seconds["transformers"]
     fastest = problem.cheapest(1e9, rent)
@@ -353,7 +353,7 @@ def _solve_at(problem: Problem, targets: Targets, rent: np.ndarray) -> Path:
     return _search(problem, rent, lambda path: path.psnr < targets.psnr, last_false=True)
 
 
-def _search(problem: Problem, rent: np.ndarray, enough, last_false: bool = False) -> Path:
+def _search(problem: Problem, rent: np.ndarray, enough, last_false: bool = False) -> Solution:
     """The path at the least price of a second for which `enough` holds, or the last before that."""
     low, high = -40.0, 10.0
     least, most = problem.cheapest(math.exp(low), rent), problem.cheapest(math.exp(high), rent)
