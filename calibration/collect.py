@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_sparse.calibration import costs, effects
+from dit_sparse.calibration.fit import middling
+from dit_sparse.calibration.metrics import psnr
 from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
 from dit_sparse.choices import Choice
@@ -67,7 +69,7 @@ class Job:
         """Ticks of the whole calibration: a tick is a step of a run, or a probe."""
         layers = sum(len(_layers(part, module)) for part, module in self.transformers.items())
         pilots = sum(self.steps - start for start in effects.pilot_starts(self.steps))
-        return len(self.prompts) * self.steps + layers * len(effects.probe_steps(self.steps)) + pilots
+        return len(self.prompts) * self.steps + layers * len(effects.probe_steps(self.steps)) + pilots + self.steps
 
 
 def collect(job: Job, work: Path) -> Profile:
@@ -76,6 +78,7 @@ def collect(job: Job, work: Path) -> Profile:
     for number in range(len(job.prompts)):
         _dense(job, work, number)
     _effects(job, work)
+    _trial(job, work)
     return _profile(job, work)
 
 
@@ -181,6 +184,23 @@ def _effects(job: Job, work: Path) -> None:
             job.tick(f"pilot from step {start}", job.steps - start)
 
 
+def _trial(job: Job, work: Path) -> None:
+    """A fitted choice on the first prompt: how far predictions are off."""
+    file = work / "effects.json"
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if "trial" in known:
+        job.tick("trial", job.steps)
+        return
+    fitted, told = middling(_profile(job, work))
+    fitted.save(work / "trial.safetensors")
+    dense = load_file(work / "dense-0.safetensors")["frames"].numpy()
+    with sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
+        frames = job.run(job.prompts[0], job.seed, partial(job.tick, "trial", 1))
+        seconds = sum(step.seconds for step in session.report().steps)
+    known["trial"] = told | {"error": 10 ** (-psnr(frames, dense) / 10), "seconds": seconds}
+    write_record(file, known)
+
+
 class _Steps:
     """Calls `tick` after each step but the first `skip`."""
 
@@ -246,7 +266,8 @@ def _felt(
                 gains[name][step] = change / max(error, 1e-30)
         start += heads
     pilots = {begin: mse for begin, (mse, _) in known["pilots"].items()}
-    return {"gain": gains, "pilots": pilots, "pilot_seconds": {s: t for s, (_, t) in known["pilots"].items()}}
+    trial = {"trial": known["trial"]} if "trial" in known else {}
+    return trial | {"gain": gains, "pilots": pilots, "pilot_seconds": {s: t for s, (_, t) in known["pilots"].items()}}
 
 
 def _in_run(

@@ -21,7 +21,7 @@ def probe_steps(steps: int) -> tuple[int, ...]:
 
 def pilot_starts(steps: int) -> tuple[int, ...]:
     """The steps at which pilot runs turn sparse, the earliest first."""
-    return tuple(sorted({0, steps // 6, steps // 2}))
+    return tuple(sorted({0, steps // 6, steps // 2, max(steps - 2, 0)}))
 
 
 def probe(

@@ -46,13 +46,13 @@ class Targets:
         return {name: value for name, value in told.items() if value is not None}
 
 
-def _lasting(levels: np.ndarray, by_step: np.ndarray, starts: Sequence[int], shares: Sequence[float]) -> np.ndarray:
-    """[t]: the logarithm of how much of a step's own error is in the frames at the end. Between the starts of pilots
-    it is linear in the noise level, and after the last one constant; the steps from one start to the next then make up
-    their share of the error that the pilots found."""
-    found = np.full(len(levels), math.log(shares[-1] / max(by_step[starts[-1] :].sum(), 1e-30)))
+def _lasting(by_step: np.ndarray, starts: Sequence[int], shares: Sequence[float]) -> np.ndarray:
+    """[t]: the logarithm of how much of a step's own error is in the frames at the end. From one start of a pilot to
+    the next it is linear in the step, after the last one constant; the steps in between make up their share of the
+    error that the pilots found."""
+    found = np.full(len(by_step), math.log(shares[-1] / max(by_step[starts[-1] :].sum(), 1e-30)))
     for start, end, share in reversed(list(zip(starts[:-1], starts[1:], shares[:-1], strict=True))):
-        way = (levels[start:end] - levels[end]) / max(levels[start] - levels[end], 1e-9)
+        way = 1 - np.arange(end - start) / (end - start)
         low, high = -60.0, 60.0
         for _ in range(60):
             slope = (low + high) / 2
@@ -107,6 +107,17 @@ class Problem:
         self.longest = min(h.distances[-1], self.steps - 1)
 
     @cached_property
+    def trial(self) -> tuple[float, float]:
+        """By how much a fitted choice did worse than predicted, in squared error and in the seconds of what is not
+        dense: a choice falls on what was measured too well, and errors of layers are not independent."""
+        tried = self.header.effects.get("trial")
+        if tried is None:
+            return 1.0, 1.0
+        known = tried["seconds_known"]
+        slower = (tried["seconds"] - known) / max(tried["predicted_seconds"] - known, 1e-9)
+        return max(tried["error"] / max(tried["predicted_error"], 1e-30), 1e-3), min(max(slower, 0.5), 2.0)
+
+    @cached_property
     def weight(self) -> np.ndarray:
         """[x, t]: mean squared error of the frames for a unit of squared error in one head's part of the attention
         output at one step."""
@@ -119,7 +130,7 @@ class Problem:
             max(after[str(start)] - after.get(str(end), 0.0), LEAST_SHARE * after[str(start)])
             for start, end in zip(starts, [*starts[1:], self.steps], strict=True)
         ]
-        return before * np.exp(_lasting(np.array(self.header.levels), by_step, starts, shares))
+        return before * np.exp(_lasting(by_step, starts, shares)) * self.trial[0]
 
     def _gained(self) -> np.ndarray:
         """[x, t]: what a unit of squared error does to the latents in that step alone: probes, guidance, step size."""
@@ -162,10 +173,10 @@ class Problem:
         plain = sorted((rung.density, self.header.costs[name][k]) for k, rung in enumerate(rungs) if not rung.top_p)
         shares, seconds = (np.array(x) for x in zip(*plain, strict=True))
         if len(plain) == 1:
-            return np.full(kept.shape, seconds[0])
+            return np.full(kept.shape, seconds[0] * self.trial[1])
         slopes = np.diff(seconds) / np.diff(shares)
         place = np.clip(np.searchsorted(shares, kept) - 1, 0, len(slopes) - 1)
-        return np.maximum(seconds[place] + slopes[place] * (kept - shares[place]), seconds[0] * 0.5)
+        return np.maximum(seconds[place] + slopes[place] * (kept - shares[place]), seconds[0] * 0.5) * self.trial[1]
 
     @cached_property
     def followed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -378,6 +389,20 @@ def default_speedup(problem: Problem) -> float:
     k = min(plain, key=lambda k: abs(ladder[k].density - SparseConfig.density))
     every = Problem(problem.profile)
     return problem.header.seconds["transformers"] / every.uniform(SparseConfig(), k).seconds
+
+
+def middling(profile: Profile) -> tuple[Profile, dict[str, float]]:
+    """Choices halfway between dense and the fastest, to be tried out, and what is predicted of them: the mean squared
+    error of the frames, the seconds, and how many of these are not of sparse attention."""
+    problem = Problem(profile)
+    whole = profile.header.seconds["transformers"]
+    fastest = problem.cheapest(1e9, np.zeros(problem.steps)).seconds
+    halfway = Targets(speedup=whole / ((whole + fastest) / 2))
+    found = solve(problem, halfway)
+    dense = np.where(problem.ran & (found.option == 0), problem.header.costs["dense"], 0.0).sum()
+    known = float(dense + problem.header.costs["other"])
+    told = {"predicted_error": found.error, "predicted_seconds": found.seconds, "seconds_known": known}
+    return fit(profile, halfway), told
 
 
 def fit(profile: Profile, targets: Targets, methods: Sequence[ChoiceMethod] = (*AT_ONCE, *LEARNING)) -> Profile:

@@ -75,7 +75,7 @@ def test_a_profile_holds_what_was_measured(calibrated):
     assert len(h.levels) == 5 and h.levels[0] == 1.0 and list(h.levels) == sorted(h.levels, reverse=True)
     assert str(calibrated) not in json.dumps(h.__dict__) and h.prompts == ("a red ball", "a green square moves left")
     assert h.ran["transformer"] == (0, 1, 2, 3, 4) and [heads for _, heads, _ in h.layers] == [2, 2]
-    assert set(h.effects["pilots"]) == {"0", "2"} and all(x > 0 for x in h.effects["pilots"].values())
+    assert set(h.effects["pilots"]) == {"0", "2", "3"} and all(x > 0 for x in h.effects["pilots"].values())
     assert all(set(gain) == {"1", "3"} and min(gain.values()) > 0 for gain in h.effects["gain"].values())
     for name, x in made.tensors.items():
         assert x.shape[:3] == (4, 2, 5), name
@@ -138,7 +138,7 @@ def test_the_metric_is_the_output_projection():
     torch.testing.assert_close((error[:, 0] @ root).norm(dim=1), whole.norm(dim=1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("at", ["dense", "probe", "pilot"])
+@pytest.mark.parametrize("at", ["dense", "probe", "pilot", "trial"])
 def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
     expected = Profile.load(FILE)
     (here / FILE).unlink()
@@ -146,12 +146,13 @@ def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
         "dense": (collect.costs, "measure"),
         "probe": (effects, "probe"),
         "pilot": (effects, "pilot"),
+        "trial": (collect, "middling"),
     }[at]
     original, calls = getattr(module, name), []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == {"dense": 1, "probe": 3, "pilot": 2}[at]:
+        if len(calls) == {"dense": 1, "probe": 3, "pilot": 2, "trial": 1}[at]:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
