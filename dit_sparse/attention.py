@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.config import SparseConfig, Storage
-from dit_sparse.correction import Learned, learn_anchor, learn_reshape, pooled_tail, rectify, reshape
+from dit_sparse.correction import Learned, calibrated, learn_anchor, learn_reshape, pooled_tail, rectify, reshape
 from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
 from dit_sparse.kernels.permute import permute
@@ -16,7 +16,7 @@ from dit_sparse.layout import Layout
 from dit_sparse.order import token_order
 from dit_sparse.plan import BlockPlan, Correction
 from dit_sparse.routing import Pooled, Routing, pool, route
-from dit_sparse.state import Generation, Layer
+from dit_sparse.state import Generation, Layer, Part
 
 
 def sparse_attention(
@@ -28,14 +28,34 @@ def sparse_attention(
     is False for padding. Returns [B, H, L, D] like q. Raises ValueError where these do not fit the generation's grid,
     and on NaN or Inf in q, k, v under strict.
     """
-    config, moment = generation.config, generation.moment
-    if config.strict:
+    if generation.config.strict:
         _check_finite(layer, q=q, k=k, v=v)
     key_mask = None if text_mask is None else _key_mask(text_mask, k.shape[2])
     generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None)
-    phase = generation.phase(layer)
+    parts = generation.parts(layer)
+    if len(parts) == 1:
+        return attend_part(q, k, v, parts[0], generation, text_mask, key_mask)
+    out = torch.empty_like(q)
+    for part in parts:
+        out[:, part.heads] = attend_part(
+            q[:, part.heads], k[:, part.heads], v[:, part.heads], part, generation, text_mask, key_mask
+        )
+    return out
+
+
+def attend_part(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    part: Part,
+    generation: Generation,
+    text_mask: Tensor | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """`sparse_attention` of heads that do the same."""
+    layer, config, moment = part.layer, part.config, generation.moment
     pairs = float(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
-    if moment is None or generation.grid is None or phase == "dense":
+    if moment is None or generation.grid is None or part.phase == "dense":
         generation.tally.dense(moment.step if moment else 0, pairs)
         chosen = generation.dense and generation.dense(layer, q, k, v, key_mask)
         return dense_attention(q, k, v, key_mask=key_mask)[0] if chosen is None else chosen
@@ -49,11 +69,11 @@ def sparse_attention(
     if not order.is_raster:
         q, k, v = permute((q, k, v), order.take)
     learned = generation.recall(layer)
-    call = Call(q, k, v, layout, config, text_mask, key_mask, routes=phase == "anchor" or not config.learns)
+    call = Call(q, k, v, layout, config, text_mask, key_mask, routes=part.phase == "anchor" or not config.learns)
     if not config.learns:
-        out, routed = _at_once(call)
-    elif phase == "anchor":
-        out, learned = _refresh(call, moment.step, generation.storage, soft=learned is not None)
+        out, routed = _at_once(call, part.rho)
+    elif part.phase == "anchor":
+        out, learned = _refresh(call, moment.step, part.storage, soft=learned is not None)
         generation.record(layer, learned)
         routed = learned.visited
     else:
@@ -61,13 +81,19 @@ def sparse_attention(
         out, routed = _between(call, learned, moment.step), learned.visited
     possible = q.shape[0] * q.shape[1] * layout.blocks**2
     visited = torch.stack(call.listed).sum() * layout.block**2
-    generation.tally.sparse(moment.step, phase, pairs, call.known, visited, routed, possible)
+    generation.tally.sparse(moment.step, part.phase, pairs, call.known, visited, routed, possible)
     return out if order.is_raster else permute((out,), order.place)[0]
 
 
-def _at_once(call: "Call") -> tuple[Tensor, Tensor]:
-    """Route, and stand in for the rest with what this call itself tells (none, tail, rectify)."""
+def _at_once(call: "Call", rho: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Route, and stand in for the rest with what this call itself tells (none, tail, rectify), or weigh the tail by
+    the rho that calibration measured."""
     routing, correction = call.route(call.config.density), call.tail
+    if rho is not None:
+        assert correction.tail is not None
+        vision = call.q[:, :, : call.layout.grid.tokens]
+        correction = calibrated(vision, routing.plan, correction.tail, rho, block=call.layout.block, scale=call.scale)
+        call.known += vision.shape[0] * vision.shape[1] * vision.shape[2] * call.layout.blocks
     if call.config.method == "rectify":
         correction = rectify(routing, call.pooled, critical_mass=call.config.critical_mass)
     routed = routing.plan.counts.sum()

@@ -16,6 +16,9 @@ USAGE = """\
 dit-sparse: training-free sparse attention for diffusion transformers, on stock diffusers.
 
   dit-sparse generate   make a video, with the demo model if no other is given
+  dit-sparse calibrate  measure a model in a dense run, and write a profile
+  dit-sparse fit        choose from a profile what each head does at each step, to a quality, a speed or a memory
+  dit-sparse profile    show or compare profiles, or draw what was measured
   dit-sparse plan       say from shapes alone what sparse attention can gain for a model and a size
   dit-sparse info       show the device, the kernels chosen for it, and the models known
   dit-sparse bench      time attention or the whole sparse operator beside dense attention
@@ -93,13 +96,25 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             from dit_sparse import generate
 
             return generate.run(options.parse(generate.GenerateOptions, arguments, "dit-sparse generate"))
+        case "calibrate":
+            from dit_sparse import calibrate
+
+            return calibrate.calibrate(options.parse(calibrate.CalibrateOptions, arguments, "dit-sparse calibrate"))
+        case "fit":
+            from dit_sparse import calibrate
+
+            return calibrate.fit(options.parse(calibrate.FitOptions, arguments, "dit-sparse fit"))
+        case "profile":
+            from dit_sparse import inspect_profile
+
+            return inspect_profile.run(arguments)
         case "plan":
             return plan(options.parse(PlanOptions, arguments, "dit-sparse plan"))
         case "info":
             return info(options.parse(InfoOptions, arguments, "dit-sparse info"))
         case "bench":
             return _bench(arguments)
-    known = ("generate", "plan", "info", "bench")
+    known = ("generate", "calibrate", "fit", "profile", "plan", "info", "bench")
     near = get_close_matches(command, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}."
     raise ValueError(f"Unknown command {command!r}: {hint}")
@@ -156,6 +171,10 @@ def info(_options: InfoOptions) -> int:
 def plan(chosen: PlanOptions) -> int:
     if (chosen.model_id is None) == (chosen.family is None):
         raise ValueError(f"Give either --model_id or --family, one of {', '.join(models.PUBLISHED)}.")
+    if chosen.sparse.profile is not None:
+        raise ValueError(
+            "plan goes by shapes alone, so it takes no profile: dit-sparse profile show says what it predicts."
+        )
     if chosen.num_inference_steps < 1:
         raise ValueError(f"num_inference_steps is at least 1, not {chosen.num_inference_steps}.")
     from dit_sparse.pipelines.session import FAMILIES

@@ -78,6 +78,9 @@ class SparseConfig:
     """Re-ttention: weigh the residual so that each row's attention sums to 1."""
     critical_mass: bool = False
     """Rectified SpaAttn: scale by the kept mass alone, as the paper describes, not as the code does."""
+    profile: str | None = None
+    """File written by `dit-sparse fit`, which then chooses method, density, anchors and storage for each head and
+    step, and leaves only strict and max_state_gib to choose."""
     strict: bool = False
     """Raise where attention would otherwise fall back to dense, and on NaN or Inf in q, k or v."""
 
@@ -103,6 +106,8 @@ class SparseConfig:
             raise ValueError(f"second_order_limit is a positive number, or inf, not {self.second_order_limit!r}.")
         if not _is_number(self.ramp) or not 0 <= self.ramp < 1:
             raise ValueError(f"ramp is at least 0 and below 1, not {self.ramp!r}.")
+        if self.profile is not None and not isinstance(self.profile, str):
+            raise ValueError(f"profile is the path of a file as text, not {self.profile!r}.")
         tile = self.tile
         if not isinstance(tile, tuple) or len(tile) != 3 or not all(isinstance(n, int) and n >= 1 for n in tile):
             raise ValueError(f"tile is a tuple of three positive numbers (frames, rows, columns), not {tile!r}.")
@@ -116,6 +121,10 @@ class SparseConfig:
         for field in fields(self):
             if field.type is bool and not isinstance(getattr(self, field.name), bool):
                 raise ValueError(f"{field.name} is True or False, not {getattr(self, field.name)!r}.")
+            if self.profile is not None and field.name not in ("profile", "strict", "max_state_gib"):
+                if getattr(self, field.name) != field.default:
+                    raise ValueError(f"A profile decides on {field.name}: leave out either of the two.")
+                continue
             methods = _ONLY_FOR.get(field.name)
             if methods and self.method not in methods and getattr(self, field.name) != field.default:
                 raise ValueError(
@@ -132,6 +141,8 @@ class SparseConfig:
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
                 raise ValueError(f"Unknown option {key!r}: {hint}")
         values = dict(values)
+        if isinstance(values.get("profile"), Path):
+            values["profile"] = str(values["profile"])
         if isinstance(values.get("tile"), list):
             values["tile"] = tuple(values["tile"])
         return cls(**values)

@@ -117,3 +117,27 @@ def reshape(learned: Learned, nth: int, *, ramp: float, clamp: bool, keep_mass: 
         else:
             residual = Residual(residual.codes, residual.scales * weight, residual.kind)
     return Correction(scale=ramped, residual=residual)
+
+
+def calibrated(q: Tensor, plan: BlockPlan, tail: Tail, rho: Tensor, *, block: int, scale: float) -> Correction:
+    """Re-ttention with rho known beforehand: out = rho O_S + (1 - rho) O_T, where O_T is the attention of each row to
+    the pooled keys of the blocks that the plan leaves out, the direction of what is missing.
+
+    q [B, H, L, D] vision rows, rho [H, Nq] float32 from 0 to 1; query blocks that leave nothing out have 1.
+    """
+    routed, rows = plan.mask(), q.shape[2]
+    rho = torch.where(routed.all(-1), 1.0, rho)
+    rest = torch.empty_like(q)
+    weights = tail.log_weights.reshape(-1, tail.log_weights.shape[-1])
+    # One head at a time: the logits of all would be as large as a dense attention map over the block.
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            logits = (q[b, h] @ tail.keys[b, h].mT).float().mul_(scale) + weights[b % len(weights)]
+            if tail.variances is not None:
+                spread = (q[b, h] * scale).square() @ tail.variances[b, h].mT
+                logits += spread.float().mul_(0.5).clamp_(max=tail.limit)
+            hidden = routed[b, h].repeat_interleave(block, 0)[:rows]
+            share = logits.masked_fill_(hidden, float("-inf")).softmax(-1).nan_to_num_()
+            share *= (1 - rho[b, h]).repeat_interleave(block)[:rows, None]
+            rest[b, h] = share.to(q.dtype) @ tail.values[b, h]
+    return Correction(scale=rho, residual=Residual(rest))

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import tyro
 
 from dit_sparse import models, predict, video
 from dit_sparse.config import SparseConfig
+from dit_sparse.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,18 @@ class GenerateOptions:
 def run(options: GenerateOptions) -> int:
     """Exit code. Raises ValueError for input that cannot work, before any model work where that can be known."""
     files = models.find(options.model_id)
-    device, dtype = _placement(options)
-    request = _request(options, files)
+    device, dtype = placement(options)
+    request = request_of(options, files)
 
     from dit_sparse.pipelines.session import FAMILIES, sparsify
 
     models.check_known(files, FAMILIES)
-    _check(options, request, files)
+    check(options, request, files)
     output = options.output_file or Path(_name(options, request, files))
     video.check_writable(output)
 
     start = time.perf_counter()
-    pipe = _load(options, files, device, dtype)
+    pipe = load(options, files, device, dtype)
     loaded = time.perf_counter()
     with sparsify(pipe, options.sparse) as session:
         frames = _denoise(pipe, options, request, files, device)
@@ -121,8 +122,8 @@ def run(options: GenerateOptions) -> int:
     }
     record = {
         "settings": _settings(options, request, files, device, dtype),
-        "versions": _versions(),
-        "device": _device_name(device),
+        "versions": versions(),
+        "device": device_name(device),
         "seconds": seconds,
         "seconds_by_phase": _by_phase((step.phase, step.seconds) for step in report.steps),
         "peak_memory_bytes": _peak_memory(device),
@@ -138,7 +139,7 @@ def run(options: GenerateOptions) -> int:
     return 0
 
 
-def _placement(options: GenerateOptions) -> tuple[torch.device, torch.dtype]:
+def placement(options: GenerateOptions) -> tuple[torch.device, torch.dtype]:
     name = options.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,7 +158,7 @@ def _placement(options: GenerateOptions) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, options.dtype)
 
 
-def _request(options: GenerateOptions, files: models.ModelFiles) -> Request:
+def request_of(options: GenerateOptions, files: models.ModelFiles) -> Request:
     """The options, with what the user left to the model filled in."""
     if options.model_id is None:
         defaults = asdict(DEMO)
@@ -188,7 +189,7 @@ def _request(options: GenerateOptions, files: models.ModelFiles) -> Request:
     return Request(**values)
 
 
-def _check(options: GenerateOptions, request: Request, files: models.ModelFiles) -> None:
+def check(options: GenerateOptions, request: Request, files: models.ModelFiles) -> None:
     if request.num_inference_steps < 1:
         raise ValueError(f"num_inference_steps is at least 1, not {request.num_inference_steps}.")
     if not math.isfinite(request.guidance_scale) or request.guidance_scale < 0:
@@ -197,13 +198,16 @@ def _check(options: GenerateOptions, request: Request, files: models.ModelFiles)
         raise ValueError(f"seed is a whole number from 0 to 2**63 - 1, not {options.seed}.")
     if not 1 <= options.fps <= 240:
         raise ValueError(f"fps is from 1 to 240, not {options.fps}.")
+    if options.sparse.profile is not None:
+        # Whether it was made for these weights is known once they are read.
+        Profile.load(options.sparse.profile)
     predict.phases(options.sparse, request.num_inference_steps)
     for _, config in files.transformers.values():
         predict.dense_layers(options.sparse, config["num_layers"])
         models.check_size(config, files.vae, request.height, request.width, request.num_frames)
 
 
-def _load(options: GenerateOptions, files: models.ModelFiles, device: torch.device, dtype: torch.dtype) -> Any:
+def load(options: GenerateOptions, files: models.ModelFiles, device: torch.device, dtype: torch.dtype) -> Any:
     """The pipeline, on its device."""
     import diffusers
     import transformers
@@ -245,7 +249,8 @@ def _denoise(
         torch.cuda.reset_peak_memory_stats(device)
     steps = request.num_inference_steps
     # The session learns the number of steps only when the pipeline runs.
-    phases = predict.phases(options.sparse, steps)
+    mixed = options.sparse.profile is not None
+    phases = ("mixed",) * steps if mixed else predict.phases(options.sparse, steps)
     seen: list[tuple[str, float]] = []
     bar = Progress(
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -270,16 +275,28 @@ def _denoise(
         bar.update(task, completed=step + 1, phase=ahead[0] if ahead else "", left=left)
         return {}
 
+    with bar:
+        return frames_of(pipe, request, files, options.negative_prompt, options.seed, step_done)
+
+
+def frames_of(
+    pipe: Any,
+    request: Request,
+    files: models.ModelFiles,
+    negative_prompt: str | None,
+    seed: int,
+    step_done: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+) -> np.ndarray:
+    """One run of the pipeline: [F, H, W, 3] floats from 0 to 1. step_done is a diffusers callback."""
     # WanPipeline rounds to a whole number of latent frames and adds one even where one latent is one frame.
     whole = files.vae.get("scale_factor_temporal", 4) == 1
-    with bar:
-        return pipe(
-            **asdict(request) | {"num_frames": request.num_frames - whole},
-            negative_prompt=options.negative_prompt,
-            generator=torch.Generator("cpu").manual_seed(options.seed),
-            output_type="np",
-            callback_on_step_end=step_done,
-        ).frames[0]
+    return pipe(
+        **asdict(request) | {"num_frames": request.num_frames - whole},
+        negative_prompt=negative_prompt,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="np",
+        callback_on_step_end=step_done,
+    ).frames[0]
 
 
 def seconds_left(seen: Sequence[tuple[str, float]], ahead: Iterable[str]) -> float:
@@ -305,6 +322,8 @@ def _name(options: GenerateOptions, request: Request, files: models.ModelFiles) 
     size = f"{request.height}x{request.width}x{request.num_frames}"
     config = options.sparse
     method = config.method if config.method == "dense" else f"{config.method}-d{config.density:g}"
+    if config.profile is not None:
+        method = Path(config.profile).name.removesuffix(".safetensors")
     if config.top_p is not None and config.method != "dense":
         method += f"-p{config.top_p:g}"
     return f"{model}.{size}.{request.num_inference_steps}steps.{method}.seed{options.seed}.mp4"
@@ -320,7 +339,7 @@ def _settings(
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     names = ("dit-sparse", "torch", "triton", "diffusers", "transformers", "accelerate", "imageio-ffmpeg")
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for name in names:
@@ -334,7 +353,7 @@ def _versions() -> dict[str, str | None]:
     return found | {"dit-sparse": __version__}
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

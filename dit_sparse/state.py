@@ -3,25 +3,24 @@
 import logging
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dit_sparse.choices import Phase, Table, per_block
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned
 from dit_sparse.layout import TokenGrid
+from dit_sparse.profile import Profile
 from dit_sparse.report import Mark, Tally
 from dit_sparse.residual import bytes_per_row
 from dit_sparse.routing import forced_blocks
 from dit_sparse.schedule import span
 
 logger = logging.getLogger("dit_sparse")
-
-Phase = Literal["dense", "anchor", "sparse"]
 
 GIB = 1024**3
 # Share of the device's memory that is left to activations when the storage of residuals is chosen from what is free.
@@ -53,12 +52,29 @@ class Layer:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """Heads of a layer that do the same in this forward; `layer` is these heads alone, named for their memory.
+
+    heads  which of the layer's, None for all
+    rho    [heads, query blocks] float32, a profile's share of softmax mass in the routed blocks; None elsewhere
+    """
+
+    layer: Layer
+    heads: slice | list[int] | None
+    phase: Phase
+    config: SparseConfig
+    storage: Storage | None
+    rho: Tensor | None = None
+
+
 @dataclass
 class Generation:
     """The one mutable object; `enter` tells it where it is, it never counts calls."""
 
     config: SparseConfig
     layers: list[Layer] = field(default_factory=list)
+    profile: Profile | None = None
     branches: int = 1  # separate forwards a step, for the estimate of memory
     grid: TokenGrid | None = None
     moment: Moment | None = None
@@ -74,10 +90,12 @@ class Generation:
     _device: torch.device = torch.device("cpu")
     _at_step: list[str] = field(default_factory=list)  # branches seen at the present step
     _prompts: list[object] = field(default_factory=list)  # what tells branches without a name apart
+    _table: Table | None = None  # the profile's choices for the present run
+    _warned: bool = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Generation":  # noqa: ARG002  (the protocol's signature)
         # A copy begins anew: what was learned may fill the device, and CUDA's clocks cannot be copied.
-        return Generation(self.config, list(self.layers))
+        return Generation(self.config, list(self.layers), self.profile)
 
     def enter(
         self,
@@ -91,13 +109,15 @@ class Generation:
         step: int | None = None,
         total: int | None = None,
         run: object = None,
+        levels: Sequence[float] | None = None,
     ) -> None:
         """Start one forward of a transformer.
 
         branch is the pipeline's name for it, else `prompt` tells branches apart: by identity, or by value where it is
         another tensor at each step. step is the pipeline's count, else a changed timestep is the next step. run is any
-        object that is another one in another generation. Raises ValueError if the config names steps or layers that
-        are not there, StateTooLarge if its method must remember more than it may.
+        object that is another one in another generation. levels are the noise levels of all steps, from 1 to 0, which
+        a profile needs. Raises ValueError if the config names steps or layers that are not there, StateTooLarge if its
+        method must remember more than it may.
         """
         last = self.moment
         same = last is not None and run is self._run and grid == self.grid and batch == self._batch
@@ -110,7 +130,7 @@ class Generation:
             self.reset()
             self.tally, self.peak_state_bytes = Tally(), 0
             self._run, self._batch, self._device, self.grid = run, batch, device, grid
-            self._begin(total)
+            self._begin(total, levels)
             name = branch if branch is not None else self._branch(prompt, ahead=True)
             step = 0 if step is None else step
         elif step is None:
@@ -141,14 +161,51 @@ class Generation:
     def reset(self) -> None:
         """Forget what was learned; the report stays until the next generation begins."""
         self.learned.clear()
+        self._table = None
         self._prompts, self._at_step = [], []
         self.moment = self._run = None
 
-    def _begin(self, total: int | None) -> None:
+    def _begin(self, total: int | None, levels: Sequence[float] | None) -> None:
+        if self.profile is not None:
+            self._lay_out(self.profile, total, levels)
+            return
         self._span("dense_steps", total)
         for layer in self.layers:
             self._span("dense_layers", layer.of)
         self.storage = self._choose_storage() if self.config.learns else None
+
+    def _lay_out(self, profile: Profile, total: int | None, levels: Sequence[float] | None) -> None:
+        """The profile's choices for this run; one warning for all that it was not made for."""
+        assert self.grid is not None
+        if levels is None:
+            raise ValueError("A profile goes by the noise level of each step, which nobody told: use sparsify(pipe).")
+        # A run that begins in the middle, from a noisy video, has the last of its scheduler's steps.
+        levels = levels[-total:] if total else levels
+        distance = profile.distance(levels, self.grid)
+        if distance and not self._warned:
+            logger.warning("%s", distance)
+            self._warned = True
+        self._table = profile.table(levels, {layer.name: layer.heads for layer in self.layers}, self._device)
+        free = _free_bytes(self._device) if self.config.max_state_gib is None else self.config.max_state_gib * GIB
+        need = self._planned_bytes(self._table)
+        if need > free:
+            raise StateTooLarge(
+                f"The profile remembers {need / GIB:.3g} GiB at its peak, but {free / GIB:.3g} GiB may be used: "
+                "fit it again with --max_state_gib."
+            )
+
+    def _planned_bytes(self, table: Table) -> float:
+        """The most that a table has in memory at one step."""
+        layers = {layer.name: layer for layer in self.layers}
+        sums: dict[int, float] = {}
+        for (name, _), steps in table.groups.items():
+            for step, groups in enumerate(steps):
+                for group in groups:
+                    if group.choice.residual is not None:
+                        heads = replace(layers[name], heads=len(group.heads))
+                        need = self.state_bytes(heads, group.choice.residual, group.config, branches=1)
+                        sums[step] = sums.get(step, 0.0) + need
+        return max(sums.values(), default=0.0)
 
     def _span(self, name: str, total: int | None) -> frozenset[int]:
         spec = getattr(self.config, name)
@@ -164,6 +221,39 @@ class Generation:
             return span(spec, total)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+    def parts(self, layer: Layer) -> tuple[Part, ...]:
+        """What the heads of this layer do in this forward; what no later step will use is forgotten."""
+        if self.profile is None or self.moment is None or self._table is None or self.grid is None:
+            return (Part(layer, None, self.phase(layer), self.config, self.storage),)
+        branch = self.moment.branch
+        groups = self._table.at(layer.name, branch, self.moment.step)
+        live = {group.name for group in groups}
+        for key in [key for key in self.learned if key[1] == branch and key[0].startswith(f"{layer.name}[")]:
+            if key[0] not in live:
+                del self.learned[key]
+        parts = []
+        for group in groups:
+            first, last, phase = group.heads[0], group.heads[-1], group.phase
+            heads = slice(first, last + 1) if last - first + 1 == len(group.heads) else list(group.heads)
+            known = (group.name, branch) in self.learned
+            if group.choice.learns:
+                # The anchor itself was skipped, or runs for a second time in one forward.
+                phase = "sparse" if known else "anchor"
+            rho = group.rho
+            if rho is not None:
+                rho = per_block(rho, -(-self.grid.tokens // group.config.block_size(self.grid.tokens)))
+            parts.append(
+                Part(
+                    replace(layer, name=group.name, heads=len(group.heads)),
+                    None if len(group.heads) == layer.heads else heads,
+                    phase,
+                    group.config,
+                    group.choice.residual,
+                    rho,
+                )
+            )
+        return tuple(parts)
 
     def phase(self, layer: Layer) -> Phase:
         """What this layer does in this forward."""
@@ -183,7 +273,10 @@ class Generation:
         return "anchor" if (late or planned == "anchor") and learned.step != moment.step else "sparse"
 
     def phase_at(self, step: int, total: int | None, offset: int = 0) -> Phase:
-        """The phase of a step in a run that skips none, for a layer whose anchors are shifted by `offset`."""
+        """The phase of a step in a run that skips none, for a layer whose anchors are shifted by `offset`; with a
+        profile, what most heads do."""
+        if self._table is not None:
+            return self._table.phase(step)
         config = self.config
         dense = self._span("dense_steps", total)
         if config.method == "dense" or step in dense:
@@ -209,6 +302,11 @@ class Generation:
         assert self.moment is not None
         return self.learned.get((layer.name, self.moment.branch))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the present or last run is."""
+        return self._device
+
     def fall_back(self, reason: str) -> None:
         """Count a call that ran dense although it should not have; raise under strict, log each reason once."""
         if self.config.strict:
@@ -224,13 +322,13 @@ class Generation:
         free = _free_bytes(self._device) if allowed is None else allowed * GIB
         sparse = [layer for layer in self.layers if layer.index not in self._span("dense_layers", layer.of)]
         for kind in asked:
-            need = sum(self._state_bytes(layer, kind) for layer in sparse)
+            need = sum(self.state_bytes(layer, kind) for layer in sparse)
             if need <= free:
                 if self.config.residual == "auto":
                     logger.info("residuals in %s: %.2f of %.2f GiB", kind, need / GIB, free / GIB)
                 return kind
         dense = 0
-        while sum(self._state_bytes(layer, kind) for layer in self.layers if layer.index >= dense) > free:
+        while sum(self.state_bytes(layer, kind) for layer in self.layers if layer.index >= dense) > free:
             dense += 1
         # Rounded up, because a figure that was rounded down would not fit.
         whole = math.ceil(need / GIB * 100) / 100
@@ -240,10 +338,13 @@ class Generation:
             f"max_state_gib={whole:.2f} where the memory is there."
         )
 
-    def _state_bytes(self, layer: Layer, kind: Storage) -> float:
+    def state_bytes(
+        self, layer: Layer, kind: Storage, config: SparseConfig | None = None, branches: int | None = None
+    ) -> float:
         """What one layer remembers, all branches and batch rows together."""
         assert self.grid is not None
-        config, tokens, block = self.config, self.grid.tokens, self.config.block_size(self.grid.tokens)
+        config = config or self.config
+        tokens, block = self.grid.tokens, config.block_size(self.grid.tokens)
         blocks = -(-tokens // block)
         _, forced = forced_blocks(
             config.order, self.grid, config.tile, block, config.neighbours, config.first_frame, torch.device("cpu")
@@ -252,7 +353,7 @@ class Generation:
         plan = blocks * (1 + min(kept + forced, blocks)) * 4
         rho = tokens * 4 if config.method == "reshape" else 0
         residual = tokens * bytes_per_row(layer.head_dim, kind)
-        return self._batch * self.branches * layer.heads * (residual + rho + plan)
+        return self._batch * (branches or self.branches) * layer.heads * (residual + rho + plan)
 
 
 def _size(learned: Learned) -> int:

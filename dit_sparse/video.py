@@ -16,6 +16,11 @@ def check_writable(path: Path) -> None:
     """Raise ValueError unless a video can be written to `path`; leaves no trace."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"output_file ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, not {path.suffix!r}.")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Raise ValueError unless a file can be written to `path`; leaves no trace."""
     if path.is_dir():
         raise ValueError(f"output_file {str(path)!r} is a directory: give the name of a file in it.")
     if not path.parent.is_dir():
@@ -51,10 +56,10 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> list[Path]:
             path.with_name(f"{path.stem}-{i:0{digits}d}{path.suffix}") for i in range(len(pixels))
         ]  # fmt: skip
         for name, frame in zip(names, pixels, strict=True):
-            with _whole(name) as part:
+            with whole(name) as part:
                 iio.imwrite(part, frame)
         return names
-    with _whole(path) as part:
+    with whole(path) as part:
         if kind == ".gif":
             iio.imwrite(part, pixels, duration=1000 / fps, loop=0)
         else:
@@ -70,7 +75,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> list[Path]:
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """`record` as JSON."""
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    with _whole(path) as part:
+    with whole(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -79,7 +84,7 @@ def _part(path: Path) -> Path:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, which becomes `path` if all goes well and vanishes if not."""
     part = _part(path)
     try:

@@ -17,6 +17,7 @@ from dit_sparse.attention import address, attend
 from dit_sparse.config import Method, SparseConfig
 from dit_sparse.pipelines import wan
 from dit_sparse.pipelines.family import Family
+from dit_sparse.profile import Profile
 from dit_sparse.report import RunReport
 from dit_sparse.state import Generation, Layer
 
@@ -68,7 +69,7 @@ class Session:
             for module in transformer.modules()
             if hasattr(module, "set_processor") and hasattr(module, "processor")
         ]
-        self.generation = Generation(config, dense=self._chosen_dense)
+        self.generation = Generation(config, profile=self._profile(config), dense=self._chosen_dense)
         self._processors: dict[str, Any] = {}
         self.author: SparseAttnProcessor | None = None
         # The prompt of a forward that began before the session did, and so has no name for its branch.
@@ -77,6 +78,7 @@ class Session:
         self.total_steps: int | None = None
         self._device = torch.device("cpu")
         self._run: object = None
+        self._levels: tuple[float, ...] | None = None
         self._tick: object = None
         self._step: int | None = None
         self._hook()
@@ -117,8 +119,9 @@ class Session:
             processor = processor.config
         if isinstance(processor, SparseConfig | str):
             config = _config(processor, {})
+            profile = self._profile(config)
             self.generation.reset()
-            self.generation.config = config
+            self.generation.config, self.generation.profile = config, profile
             self._install()
             return
         for transformer in self._transformers.values():
@@ -168,6 +171,8 @@ class Session:
             elif tick is not self._tick:
                 self._step += 1
             step = self._step
+        if self.generation.profile is not None and (run is not self._run or self._levels is None):
+            self._levels = levels_of(getattr(self._pipe, "scheduler", None))
         self._run, self._tick, self._device = run, tick, hidden_states.device
         self.total_steps = (said.num_inference_steps if said else None) or _total_steps(self._pipe)
         self.generation.branches = 2 if getattr(self._pipe, "do_classifier_free_guidance", False) else 1
@@ -183,7 +188,15 @@ class Session:
             step=step,
             total=self.total_steps,
             run=run,
+            levels=self._levels,
         )
+
+    def _profile(self, config: SparseConfig) -> Profile | None:
+        if config.profile is None:
+            return None
+        profile = Profile.load(config.profile)
+        profile.check({part: _unwrap(transformer) for part, transformer in self._transformers.items()})
+        return profile
 
     def _run_ends(self) -> None:
         self._step = None
@@ -328,6 +341,14 @@ def _taken(part: str) -> ValueError:
 def _unwrap(module: Any) -> Any:
     """The model inside torch.compile's wrapper."""
     return getattr(module, "_orig_mod", module)
+
+
+def levels_of(scheduler: Any) -> tuple[float, ...] | None:
+    """The noise level of each step, from 1 to 0."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None:
+        return None
+    return tuple((timesteps.double() / scheduler.config.num_train_timesteps).tolist())
 
 
 def _total_steps(pipe: Any) -> int | None:

@@ -25,7 +25,9 @@ def refused(capsys, *arguments: str) -> str:
 def test_usage_lists_the_commands(capsys, arguments):
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert all(f"dit-sparse {name}" in out for name in ("generate", "plan", "info", "bench"))
+    assert all(
+        f"dit-sparse {name}" in out for name in ("generate", "calibrate", "fit", "profile", "plan", "info", "bench")
+    )
 
 
 def test_version(capsys):
@@ -35,10 +37,13 @@ def test_version(capsys):
 
 def test_unknown_commands_are_named(capsys):
     assert refused(capsys, "plna") == "Unknown command 'plna': did you mean plan?"
-    assert refused(capsys, "--qqq") == "Unknown command '--qqq': choose from generate, plan, info, bench."
+    assert (
+        refused(capsys, "--qqq")
+        == "Unknown command '--qqq': choose from generate, calibrate, fit, profile, plan, info, bench."
+    )
 
 
-@pytest.mark.parametrize("command", ["generate", "plan", "info", "bench"])
+@pytest.mark.parametrize("command", ["generate", "calibrate", "fit", "plan", "info", "bench"])
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -128,9 +128,9 @@ def test_frames_are_as_many_as_asked_for(tmp_path, monkeypatch):
 
 def test_defaults_come_from_the_pipeline_or_the_demo(model, monkeypatch):
     options = generate.GenerateOptions(model_id=str(model), prompt="a", width=64)
-    assert generate._request(options, models.find(str(model))) == generate.Request("a", 480, 64, 81, 50, 5.0)
+    assert generate.request_of(options, models.find(str(model))) == generate.Request("a", 480, 64, 81, 50, 5.0)
     monkeypatch.setattr(models, "demo_directory", lambda: model)
-    found = generate._request(generate.GenerateOptions(height=96), models.find(None))
+    found = generate.request_of(generate.GenerateOptions(height=96), models.find(None))
     assert found == replace(generate.DEMO, height=96)
 
 
@@ -172,7 +172,7 @@ def test_bad_input_is_refused_before_any_model_work(command, tmp_path, capsys, m
     def load(*_: object) -> None:
         raise AssertionError("a weight was about to be read")
 
-    monkeypatch.setattr(generate, "_load", load)
+    monkeypatch.setattr(generate, "load", load)
     assert main([*command, *arguments]) == 2
     out, err = capsys.readouterr()
     assert said in err and err.count("\n") == 1 and out == ""

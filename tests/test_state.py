@@ -362,7 +362,7 @@ def test_the_estimate_is_what_is_remembered(method, residual, options):
     enter(g, 0, "cond", grid=grid)
     for layer in g.layers:
         sparse_attention(*torch.randn(3, 1, 2, 105, 16), layer, g)
-    assert g.peak_state_bytes == sum(g._state_bytes(layer, residual) for layer in g.layers)
+    assert g.peak_state_bytes == sum(g.state_bytes(layer, residual) for layer in g.layers)
 
 
 @pytest.mark.parametrize("dense_layers", [0, 3, "9", "0,5-8", "-1"])

@@ -1,0 +1,353 @@
+"""A calibration from start to end: dense runs that record, probes and pilots, and the profile made of them.
+
+Every part is on disk when it is finished, in a directory beside the output file, and is not done again.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dit_sparse.calibration import costs, effects
+from dit_sparse.calibration.fit import middling
+from dit_sparse.calibration.metrics import psnr
+from dit_sparse.calibration.record import Plan, Recorder
+from dit_sparse.calibration.replay import Tape, forwards
+from dit_sparse.choices import Choice
+from dit_sparse.pipelines.session import FAMILIES, Session, levels_of, sparsify
+from dit_sparse.profile import METHODS, Header, Profile, fingerprint
+from dit_sparse.video import whole, write_record
+
+Tick = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One calibration.
+
+    run     (prompt, seed, done) -> frames [F, H, W, 3] from 0 to 1; done() is called after each step
+    facts   what goes into the header as it is: model_id, size, guidance_scale, created, device, dtype, versions
+    """
+
+    pipe: Any
+    run: Callable[[str, int, Callable[[], None]], np.ndarray]
+    prompts: tuple[str, ...]
+    seed: int
+    steps: int
+    plan: Plan
+    facts: Mapping[str, Any]
+    tick: Tick
+
+    @property
+    def transformers(self) -> dict[str, nn.Module]:
+        parts = self.pipe.components
+        return {part: module for part, module in parts.items() if type(module).__name__ in FAMILIES}
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a calibration to be resumed."""
+        told = {
+            "plan": asdict(self.plan),
+            "prompts": self.prompts,
+            "seed": self.seed,
+            "steps": self.steps,
+            "weights": weights_of(self.transformers),
+            "facts": {name: value for name, value in self.facts.items() if name != "created"},
+        }
+        return json.loads(json.dumps(told))
+
+    def forwards(self) -> int:
+        """Ticks of the whole calibration: a tick is a step of a run, or a probe."""
+        layers = sum(len(_layers(part, module)) for part, module in self.transformers.items())
+        pilots = sum(self.steps - start for start in effects.pilot_starts(self.steps))
+        return len(self.prompts) * self.steps + layers * len(effects.probe_steps(self.steps)) + pilots + self.steps
+
+
+def collect(job: Job, work: Path) -> Profile:
+    """The profile, without choices. `work` is where finished parts are kept; the caller removes it."""
+    _begin(job, work)
+    for number in range(len(job.prompts)):
+        _dense(job, work, number)
+    _effects(job, work)
+    _trial(job, work)
+    return _profile(job, work)
+
+
+def weights_of(transformers: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
+    return {part: {"class": type(module).__name__} | fingerprint(module) for part, module in transformers.items()}
+
+
+def _begin(job: Job, work: Path) -> None:
+    try:
+        work.mkdir(exist_ok=True)
+        known = work / "job.json"
+        if not known.is_file():
+            write_record(known, job.identity())
+    except OSError as error:
+        raise ValueError(f"{str(work)!r} cannot be written: {error.strerror}.") from None
+    there = json.loads(known.read_text(encoding="utf-8"))
+    mine = job.identity()
+    odd = next((name for name in mine if there.get(name) != mine[name]), None)
+    if odd is not None:
+        raise ValueError(
+            f"{str(work)!r} holds an unfinished calibration with other {odd}: finish that one, or delete it."
+        )
+
+
+def _dense(job: Job, work: Path, number: int) -> None:
+    """One prompt, dense and recorded; the first also leaves the tape that probes and pilots need."""
+    file = work / f"dense-{number}.safetensors"
+    if _whole(file):
+        job.tick(f"prompt {number + 1}, recorded before", job.steps)
+        return
+    tape = Tape()
+    found: list[Session] = []
+    keep = frozenset(effects.probe_steps(job.steps)) if number == 0 else frozenset()
+
+    def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if number:
+            return original(*args, **kwargs)
+        return tape.record(found[0].generation, keep)(part, original, *args, **kwargs)
+
+    metric: dict[str, Tensor] = {}
+    for part, module in job.transformers.items():
+        metric |= effects.output_metric(module, part)
+    with forwards(job.transformers, wrap), sparsify(job.pipe, "dense") as session:
+        found.append(session)
+        recorder = Recorder(job.plan, session.generation, job.steps, metric)
+        session.generation.dense = recorder
+        frames = job.run(job.prompts[number], job.seed + number, lambda: job.tick(f"prompt {number + 1}, dense", 1))
+        report, grid = session.report(), session.generation.grid
+        if report.fallbacks:
+            raise ValueError(f"This model cannot be calibrated: {'; '.join(report.fallbacks)}.")
+        assert grid is not None and recorder.inputs is not None
+        dense, recording = recorder.seconds
+        told = {
+            "layers": [[layer.name, layer.heads, layer.head_dim] for layer in session.generation.layers],
+            "branches": list(recorder.found),
+            "levels": levels_of(job.pipe.scheduler),
+            "grid": [grid.frames, grid.height, grid.width],
+            "seconds": {
+                "transformers": sum(step.seconds for step in report.steps) - recording,
+                "attention": dense,
+                "recording": recording,
+            },
+            "kernel": f"{report.kernel}, dense {report.dense_backend}",
+            "costs": None,
+        }
+        if number == 0:
+            layer, q, k, v = recorder.inputs
+            with torch.no_grad():
+                told["costs"] = costs.measure(layer, (q, k, v), grid, job.plan.ladder, job.plan.base)
+            _save(tape.tensors(), work / "tape.safetensors")
+    stats = {f"{branch}/{name}": x.cpu() for branch, named in recorder.found.items() for name, x in named.items()} | {
+        "frames": torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32))
+    }
+    _save(stats, file, {"told": json.dumps(told)})
+
+
+def _effects(job: Job, work: Path) -> None:
+    """Probes of each layer and pilots of the first prompt, each written down as it is finished."""
+    file = work / "effects.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"probes": {}, "pilots": {}}
+    tape = Tape.from_tensors(load_file(work / "tape.safetensors"))
+    first = load_file(work / "dense-0.safetensors")["frames"].numpy()
+    branch = _told(work, 0)["branches"][0]
+    config = Choice("tail", job.plan.ladder[job.plan.middle]).config(job.plan.base)
+    for part, module in job.transformers.items():
+        layers = _layers(part, module)
+        called = sorted(step for of, step, said in tape.calls if (of, said) == (part, branch))
+        # One of two transformers may not run at the usual steps, and has its first.
+        for step in [step for step in called if step in effects.probe_steps(job.steps)] or called:
+            for index, name in enumerate(layers):
+                key = f"{name}@{step}"
+                if key not in known["probes"]:
+                    known["probes"][key] = effects.probe(part, module, tape, step, branch, index, len(layers), config)
+                    write_record(file, known)
+                job.tick("probes", 1)
+    for start in effects.pilot_starts(job.steps):
+        if str(start) not in known["pilots"]:
+            done = _Steps(partial(job.tick, f"pilot from step {start}", 1), start)
+            run = partial(job.run, job.prompts[0], job.seed, done)
+            known["pilots"][str(start)] = effects.pilot(job.pipe, job.transformers, tape, start, config, run, first)
+            write_record(file, known)
+        else:
+            job.tick(f"pilot from step {start}", job.steps - start)
+
+
+def _trial(job: Job, work: Path) -> None:
+    """A fitted choice on the first prompt: how far predictions are off."""
+    file = work / "effects.json"
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if "trial" in known:
+        job.tick("trial", job.steps)
+        return
+    fitted, told = middling(_profile(job, work))
+    fitted.save(work / "trial.safetensors")
+    dense = load_file(work / "dense-0.safetensors")["frames"].numpy()
+    with sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
+        frames = job.run(job.prompts[0], job.seed, partial(job.tick, "trial", 1))
+        seconds = sum(step.seconds for step in session.report().steps)
+    known["trial"] = told | {"error": 10 ** (-psnr(frames, dense) / 10), "seconds": seconds}
+    write_record(file, known)
+
+
+class _Steps:
+    """Calls `tick` after each step but the first `skip`."""
+
+    def __init__(self, tick: Callable[[], None], skip: int):
+        self.tick, self.left = tick, skip
+
+    def __call__(self) -> None:
+        if self.left:
+            self.left -= 1
+        else:
+            self.tick()
+
+
+def _profile(job: Job, work: Path) -> Profile:
+    told = [_told(work, number) for number in range(len(job.prompts))]
+    first = told[0]
+    branches, prompts = first["branches"], []
+    for number in range(len(job.prompts)):
+        named = load_file(work / f"dense-{number}.safetensors")
+        prompts.append(
+            {name: torch.stack([named[f"{branch}/{name}"] for branch in branches], 1) for name in job.plan.axes()}
+        )
+    mean = {name: torch.stack([found[name] for found in prompts]).nanmean(0) for name in job.plan.axes()}
+    layers = tuple((name, heads, dim) for name, heads, dim in first["layers"])
+    seconds = {name: sum(t["seconds"][name] for t in told) / len(told) for name in first["seconds"]}
+    known = json.loads((work / "effects.json").read_text(encoding="utf-8"))
+    header = Header(
+        weights=weights_of(job.transformers),
+        layers=layers,
+        branches=tuple(branches),
+        ran=_ran(layers, prompts[0]["energy"]),
+        levels=tuple(first["levels"]),
+        grid=tuple(first["grid"]),
+        scheduler=_scheduler(job.pipe.scheduler),
+        config=job.plan.base.to_dict(),
+        rungs=tuple((rung.density, rung.top_p) for rung in job.plan.ladder),
+        distances=job.plan.distances,
+        bins=job.plan.bins,
+        rows=job.plan.rows,
+        kernel=first["kernel"],
+        prompts=job.prompts,
+        seconds=seconds,
+        costs=_in_run(first["costs"], seconds, layers, len(branches) * len(first["levels"])),
+        effects=_felt(known, layers, prompts[0], job.plan),
+        **job.facts,
+    )
+    return Profile(header, _relative(mean))
+
+
+def _felt(
+    known: Mapping[str, Any], layers: Sequence[tuple[str, int, int]], stats: Mapping[str, Tensor], plan: Plan
+) -> dict[str, Any]:
+    """gain: layer -> step -> how much a unit of its squared error changes the transformer's output; pilots: start ->
+    mean squared error of the frames."""
+    tail, start = METHODS.index("tail"), 0
+    gains: dict[str, dict[str, float]] = {}
+    for name, heads, _ in layers:
+        gains[name] = {}
+        for key, change in known["probes"].items():
+            layer, step = key.rsplit("@", 1)
+            if layer == name:
+                error = stats["error"][start : start + heads, 0, int(step), tail, plan.middle].sum().item()
+                gains[name][step] = change / max(error, 1e-30)
+        start += heads
+    pilots = {begin: mse for begin, (mse, _) in known["pilots"].items()}
+    trial = {"trial": known["trial"]} if "trial" in known else {}
+    return trial | {"gain": gains, "pilots": pilots, "pilot_seconds": {s: t for s, (_, t) in known["pilots"].items()}}
+
+
+def _in_run(
+    timed: Mapping[str, Any], seconds: Mapping[str, float], layers: Sequence[tuple[str, int, int]], forwards: int
+) -> dict[str, Any]:
+    """Costs as they are in a run, where attention finds its inputs in no cache: all times what dense attention took
+    there over what it took alone. "other" is all of the transformers but self-attention."""
+    heads = sum(heads for _, heads, _ in layers)
+    calls = heads * forwards / max(1, len({name.partition(".")[0] for name, _, _ in layers}))
+    factor = seconds["attention"] / calls / timed["dense"]
+    scaled = {
+        name: value * factor if isinstance(value, float) else [x * factor for x in value]
+        for name, value in timed.items()
+    }
+    return scaled | {"other": seconds["transformers"] - seconds["attention"]}
+
+
+def _relative(mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Statistics as they are stored: errors relative to the output's length, in float16."""
+    energy = mean["energy"].clamp(min=1e-30)
+    out = dict(mean)
+    for name in ("error", "stale"):
+        ratio = energy.reshape(*energy.shape, *[1] * (mean[name].dim() - 3))
+        out[name] = (mean[name] / ratio).sqrt()
+    return {name: (x.float() if name == "energy" else x.clamp(max=6e4).half()).contiguous() for name, x in out.items()}
+
+
+def _ran(layers: Sequence[tuple[str, int, int]], energy: Tensor) -> dict[str, tuple[int, ...]]:
+    ran: dict[str, tuple[int, ...]] = {}
+    start = 0
+    for name, heads, _ in layers:
+        steps = (~energy[start, 0].isnan()).nonzero().flatten().tolist()
+        ran.setdefault(name.partition(".")[0], tuple(steps))
+        start += heads
+    return ran
+
+
+def _scheduler(scheduler: Any) -> dict[str, Any]:
+    config = {k: v for k, v in scheduler.config.items() if isinstance(v, str | int | float | bool) and k[0] != "_"}
+    return {"class": type(scheduler).__name__} | {k: v for k, v in config.items() if math.isfinite(_number(v))}
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _layers(part: str, transformer: nn.Module) -> list[str]:
+    family = FAMILIES[type(transformer).__name__]
+    return [
+        f"{part}.{name}"
+        for name, module in transformer.named_modules()
+        if hasattr(module, "set_processor") and family.is_self_attention(name)
+    ]
+
+
+def _whole(file: Path) -> bool:
+    """Whether a part was finished; writing is all or nothing, so this only fails where a disk does."""
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return bool(opened.metadata())
+    except SafetensorError:
+        return False
+
+
+def _told(work: Path, number: int) -> dict[str, Any]:
+    with safe_open(work / f"dense-{number}.safetensors", framework="pt") as opened:
+        return json.loads(opened.metadata()["told"])
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    try:
+        with whole(file) as part:
+            save_file(dict(tensors), part, metadata=dict(metadata or {"part": "of a calibration"}))
+    except (OSError, SafetensorError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise ValueError(f"{str(file)!r} cannot be written, and was not: {said}.") from None
+
+
+def finish(work: Path) -> None:
+    """Remove what was kept for resuming."""
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,64 @@
+"""What each choice costs in seconds, timed on queries, keys and values of the model itself."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_sparse.attention import attend_part
+from dit_sparse.choices import DENSE, LEARNING, Choice, ChoiceMethod, Phase, Rung
+from dit_sparse.config import SparseConfig
+from dit_sparse.layout import TokenGrid
+from dit_sparse.report import Mark
+from dit_sparse.state import Generation, Layer, Part
+
+METHODS: tuple[ChoiceMethod, ...] = ("none", "rectify", "tail", "calibrated", "anchor", "reshape")
+
+
+def measure(
+    layer: Layer,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    grid: TokenGrid,
+    ladder: Sequence[Rung],
+    base: SparseConfig,
+    *,
+    repeats: int = 2,
+) -> dict[str, Any]:
+    """Seconds per head: "dense", and for each other method a list by rung. For methods that learn the list under
+    "METHOD" is of the steps that follow an anchor, and under "METHOD at anchor" of the anchor. Least of `repeats`."""
+    q, k, v = qkv
+    if q.device.type == "cpu":
+        # The CPU computes one head after the other, so one tells as much as all.
+        q, k, v = (x[:, :1] for x in (q, k, v))
+    heads = q.shape[1]
+    alone = Layer(layer.name, layer.index, layer.of, heads, layer.head_dim)
+    generation = Generation(SparseConfig("dense"), [alone])
+
+    def timed(choice: Choice, at_anchor: bool = False) -> float:
+        rho = torch.full((heads, -(-grid.tokens // base.block_size(grid.tokens))), 0.5, device=q.device)
+        phase: Phase = "dense" if choice is DENSE else "anchor" if at_anchor else "sparse"
+        part = Part(
+            alone, None, phase, choice.config(base), choice.residual, rho if choice.method == "calibrated" else None
+        )
+        return _least(lambda: attend_part(q, k, v, part, generation, None, None), repeats, q.device) / heads
+
+    generation.enter(grid, batch=q.shape[0], device=q.device, timestep=0.0, branch="cond", step=0, total=1)
+    found: dict[str, Any] = {"dense": timed(DENSE)}
+    for method in METHODS:
+        for rung in ladder:
+            choice = Choice(method, rung, "fp8" if method in LEARNING else None)
+            if method in LEARNING:
+                found.setdefault(f"{method} at anchor", []).append(timed(choice, at_anchor=True))
+            found.setdefault(method, []).append(timed(choice))
+    generation.reset()
+    return found
+
+
+def _least(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    def once() -> float:
+        start = Mark(device)
+        call()
+        return start.until(Mark(device))
+
+    return min(once() for _ in range(repeats))

@@ -1,0 +1,307 @@
+"""A dense run that looks on: what each setting of the ladder would have made of the same queries, keys and values.
+
+Only a sample of query blocks, and of rows in them, is looked at, with all keys: memory and time do not grow with the
+number of tokens squared. Everything is computed from float32 logits and their log-sum-exp.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dit_sparse.choices import Choice, Rung, per_block
+from dit_sparse.config import SparseConfig
+from dit_sparse.correction import gain, pooled_tail
+from dit_sparse.kernels.dense_attention import dense_attention
+from dit_sparse.kernels.permute import permute
+from dit_sparse.layout import Layout
+from dit_sparse.order import token_order
+from dit_sparse.plan import Residual
+from dit_sparse.profile import LEARNERS, METHODS, ROUTINGS, STORAGES
+from dit_sparse.report import Mark
+from dit_sparse.residual import pack, unpack
+from dit_sparse.routing import Pooled, pool, route
+from dit_sparse.state import Generation, Layer
+
+# Least logarithm of a share: what is below would be subnormal further on, where a CPU is many times slower.
+FLOOR = -60.0
+# Rows looked at in one query block: with fewer, more blocks are seen for the same work.
+ROWS_PER_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recording looks at.
+
+    ladder     settings to try; distances, in steps, at which a memory's age is judged, ascending
+    bins       parts of the routing order that rho is averaged over
+    rows       query rows looked at per head
+    base       block, order and forced blocks
+    """
+
+    ladder: tuple[Rung, ...]
+    distances: tuple[int, ...]
+    bins: int
+    rows: int
+    base: SparseConfig
+
+    @property
+    def middle(self) -> int:
+        """The rung that effects and the drift of rho are measured at."""
+        return len(self.ladder) // 2
+
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """The trailing axes of each statistic, see dit_sparse.profile.AXES."""
+        k, d = len(self.ladder), len(self.distances)
+        return {
+            "rho": (k, self.bins),
+            "recall": (k,),
+            "kept": (len(ROUTINGS), k),
+            "error": (len(METHODS), k),
+            "stale": (len(LEARNERS), d, k),
+            "coarse": (len(LEARNERS), len(STORAGES)),
+            "drift": (d,),
+            "energy": (),
+        }
+
+
+@dataclass
+class Memory:
+    """What one head would remember from a step: masks [n, K, N] by mass and by error, residuals [n, K, r, D] of both
+    methods that learn, rho [n, K, r]."""
+
+    by_mass: Tensor
+    by_error: Tensor
+    anchor: Tensor
+    reshape: Tensor
+    rho: Tensor
+
+
+@dataclass
+class Recorder:
+    """Put in a generation's place for dense attention, it answers with dense attention and records.
+
+    metric  layer name -> [heads, D, D]; errors are measured after each head's channels are multiplied by it
+    found   branch -> statistic -> [heads of all layers, steps, ...] float32, NaN where nothing ran; error, stale and
+            energy are mean squares over rows
+    inputs  q, k, v of one call in the middle of the run, for timing
+    """
+
+    plan: Plan
+    generation: Generation
+    steps: int
+    metric: dict[str, Tensor] = field(default_factory=dict)
+    found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    inputs: tuple[Layer, Tensor, Tensor, Tensor] | None = None
+    _marks: list[tuple[Mark, Mark, Mark]] = field(default_factory=list)
+    _memory: dict[tuple[str, str, int], dict[int, Memory]] = field(default_factory=dict)
+    _rows: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """In dense attention, and in recording."""
+        return sum(a.until(b) for a, b, _ in self._marks), sum(b.until(c) for _, b, c in self._marks)
+
+    def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        start = Mark(q.device)
+        out = dense_attention(q, k, v, key_mask=key_mask)[0]
+        middle = Mark(q.device)
+        moment = self.generation.moment
+        if moment is not None:
+            self._look(layer, moment.step, moment.branch, q, k, v, key_mask)
+        self._marks.append((start, middle, Mark(q.device)))
+        return out
+
+    def _look(
+        self, layer: Layer, step: int, branch: str, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
+    ) -> None:
+        grid, base = self.generation.grid, self.plan.base
+        assert grid is not None
+        if branch not in self.found:
+            self.found[branch] = self._empty(q.device)
+        layout = Layout(grid, q.shape[2] - grid.tokens, base.block_size(grid.tokens))
+        order = token_order(base.order, grid, base.tile, q.device)
+        if step >= self.steps // 2 and self.inputs is None:
+            self.inputs = (layer, q.clone(), k.clone(), v.clone())
+        if not order.is_raster:
+            q, k, v = permute((q, k, v), order.take)
+        text_mask = None if key_mask is None else key_mask[:, grid.tokens :]
+        bank = Bank(self.plan, layout, q, k, v, text_mask)
+        root = self.metric.get(layer.name)
+        for head in range(q.shape[1]):
+            key = (layer.name, branch, head)
+            memory = self._memory.setdefault(key, {})
+            for old in [old for old in memory if step - old > self.plan.distances[-1]]:
+                del memory[old]
+            # Rows of a batch are other prompts, or the branches of guidance where these are one batch.
+            told = [
+                bank.look(b, head, None if root is None else root[head], memory if b == 0 else {}, step)
+                for b in range(q.shape[0])
+            ]
+            memory[step] = told[0][1]
+            for name, whole in self.found[branch].items():
+                whole[self._rows[layer.name] + head, step] = torch.stack([found[name] for found, _ in told]).mean(0)
+
+    def _empty(self, device: torch.device) -> dict[str, Tensor]:
+        moment, heads = self.generation.moment, 0
+        # A scheduler of second order makes more steps than it was asked for.
+        steps = max(self.steps, (moment.total if moment else None) or 0)
+        for layer in self.generation.layers:
+            self._rows[layer.name] = heads
+            heads += layer.heads
+        return {
+            name: torch.full((heads, steps, *axes), float("nan"), device=device)
+            for name, axes in self.plan.axes().items()
+        }
+
+
+class Bank:
+    """Routing of one call at every rung, and what each head's sampled rows would get by it."""
+
+    def __init__(self, plan: Plan, layout: Layout, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None):
+        self.plan, self.layout, self.q, self.k, self.v, self.text_mask = plan, layout, q, k, v, text_mask
+        self.scale = q.shape[-1] ** -0.5
+        per = min(layout.block, ROWS_PER_BLOCK)
+        count = min(layout.blocks, max(1, plan.rows // per))
+        device = q.device
+        self.blocks = torch.linspace(0, layout.blocks - 1, count, device=device).round().long()
+        lengths = layout.lengths(device)[self.blocks]
+        inside = torch.linspace(0, 1, per, device=device) * (lengths[:, None] - 1)
+        # [n, r] rows, [n, r]
+        self.rows = self.blocks[:, None] * layout.block + inside.round().long()
+        self.lengths = layout.lengths(device)
+        mass, error = self._config("rectify"), self._config("tail")
+        by_mass, by_error = (pool(q, k, v, layout, config) for config in (mass, error))
+        self.masks = {"mass": self._masks(by_mass, mass), "error": self._masks(by_error, error)}
+        # What Rectified SpaAttn adds, and how much it leaves to the exact part; routing's estimate of the mass.
+        first = self._route(by_mass, mass, plan.ladder[0])
+        gains = gain(by_mass)[:, :, self.blocks]
+        self.compensable = first.mass[:, :, self.blocks, : layout.blocks].masked_fill(~gains, 0)
+        self.tail = pooled_tail(
+            by_error, torch.float32, second_order=plan.base.second_order, limit=plan.base.second_order_limit
+        )
+
+    def _config(self, method: str) -> SparseConfig:
+        return Choice(method, self.plan.ladder[0]).config(self.plan.base)  # type: ignore[arg-type]
+
+    def _route(self, pooled: Pooled, config: SparseConfig, rung: Rung):
+        text = self.k[:, :, self.layout.grid.tokens :] if self.layout.text else None
+        config = Choice(config.method, rung).config(self.plan.base)  # type: ignore[arg-type]
+        return route(
+            pooled, self.layout, config, density=rung.density, scale=self.scale, text_keys=text,
+            text_mask=self.text_mask,
+        )  # fmt: skip
+
+    def _masks(self, pooled: Pooled, config: SparseConfig) -> Tensor:
+        """[B, H, n, K, N] bool."""
+        plans = [self._route(pooled, config, rung).plan for rung in self.plan.ladder]
+        return torch.stack([plan.mask()[:, :, self.blocks] for plan in plans], dim=3)
+
+    def look(
+        self, b: int, h: int, root: Tensor | None, memory: dict[int, Memory], step: int
+    ) -> tuple[dict[str, Tensor], Memory]:
+        """The statistics of one head, and what it would remember of this step."""
+        n, r = self.rows.shape
+        blocks, size, vision = self.layout.blocks, self.layout.block, self.layout.grid.tokens
+        q, k, v = self.q[b, h, self.rows.flatten()].float(), self.k[b, h].float(), self.v[b, h].float()
+        dim = v.shape[-1]
+        means = self.tail.values[b, h].float()
+        if root is not None:
+            v, means = v @ root, means @ root
+        logits = (q @ k.mT).mul_(self.scale)
+        if self.text_mask is not None:
+            logits[:, vision:].masked_fill_(~self.text_mask[b], float("-inf"))
+        lse = logits.logsumexp(-1, keepdim=True)
+        shares = logits.sub_(lse).clamp_(min=FLOOR).exp_()
+        # By key block: softmax mass [n, r, N], what it adds to the output [n, N, r * D]; the last block padded.
+        pad = blocks * size - vision
+        mine = F.pad(shares[:, :vision], (0, pad)).unflatten(1, (blocks, size))
+        mass = mine.sum(-1).view(n, r, blocks)
+        values = F.pad(v[:vision], (0, 0, 0, pad)).unflatten(0, (blocks, size))
+        parts = (mine.transpose(0, 1) @ values).view(blocks, n, r * dim).transpose(0, 1)
+        text_mass = shares[:, vision:].sum(-1).view(n, 1, r)
+        text = (shares[:, vision:] @ v[vision:]).view(n, 1, r, dim)
+        dense = parts.sum(1).view(n, 1, r, dim) + text
+        # The same for each block as one pooled key.
+        pooled = (q @ self.tail.keys[b, h].mT).mul_(self.scale) + self.tail.log_weights
+        if self.tail.variances is not None:
+            spread = (q * self.scale).square() @ self.tail.variances[b, h].mT
+            pooled += spread.mul_(0.5).clamp_(max=self.tail.limit)
+        weights = (pooled - lse).clamp_(FLOOR, 30).exp_().view(n, r, blocks)
+        stand_ins = (weights.permute(0, 2, 1)[..., None] * means[None, :, None]).reshape(n, blocks, r * dim)
+
+        def exact(masks: Tensor) -> tuple[Tensor, Tensor]:
+            """Mass [n, P, r] in the routed blocks and text, and what it adds [n, P, r, D]."""
+            kept = masks.float()
+            return kept @ mass.mT + text_mass, (kept @ parts).view(n, -1, r, dim) + text
+
+        def rest(masks: Tensor) -> tuple[Tensor, Tensor]:
+            """The same of the other blocks, pooled."""
+            left = (~masks).float()
+            return left @ weights.mT, (left @ stand_ins).view(n, -1, r, dim)
+
+        def with_tail(masks: Tensor) -> Tensor:
+            (held, out), (missing, pooled_out) = exact(masks), rest(masks)
+            return (out + pooled_out) / (held + missing)[..., None]
+
+        def square(x: Tensor) -> Tensor:
+            """Mean over rows of the squared length, one number for each of [n, P, r, D]'s P."""
+            return x.square().sum(-1).mean((0, 2))
+
+        by_mass, by_error = self.masks["mass"][b, h], self.masks["error"][b, h]
+        held, out = exact(by_mass)
+        alone = out / held.clamp(min=1e-20)[..., None]
+        bins = F.adaptive_avg_pool1d(held.mean(-1).T, self.plan.bins)
+        rho = per_block(bins, blocks)[:, self.blocks].T
+        missing, direction = rest(by_mass)
+        all_kept = by_mass.all(-1)
+        rho = torch.where(all_kept, 1.0, rho)[..., None, None]
+        weighed = rho * alone + (1 - rho) * torch.where(
+            all_kept[..., None, None], 0.0, direction / missing.clamp(min=1e-20)[..., None]
+        )
+        added = self.compensable[b, h][:, None].masked_fill(by_mass, 0)
+        rectified = (1 - added.sum(-1))[..., None, None] * alone + (added @ means)[:, :, None]
+        tailed = with_tail(by_error)
+        found = {
+            "rho": bins,
+            "recall": self._recall(by_mass, mass, held - text_mass),
+            "kept": torch.stack([by_mass.float().mean((0, 2)), by_error.float().mean((0, 2))]),
+            "error": torch.stack([square(x - dense) for x in (alone, rectified, tailed, weighed, out)]),
+            "energy": square(dense)[0],
+        }
+        now = Memory(by_mass, by_error, (dense - tailed).bfloat16(), (dense - out).bfloat16(), held)
+        found["coarse"] = torch.stack(
+            [self._coarse(x[:, self.plan.middle].float()) for x in (now.anchor, now.reshape)]
+        )
+        found |= self._aged(memory, step, dense, exact, with_tail, square)
+        return found, now
+
+    def _recall(self, masks: Tensor, mass: Tensor, held: Tensor) -> Tensor:
+        """[K]: mass found over what the best blocks of that number hold, the mean over query blocks."""
+        ranked = mass.mean(1).sort(-1, descending=True).values.cumsum(-1)
+        best = ranked.gather(-1, masks.sum(-1) - 1)
+        return (held.mean(-1) / best.clamp(min=1e-20)).mean(0)
+
+    def _coarse(self, residual: Tensor) -> Tensor:
+        """[storages]: relative error of the stored residual [n, r, D]."""
+        whole = residual.square().sum().clamp(min=1e-30)
+        stored: list[Residual] = [pack(residual, storage) for storage in STORAGES]  # type: ignore[arg-type]
+        return torch.stack([((unpack(x) - residual).square().sum() / whole).sqrt() for x in stored])
+
+    def _aged(self, memory, step: int, dense: Tensor, exact, with_tail, square) -> dict[str, Tensor]:
+        """Errors of following a memory, and how far rho of its plan has moved, for each distance there is."""
+        shape = (len(LEARNERS), len(self.plan.distances), len(self.plan.ladder))
+        stale, drift = dense.new_full(shape, float("nan")), dense.new_full(shape[1:2], float("nan"))
+        old = [(at, memory[step - back]) for at, back in enumerate(self.plan.distances) if step - back in memory]
+        if not old:
+            return {"stale": stale, "drift": drift}
+        k, middle = len(self.plan.ladder), self.plan.middle
+        tails = with_tail(torch.cat([m.by_error for _, m in old], 1)).split(k, 1)
+        held, out = (x.split(k, 1) for x in exact(torch.cat([m.by_mass for _, m in old], 1)))
+        for i, (at, m) in enumerate(old):
+            stale[0, at] = square(tails[i] + m.anchor.float() - dense)
+            scaled = out[i] * (m.rho / held[i].clamp(min=1e-20))[..., None]
+            stale[1, at] = square(scaled + m.reshape.float() - dense)
+            drift[at] = (held[i][:, middle] - m.rho[:, middle]).abs().mean()
+        return {"stale": stale, "drift": drift}

@@ -1,0 +1,325 @@
+"""From a tiny pipeline to a profile and back, by the command line."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from dit_sparse import generate
+from dit_sparse.calibration import collect, effects
+from dit_sparse.calibration.metrics import psnr
+from dit_sparse.calibration.replay import Tape, forward_once, forwards
+from dit_sparse.choices import DENSE, Choice, Rung
+from dit_sparse.cli import main
+from dit_sparse.config import SparseConfig
+from dit_sparse.pipelines.session import sparsify
+from dit_sparse.profile import Profile
+from tests import profiles, tiny
+
+SIZE = ("--height", "32", "--width", "48", "--num_frames", "3")
+FILE = "m.profile.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan"
+    tiny.tiny_wan(vae="1x1").save_pretrained(folder)
+    return folder
+
+
+def command(model: Path, *more: str) -> list[str]:
+    return ["calibrate", "--model_id", str(model), "--prompts_file", "p.txt", *SIZE, "--num_inference_steps", "5",
+            "--guidance_scale", "4", "--rows", "64", "--density", "0.05", "0.1", "0.3", "--top_p", "0.6",
+            "--output_file", FILE, *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibrated(model, tmp_path_factory) -> Path:
+    """A directory with a profile in it."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.set_num_threads(1)
+        (folder / "p.txt").write_text("a red ball\na green square moves left\n")
+        assert main(command(model)) == 0
+    return folder
+
+
+@pytest.fixture
+def here(calibrated, tmp_path, monkeypatch) -> Path:
+    """A copy of it, to be in."""
+    copy = Path(shutil.copytree(calibrated, tmp_path / "here"))
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def refused(capsys, *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    [line] = [line for line in err.splitlines() if line.startswith("dit-sparse: ")]
+    return line
+
+
+def test_a_profile_holds_what_was_measured(calibrated):
+    made = Profile.load(calibrated / FILE)
+    h = made.header
+    assert sorted(file.name for file in calibrated.iterdir()) == [FILE, "p.txt"]
+    assert (h.model_id, h.size, h.grid, h.branches) == ("tiny-wan", (32, 48, 3), (3, 16, 24), ("cond", "uncond"))
+    assert len(h.levels) == 5 and h.levels[0] == 1.0 and list(h.levels) == sorted(h.levels, reverse=True)
+    assert str(calibrated) not in json.dumps(h.__dict__) and h.prompts == ("a red ball", "a green square moves left")
+    assert h.ran["transformer"] == (0, 1, 2, 3, 4) and [heads for _, heads, _ in h.layers] == [2, 2]
+    assert set(h.effects["pilots"]) == {"0", "2", "3"} and all(x > 0 for x in h.effects["pilots"].values())
+    assert all(set(gain) == {"1", "3"} and min(gain.values()) > 0 for gain in h.effects["gain"].values())
+    for name, x in made.tensors.items():
+        assert x.shape[:3] == (4, 2, 5), name
+        assert name == "stale" or name == "drift" or not x.isnan().any(), name
+    assert made.tensors["stale"][:, :, 2:, :, 0].isnan().sum() == 0
+    error = made.tensors["error"].float()
+    assert (error[..., -1].mean((0, 1, 2)) < error[..., 0].mean((0, 1, 2))).all()
+    assert h.seconds["recording"] > 0 and h.costs["dense"] > 0 and len(h.costs["anchor at anchor"]) == 4
+    assert h.ladder == (Rung(0.05), Rung(0.05, 0.6), Rung(0.1), Rung(0.3))
+
+
+def test_the_statistics_of_a_run_do_not_change_it(model, here):
+    pipe = generate.load(
+        generate.GenerateOptions(model_id=str(model), prompt="a"), generate.models.find(str(model)),
+        torch.device("cpu"), torch.float32,
+    )  # fmt: skip
+    tape, found = Tape(), []
+
+    def wrap(part, original, *args, **kwargs):
+        return tape.record(found[0].generation, frozenset({1}))(part, original, *args, **kwargs)
+
+    before = tiny.generate(pipe)
+    with forwards({"transformer": pipe.transformer}, wrap), sparsify(pipe, "dense") as session:
+        found.append(session)
+        recorded = tiny.generate(pipe)
+    assert torch.equal(before, recorded) and "forward" not in pipe.transformer.__dict__
+    branches = ("cond", "uncond")
+    assert len(tape.outputs) == 8 and set(tape.calls) == {("transformer", i, b) for i in (0, 1) for b in branches}
+    again = Tape.from_tensors(tape.tensors())
+    assert again.outputs.keys() == tape.outputs.keys() and again.calls.keys() == tape.calls.keys()
+
+    def play(part, original, *args, **kwargs):
+        return again.play(found[1].generation, 3)(part, original, *args, **kwargs)
+
+    with forwards({"transformer": pipe.transformer}, play), sparsify(pipe, "none", density=0.1, dense_steps=3) as one:
+        found.append(one)
+        played = tiny.generate(pipe)
+        assert {step.step for step in one.report().steps} == {3}
+    with sparsify(pipe, "none", density=0.1, dense_steps=3):
+        assert torch.equal(played, tiny.generate(pipe))
+    # One layer sparse changes the output by what it is worth; none changes nothing.
+    config = SparseConfig("tail", density=0.1)
+    changes = [effects.probe("transformer", pipe.transformer, tape, 1, "cond", i, 2, config) for i in (0, 1)]
+    assert min(changes) > 0 and changes[0] != changes[1]
+    call = tape.calls["transformer", 1, "cond"]
+    with sparsify(pipe.transformer, "tail", density=0.1, dense_steps=0, dense_layers="1"):
+        first = forward_once(pipe.transformer, call, torch.device("cpu"))
+    assert changes[0] == (first - tape.outputs["transformer", 1, "cond"]).square().mean().item()
+    whole = SparseConfig("tail", density=1.0)
+    assert effects.probe("transformer", pipe.transformer, tape, 1, "cond", 0, 2, whole) < 1e-9
+
+
+def test_the_metric_is_the_output_projection():
+    pipe = tiny.tiny_wan()
+    metric = effects.output_metric(pipe.transformer, "transformer")
+    attention = pipe.transformer.blocks[1].attn1
+    error = torch.randn(7, 2, 32)
+    whole = (error.flatten(1) * torch.tensor([1.0] * 32 + [0.0] * 32)) @ attention.to_out[0].weight.T
+    root = metric["transformer.blocks.1.attn1"][0]
+    torch.testing.assert_close((error[:, 0] @ root).norm(dim=1), whole.norm(dim=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("at", ["dense", "probe", "pilot", "trial"])
+def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
+    expected = Profile.load(FILE)
+    (here / FILE).unlink()
+    module, name = {
+        "dense": (collect.costs, "measure"),
+        "probe": (effects, "probe"),
+        "pilot": (effects, "pilot"),
+        "trial": (collect, "middling"),
+    }[at]
+    original, calls = getattr(module, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == {"dense": 1, "probe": 3, "pilot": 2, "trial": 1}[at]:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, interrupted)
+    assert main(command(model)) == 130
+    assert not (here / FILE).exists() and (here / f"{FILE}.parts").is_dir()
+    monkeypatch.setattr(module, name, original)
+    ran = []
+    dense = collect.Recorder.__call__
+    monkeypatch.setattr(collect.Recorder, "__call__", lambda self, *a: ran.append(1) or dense(self, *a))
+    assert main(command(model)) == 0
+    # What was finished is not done again: two prompts of five steps, two branches and two layers, or none of it.
+    assert len(ran) == (40 if at == "dense" else 0)
+    assert not (here / f"{FILE}.parts").exists()
+    made = Profile.load(FILE)
+    for name in ("rho", "error", "stale"):
+        assert torch.equal(made.tensors[name].nan_to_num(), expected.tensors[name].nan_to_num())
+    assert made.header.effects["pilots"] == pytest.approx(expected.header.effects["pilots"])
+
+
+def test_another_calibration_is_not_resumed(model, here, monkeypatch, capsys):
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect, "_dense", stop)
+    assert main(command(model)) == 130
+    said = refused(capsys, *command(model, "--seed", "3"))
+    assert "holds an unfinished calibration with other seed: finish that one, or delete it." in said
+    (here / "p.txt").write_text("a blue ball\n")
+    assert "with other prompts" in refused(capsys, *command(model))
+
+
+def test_a_full_disk_leaves_nothing_half_written(model, here, monkeypatch, capsys):
+    (here / FILE).unlink()
+
+    def full(_tensors, part, metadata):
+        part.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(collect, "save_file", full)
+    assert "cannot be written, and was not: No space left on device." in refused(capsys, *command(model))
+    assert sorted(file.name for file in (here / f"{FILE}.parts").iterdir()) == ["job.json"]
+    assert not (here / FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "said"),
+    [
+        (None, (), "prompts_file 'p.txt' is no file"),
+        (b"", (), "p.txt holds no prompt"),
+        (b"a\n\nb\n", (), "Line 2 of p.txt is empty"),
+        (b"\xff\n", (), "p.txt is not UTF-8"),
+        (b"a\n", ("--output_file", "a.json"), "output_file ends in .safetensors"),
+        (b"a\n", ("--output_file", "no/a.safetensors"), "is in no directory that exists"),
+        (b"a\n", ("--density", "0"), "density is a share above 0 and at most 1"),
+        (b"a\n", ("--rows", "0"), "rows is at least 1, not 0."),
+        (b"a\n", ("--height", "33"), "height is a multiple of"),
+        (b"a\n", ("--num_inference_steps", "0"), "num_inference_steps is at least 1, not 0."),
+    ],
+)
+def test_bad_input_is_refused_before_any_model_work(model, tmp_path, monkeypatch, capsys, content, more, said):
+    def load(*_: object) -> None:
+        raise AssertionError("a weight was about to be read")
+
+    monkeypatch.setattr(generate, "load", load)
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
+    assert said in refused(capsys, *command(model, *more))
+    assert [file.name for file in tmp_path.iterdir()] == ["p.txt"] * (content is not None)
+
+
+def test_a_prompts_file_is_needed(capsys):
+    assert "Give --prompts_file" in refused(capsys, "calibrate", "--output_file", "a.safetensors")
+
+
+def fitted(*more: str) -> list[str]:
+    return ["fit", "--profile", FILE, "--output_file", "f.safetensors", *more]
+
+
+def frames(folder: Path, name: str) -> np.ndarray:
+    return np.stack([iio.imread(file) for file in sorted(folder.glob(f"{name}-*.png"))]) / 255
+
+
+def test_fit_generate_and_the_report(model, here, capsys):
+    made = Profile.load(FILE)
+    reach = made.header.seconds["transformers"] / (made.header.costs["other"] + 0.9 * made.header.seconds["attention"])
+    assert main(fitted("--target_psnr", "45")) == 0
+    assert "f.safetensors: predicted" in capsys.readouterr().out and reach > 1
+    sparse = Profile.load("f.safetensors")
+    assert sparse.header.predicted["psnr_db"] >= 45
+    make = ["generate", "--model_id", str(model), "--prompt", "a blue ball", *SIZE, "--guidance_scale", "4",
+            "--num_inference_steps", "5"]  # fmt: skip
+    assert main([*make, "--method", "dense", "--output_file", "a.png"]) == 0
+    assert main([*make, "--profile", "f.safetensors", "--output_file", "b.png"]) == 0
+    record = json.loads((here / "b.json").read_text())
+    assert record["settings"]["profile"] == "f.safetensors" and record["attention"]["fallbacks"] == {}
+    assert psnr(frames(here, "b"), frames(here, "a")) > 30
+    # Without a name for the file, the profile names it; with other steps it is stretched.
+    assert main([*make[:-1], "8", "--profile", "f.safetensors"]) == 0
+    assert (here / "tiny-wan.32x48x3.8steps.f.seed0.mp4").is_file()
+
+
+def test_verify_measures_on_unseen_prompts(model, here, capsys):
+    (here / "u.txt").write_text("a blue ball\n")
+    assert main(fitted("--target_psnr", "40", "--verify", "u.txt", "--model_id", str(model))) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name:10} predicted" in out for name in ("psnr_db", "speedup", "seconds"))
+    measured = Profile.load("f.safetensors").header.measured
+    assert set(measured) == {"psnr_db", "speedup", "work", "seconds"} and measured["psnr_db"] > 25
+    said = refused(capsys, *fitted("--target_psnr", "40", "--verify", "p.txt"))
+    assert "verify is for prompts that were not calibrated on" in said
+
+
+def test_fit_says_what_is_in_reach(here, capsys):
+    assert "Give a target" in refused(capsys, *fitted())
+    assert "target_speedup 99 is out of reach" in refused(capsys, *fitted("--target_speedup", "99"))
+    assert "target_psnr is a positive number" in refused(capsys, *fitted("--target_psnr", "-3"))
+    assert "Give --profile" in refused(capsys, "fit", "--output_file", "a.safetensors", "--target_psnr", "30")
+    assert sorted(file.name for file in here.iterdir()) == [FILE, "p.txt"]
+
+
+def test_generate_refuses_profiles_that_do_not_fit(model, here, tmp_path, capsys):
+    make = ["generate", "--prompt", "a", *SIZE, "--num_inference_steps", "2", "--output_file", "a.png"]
+    tiny.tiny_wan(vae="1x1", seed=5).save_pretrained(tmp_path / "other")
+    assert main(fitted("--target_psnr", "40")) == 0
+    said = refused(capsys, *make, "--model_id", str(tmp_path / "other"), "--profile", "f.safetensors")
+    assert "was made for tiny-wan, and the transformer here has other weights" in said
+    own = [*make, "--model_id", str(model)]
+    assert "has measurements, but no choices yet" in refused(capsys, *own, "--profile", FILE)
+    assert "profile 'no.safetensors' is no file" in refused(capsys, *own, "--profile", "no.safetensors")
+    said = refused(capsys, *own, "--profile", "f.safetensors", "--density", "0.2")
+    assert "A profile decides on density: leave out either of the two." in said
+    (here / "half.safetensors").write_bytes((here / "f.safetensors").read_bytes()[:900])
+    assert "is truncated" in refused(capsys, *own, "--profile", "half.safetensors")
+    assert not list(here.glob("a*"))
+
+
+def test_in_python_a_profile_is_an_option(model, here):
+    choices = [DENSE, Choice("calibrated", Rung(0.1)), Choice("anchor", Rung(0.1), "fp8")]
+    index, anchor = torch.tensor([0, 2, 2, 1, 1]), torch.tensor([0, 1, 0, 0, 0])
+    profiles.chosen(Profile.load(FILE), choices, index, anchor).save("f.safetensors")
+    pipe = generate.load(
+        generate.GenerateOptions(model_id=str(model), prompt="a"), generate.models.find(str(model)),
+        torch.device("cpu"), torch.float32,
+    )  # fmt: skip
+    with sparsify(pipe, profile=here / "f.safetensors") as session:
+        first = tiny.generate(pipe, steps=5, frames=2, size=32)
+        assert session.report().work < 0.7 and session.phase(1) == "anchor" and session.phase(4) == "sparse"
+        pipe.set_attn_processor("dense")
+        dense = tiny.generate(pipe, steps=5, frames=2, size=32)
+        pipe.set_attn_processor(SparseConfig(profile=str(here / "f.safetensors")))
+        assert torch.equal(tiny.generate(pipe, steps=5, frames=2, size=32), first)
+    assert not torch.equal(first, dense)
+
+
+def test_two_transformers_share_a_profile(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_wan(vae="1x1", wan22=True).save_pretrained("wan22")
+    (tmp_path / "p.txt").write_text("a red ball")
+    assert main(command(Path("wan22"), "--num_inference_steps", "8")) == 0
+    made = Profile.load(FILE)
+    assert made.header.ran == {"transformer": (0, 1, 2), "transformer_2": (3, 4, 5, 6, 7)}
+    assert made.tensors["energy"][:4, :, 3:].isnan().all() and made.tensors["energy"][4:, :, :3].isnan().all()
+    assert all(made.header.effects["gain"].values())
+    assert main(fitted("--target_psnr", "40")) == 0
+    make = ["generate", "--model_id", "wan22", "--prompt", "a", *SIZE, "--guidance_scale", "4", "--profile"]
+    assert main([*make, "f.safetensors", "--num_inference_steps", "6", "--output_file", "a.png"]) == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert len(record["attention"]["steps"]) == 6 and record["attention"]["fallbacks"] == {}

@@ -1,0 +1,192 @@
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dit_sparse.calibration.fit import Problem, Targets, fit, solve
+from dit_sparse.choices import Choice
+from dit_sparse.config import SparseConfig
+from dit_sparse.layout import TokenGrid
+from dit_sparse.profile import METHODS
+from dit_sparse.state import GIB, Generation, Layer
+from tests import profiles
+
+ONE_HEAD = ((("transformer.blocks.0.attn1", 1, 32),), ("cond",))
+
+
+def everything(problem: Problem):
+    """Every way of one head through the steps, accounted for."""
+
+    def ways(t):
+        if t == problem.steps:
+            yield [], [], []
+            return
+        for option in range(problem.singles):
+            for rest in ways(t + 1):
+                yield [option, *rest[0]], [False, *rest[1]], [t, *rest[2]]
+        for q in range(problem.singles, len(problem.options)):
+            for length in range(2, min(problem.longest + 1, problem.steps - t) + 1):
+                for rest in ways(t + length):
+                    yield (
+                        [q] * length + rest[0],
+                        [True] + [False] * (length - 1) + rest[1],
+                        [t] * length + rest[2],
+                    )
+
+    for way in ways(0):
+        yield problem.account(*(np.array([row]) for row in way))
+
+
+@pytest.mark.parametrize("methods", [("tail",), ("tail", "reshape"), ("anchor",)])
+@pytest.mark.parametrize("rent", [0, 1e-11, 1e-10, 1e-9])
+@pytest.mark.parametrize("price", [1e-7, 1e-6, 1e-5, 1e-4])
+def test_each_head_takes_the_cheapest_of_all_ways(methods, price, rent):
+    made = profiles.profile(*ONE_HEAD, steps=4)
+    header = replace(made.header, rungs=made.header.rungs[:1])
+    keep = {name: x[..., :1, :] if name == "rho" else x[..., :1] for name, x in made.tensors.items() if name in
+            ("rho", "recall", "kept", "error", "stale")}  # fmt: skip
+    problem = Problem(replace(made, header=header, tensors=made.tensors | keep), methods)
+    rent = np.array([0.0, 3.0, 1.0, 0.5]) * rent
+    best = min(everything(problem), key=lambda way: way.error + price * way.seconds + (rent * way.state).sum())
+    found = problem.cheapest(price, rent)
+    assert np.array_equal(found.option, best.option) and np.array_equal(found.anchor, best.anchor)
+    assert (found.error, found.seconds) == pytest.approx((best.error, best.seconds))
+
+
+def test_the_least_price_buys_dense():
+    problem = Problem(profiles.profile())
+    path = problem.cheapest(1e-30, np.zeros(6))
+    assert path.error == 0 and path.psnr == math.inf and (path.option == 0).all()
+    assert path.seconds == pytest.approx(problem.header.seconds["transformers"])
+
+
+@pytest.mark.parametrize("speedup", [1.05, 1.3, 1.7])
+def test_a_speed_is_reached_with_the_least_error(speedup):
+    problem = Problem(profiles.profile())
+    whole = problem.header.seconds["transformers"]
+    path = solve(problem, Targets(speedup=speedup))
+    assert speedup <= whole / path.seconds < speedup + 0.1
+    # No uniform setting as fast is as good.
+    for method, k, every in itertools.product(("tail", "none", "anchor", "reshape"), range(3), (2, 4)):
+        config = SparseConfig(method, dense_steps=1, refresh_every=every)
+        uniform = problem.uniform(config, k)
+        if uniform.seconds <= path.seconds:
+            assert path.error < uniform.error
+
+
+def test_a_quality_is_reached_in_the_least_time():
+    problem = Problem(profiles.profile())
+    for psnr in (25.0, 30.0, 35.0):
+        path = solve(problem, Targets(psnr=psnr))
+        assert psnr <= path.psnr < psnr + 2
+        assert solve(problem, Targets(speedup=problem.header.seconds["transformers"] / path.seconds)).psnr >= psnr
+
+
+def test_targets_combine():
+    problem = Problem(profiles.profile())
+    speed = solve(problem, Targets(speedup=1.3))
+    both = solve(problem, Targets(speedup=1.3, psnr=speed.psnr - 1))
+    assert both.psnr >= speed.psnr - 1 and both.seconds <= problem.header.seconds["transformers"] / 1.3
+    assert speed.state.max() > 0
+    limit = 0.5 * speed.state.max() / GIB
+    small = solve(problem, Targets(speedup=1.3, max_state_gib=limit))
+    assert 0 < small.state.max() <= limit * GIB and small.error >= speed.error
+    # Memories are spread over time: where all had to fit at once there would be half as many.
+    assert solve(problem, Targets(max_state_gib=limit)).state.max() <= limit * GIB
+
+
+def test_what_is_out_of_reach_is_said_with_what_is_not():
+    problem = Problem(profiles.profile())
+    most = problem.header.seconds["transformers"] / problem.cheapest(1e9, np.zeros(6)).seconds
+    with pytest.raises(ValueError, match=rf"target_speedup 9 is out of reach: {most:.2f} is the most, at .* dB."):
+        solve(problem, Targets(speedup=9))
+    best = solve(problem, Targets(speedup=1.5)).psnr
+    with pytest.raises(
+        ValueError, match=rf"are out of reach together: {best:.1f} dB is the best at that speed, and 1"
+    ):
+        solve(problem, Targets(speedup=1.5, psnr=best + 10))
+
+
+@pytest.mark.parametrize("name", ["psnr", "speedup", "max_state_gib"])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf])
+def test_targets_are_positive_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name} is a positive number, not"):
+        Targets(**{name: value})
+
+
+def test_a_target_is_needed():
+    with pytest.raises(ValueError, match="Give a target"):
+        Targets()
+
+
+def test_methods_can_be_left_out():
+    for methods in (("tail",), ("calibrated",), ("anchor", "none")):
+        problem = Problem(profiles.profile(), methods)
+        path = solve(problem, Targets(speedup=1.3))
+        assert {problem.options[i].method for i in path.option.flatten()} <= {"dense", *methods}
+
+
+def test_errors_count_by_what_they_do():
+    """A layer that matters more is left more exact, at the same errors and costs."""
+    made = profiles.profile()
+    gain = made.header.effects["gain"]
+    first, second = gain
+    gain[second] = {step: 100 * value for step, value in gain[first].items()}
+    same = {name: x[:2].repeat(2, *[1] * (x.dim() - 1)) for name, x in made.tensors.items()}
+    problem = Problem(replace(made, tensors=same))
+    path = solve(problem, Targets(speedup=1.4))
+    dense = (path.option == 0).reshape(4, -1).sum(1)
+    assert dense[2:].sum() > dense[:2].sum()
+    # And the branch of guidance that counts (g)^2 beside (g - 1)^2.
+    weight = problem.weight.reshape(4, 2, -1)
+    assert np.allclose(weight[:, 0] / weight[:, 1], 16 / 9)
+
+
+def test_predictions_of_the_pilots_are_the_pilots():
+    """With every head as in the pilot from step 0, the error is what that pilot found."""
+    problem = Problem(profiles.profile())
+    tail = (problem.stats["error"][..., METHODS.index("tail"), 1] ** 2 * problem.energy * problem.weight).sum(0)
+    assert tail.sum() == pytest.approx(0.02, rel=1e-3)
+    assert tail[1:].sum() == pytest.approx(0.004, rel=1e-3) and tail[3:].sum() == pytest.approx(0.001, rel=1e-3)
+
+
+def test_a_component_that_does_not_run_costs_nothing():
+    made = profiles.profile(
+        (("transformer.blocks.0.attn1", 2, 32), ("transformer_2.blocks.0.attn1", 2, 32)),
+    )
+    tensors = {name: x.clone() for name, x in made.tensors.items()}
+    for x in tensors.values():
+        x[:2, :, 3:] = math.nan
+        x[2:, :, :3] = math.nan
+    problem = Problem(replace(made, tensors=tensors))
+    # The header of a profile that ran all layers at all steps says 58 seconds.
+    path = solve(problem, Targets(speedup=58 / 25))
+    assert math.isfinite(path.error) and path.error > 0
+    assert (path.option.reshape(4, 2, 6)[:2, :, 3:] == 0).all()
+    assert problem.cheapest(1e-30, np.zeros(6)).seconds == pytest.approx(10 + 4 * 2 * 3 * 1.0)
+
+
+def test_predicted_memory_is_what_the_engine_plans():
+    made = fit(profiles.profile(), Targets(speedup=1.5), ("anchor",))
+    layers = [Layer(name, i, 2, heads, dim) for i, (name, heads, dim) in enumerate(made.header.layers)]
+    g = Generation(SparseConfig(profile="p"), layers, made)
+    g.enter(
+        TokenGrid(5, 8, 8), batch=1, device=torch.device("cpu"), timestep=0.0, step=0, total=6, branch="cond",
+        levels=made.header.levels,
+    )  # fmt: skip
+    assert g._planned_bytes(g._table) / GIB == pytest.approx(made.header.predicted["state_gib"])
+
+
+def test_the_profile_holds_what_was_chosen():
+    made = fit(profiles.profile(), Targets(psnr=30.0))
+    problem = Problem(made)
+    path = solve(problem, Targets(psnr=30.0))
+    choices = [Choice.from_dict(values) for values in made.header.choices]
+    told = [choices[i] for i in made.tensors["choice"].flatten().tolist()]
+    assert told == [problem.options[i] for i in path.option.flatten()]
+    assert made.header.predicted["psnr_db"] == pytest.approx(path.psnr) and made.header.targets == {"psnr": 30.0}
+    # Fitted again, it starts from the measurements.
+    assert fit(made, Targets(psnr=30.0)).header == made.header

@@ -1,0 +1,187 @@
+"""What is recorded in a dense run is what the engine does with the same queries, keys and values."""
+
+import pytest
+import torch
+
+from dit_sparse.attention import sparse_attention
+from dit_sparse.calibration.record import Plan, Recorder
+from dit_sparse.choices import Choice, Rung
+from dit_sparse.config import SparseConfig
+from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.dense_attention import dense_attention
+from dit_sparse.kernels.permute import permute
+from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.order import token_order
+from dit_sparse.profile import METHODS, STORAGES
+from dit_sparse.residual import pack, unpack
+from dit_sparse.routing import pool, route
+from dit_sparse.state import Generation, Layer
+
+CPU = torch.device("cpu")
+# 150 tokens in blocks of 16: the last block is short, and only 5 of its 6 tokens differ from the padding's row count.
+GRID = TokenGrid(6, 5, 5)
+LAYER = Layer("transformer.blocks.0.attn1", 0, 1, 2, 16)
+LADDER = (Rung(0.15), Rung(0.15, 0.6), Rung(0.4))
+BASE = SparseConfig("tail", block=16)
+STEPS = 4
+
+
+def sequence(steps=STEPS):
+    """q, k, v that drift from step to step, with some structure for routing to find."""
+    start, drift = torch.randn(2, 3, 1, 2, GRID.tokens, 16)
+    smooth = torch.randn(3, 1, 2, 1, 16)
+    return [tuple(start + 0.2 * step * drift + smooth) for step in range(steps)]
+
+
+def recorded(inputs, plan, metric=None, grid=GRID):
+    g = Generation(SparseConfig("dense"), [LAYER])
+    recorder = Recorder(plan, g, len(inputs), metric or {})
+    g.dense = recorder
+    for step, (q, k, v) in enumerate(inputs):
+        for branch in ("cond", "uncond"):
+            g.enter(grid, batch=1, device=CPU, timestep=0.0, step=step, total=len(inputs), branch=branch)
+            out = sparse_attention(q, k, v, LAYER, g)
+            assert torch.equal(out, dense_attention(q, k, v)[0])
+    return recorder
+
+
+def plan(**changes):
+    return Plan(**dict(ladder=LADDER, distances=(1, 2, 3), bins=2, rows=10_000, base=BASE) | changes)
+
+
+def engine(method, rung, inputs, **config):
+    """The outputs of a uniform setting, whose anchors come every `refresh_every` steps from the first on."""
+    choice = Choice(method, rung).config(BASE)
+    g = Generation(SparseConfig.from_dict(choice.to_dict() | {"dense_steps": 0} | config), [LAYER])
+    outs = []
+    for step, (q, k, v) in enumerate(inputs):
+        g.enter(GRID, batch=1, device=CPU, timestep=0.0, step=step, total=len(inputs), branch="cond")
+        outs.append(sparse_attention(q, k, v, LAYER, g))
+    return outs
+
+
+def seen(x):
+    """The rows that are looked at, in routing order: all but one of the short last block, whose 6 fill 16 places."""
+    order = token_order("hilbert", GRID, (4, 4, 8), CPU)
+    rows = torch.arange(GRID.tokens - 6)
+    inside = (torch.linspace(0, 1, 16) * 5).round().long() + GRID.tokens - 6
+    return permute((x,), order.take)[0][:, :, torch.cat([rows, inside])]
+
+
+def square(x):
+    return x.float().square().sum(-1).mean((0, 2))
+
+
+@pytest.mark.parametrize("method", ["none", "rectify", "tail"])
+def test_errors_are_those_of_the_engine(method):
+    inputs = sequence()
+    found = recorded(inputs, plan()).found["cond"]
+    for k, rung in enumerate(LADDER):
+        for step, out in enumerate(engine(method, rung, inputs)):
+            dense = dense_attention(*inputs[step])[0]
+            error = square(seen(out - dense))
+            got = found["error"][:, step, METHODS.index(method), k]
+            torch.testing.assert_close(got, error, atol=1e-6, rtol=1e-3)
+            torch.testing.assert_close(found["energy"][:, step], square(seen(dense)), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["anchor", "reshape"])
+def test_errors_of_a_memory_by_its_age_are_those_of_the_engine(method):
+    inputs = sequence()
+    found = recorded(inputs, plan()).found["cond"]
+    for k, rung in enumerate(LADDER):
+        outs = engine(method, rung, inputs, refresh_every=STEPS, residual="bf16")
+        for step in range(1, STEPS):
+            error = square(seen(outs[step] - dense_attention(*inputs[step])[0]))
+            got = found["stale"][:, step, ("anchor", "reshape").index(method), step - 1, k]
+            torch.testing.assert_close(got, error, atol=1e-6, rtol=2e-2)
+    assert found["stale"][:, 0].isnan().all() and found["stale"][:, 1, :, 1:].isnan().all()
+
+
+def test_rho_recall_and_density_are_those_of_the_softmax():
+    inputs = sequence(1)
+    found = recorded(inputs, plan()).found["uncond"]
+    layout, order = Layout(GRID, 0, 16), token_order("hilbert", GRID, (4, 4, 8), CPU)
+    q, k, v = permute(inputs[0], order.take)
+    mass = (q @ k.mT * 16**-0.5).softmax(-1)
+    blocks = torch.nn.functional.pad(mass, (0, 10)).unflatten(-1, (10, 16)).sum(-1)
+    for i, rung in enumerate(LADDER):
+        config = Choice("rectify", rung).config(BASE)
+        routed = route(pool(q, k, v, layout, config), layout, config, density=rung.density, scale=16**-0.5).plan
+        _, lse = block_attention(q, k, v, routed, block=16)
+        rho = (lse - dense_attention(q, k, v)[1]).exp()
+        # Nine whole blocks and six rows of the last one, which is looked at 16 times.
+        last = rho[..., 144:][..., (torch.linspace(0, 1, 16) * 5).round().long()]
+        by_block = torch.cat([rho[..., :144].unflatten(-1, (9, 16)).mean(-1), last.mean(-1, keepdim=True)], -1)
+        halves = by_block.unflatten(-1, (2, 5)).mean(-1)[0]
+        torch.testing.assert_close(found["rho"][:, 0, i], halves, atol=1e-5, rtol=1e-4)
+        assert found["kept"][:, 0, 0, i].mean().item() == pytest.approx(routed.density(), rel=1e-5)
+        first = blocks[..., :144, :].unflatten(2, (9, 16)).mean(3)[0]
+        best = first.sort(-1, descending=True).values.cumsum(-1).gather(-1, routed.counts[0, :, :9, None].long() - 1)
+        recall = by_block[0, :, :9] / best[..., 0]
+        assert (found["recall"][:, 0, i] <= 1 + 1e-5).all()
+        assert found["recall"][:, 0, i].mean().item() == pytest.approx(recall.mean().item(), abs=0.05)
+
+
+def test_everything_kept_has_no_error_and_all_mass():
+    found = recorded(sequence(2), plan(ladder=(Rung(0.2), Rung(1.0)))).found["cond"]
+    assert found["error"][..., 1].max() < 1e-9 and found["error"][..., 0].min() > 1e-6
+    torch.testing.assert_close(found["rho"][:, :, 1], torch.ones(2, 2, 2))
+    torch.testing.assert_close(found["recall"][..., 1], torch.ones(2, 2))
+    assert found["stale"][:, 1, :, 0, 1].max() < 1e-6
+
+
+def test_calibrated_lies_between_its_parts():
+    """At rho equal to the mass of every row, calibrated is the tail's direction at the true share."""
+    found = recorded(sequence(), plan()).found["cond"]
+    none, calibrated = (found["error"][..., METHODS.index(name), :] for name in ("none", "calibrated"))
+    assert (calibrated.mean((0, 1)) < none.mean((0, 1))).all()
+
+
+def test_errors_are_measured_after_the_output_projection():
+    inputs = sequence(1)
+    root = torch.stack([torch.diag(torch.linspace(0, 2, 16)), torch.zeros(16, 16)])
+    found = recorded(inputs, plan(), {LAYER.name: root}).found["cond"]
+    error = engine("tail", LADDER[0], inputs)[0] - dense_attention(*inputs[0])[0]
+    torch.testing.assert_close(found["error"][0, 0, 2, 0], square(seen(error) @ root[0])[0], atol=1e-6, rtol=1e-3)
+    assert found["energy"][1].item() == 0
+
+
+def test_coarse_is_what_storage_loses():
+    inputs = sequence(1)
+    recorder = recorded(inputs, plan())
+    dense = dense_attention(*inputs[0])[0]
+    lacks = seen(dense - engine("tail", LADDER[1], inputs)[0]).bfloat16().float()
+    for s, storage in enumerate(STORAGES):
+        lost = (unpack(pack(lacks, storage)) - lacks).square().sum((0, 2, 3)).sqrt() / lacks.square().sum(
+            (0, 2, 3)
+        ).sqrt()
+        torch.testing.assert_close(recorder.found["cond"]["coarse"][:, 0, 0, s], lost, atol=1e-3, rtol=5e-2)
+
+
+def test_a_sample_of_rows_tells_about_the_same():
+    inputs = sequence(2)
+    whole, some = (recorded(inputs, plan(rows=rows)).found["cond"] for rows in (10_000, 64))
+    for name in ("error", "energy"):
+        ratio = some[name].mean((0, 1)) / whole[name].mean((0, 1))
+        assert (ratio > 0.6).all() and (ratio < 1.6).all() and not torch.equal(some[name], whole[name])
+    torch.testing.assert_close(some["rho"].mean(-1), whole["rho"].mean(-1), atol=0.1, rtol=0)
+
+
+def test_memory_is_bounded_by_the_longest_distance():
+    recorder = recorded(sequence(6), plan(distances=(1, 2)))
+    assert {len(kept) for kept in recorder._memory.values()} == {3}
+
+
+def test_text_counts_as_kept():
+    g = Generation(SparseConfig("dense"), [LAYER])
+    recorder = g.dense = Recorder(plan(), g, 1)
+    q, k, v = torch.randn(3, 1, 2, GRID.tokens + 9, 16)
+    mask = torch.tensor([[True] * 6 + [False] * 3])
+    g.enter(GRID, batch=1, device=CPU, timestep=0.0, step=0, total=1, branch="cond")
+    dense = sparse_attention(q, k, v, LAYER, g, text_mask=mask)
+    other = Generation(SparseConfig("tail", density=0.4, block=16, dense_steps=0), [LAYER])
+    other.enter(GRID, batch=1, device=CPU, timestep=0.0, step=0, total=1, branch="cond")
+    error = sparse_attention(q, k, v, LAYER, other, text_mask=mask) - dense
+    got = recorder.found["cond"]["error"][:, 0, METHODS.index("tail"), 2]
+    torch.testing.assert_close(got, square(seen(error[:, :, : GRID.tokens])), atol=1e-6, rtol=1e-3)

@@ -1,0 +1,174 @@
+import errno
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from dit_sparse import profile as module
+from dit_sparse.choices import DENSE, Choice, Rung
+from dit_sparse.layout import TokenGrid
+from dit_sparse.profile import Profile, fingerprint
+from tests import profiles
+from tests.tiny import tiny_wan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "a.profile.safetensors"
+    profiles.profile().save(path)
+    return path
+
+
+def test_a_profile_is_read_as_it_was_written(saved):
+    one = profiles.profile()
+    other = Profile.load(saved)
+    assert json.dumps(asdict(other.header)) == json.dumps(asdict(one.header))
+    assert other.source == str(saved) and not other.fitted
+    assert other.tensors.keys() == one.tensors.keys()
+    assert all(torch.equal(other.tensors[name], one.tensors[name]) for name in one.tensors)
+
+
+def test_choices_are_written_too(tmp_path):
+    one = profiles.chosen(profiles.profile(), [DENSE, Choice("tail", Rung(0.3))], torch.tensor(1), torch.tensor(0))
+    one.save(tmp_path / "b.safetensors")
+    other = Profile.load(tmp_path / "b.safetensors")
+    assert other.fitted and other.header.choices[1]["method"] == "tail" and other.header.targets == {"psnr": 30.0}
+    assert torch.equal(other.tensors["choice"], one.tensors["choice"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_truncated_files_are_refused(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match="is truncated or no safetensors file"):
+        Profile.load(saved)
+
+
+def test_one_changed_byte_is_found(saved):
+    content = bytearray(saved.read_bytes())
+    content[-5] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(ValueError, match="was damaged or changed after it was written"):
+        Profile.load(saved)
+
+
+def rewritten(path, change):
+    """The file with its header changed by hand."""
+    with safe_open(path, framework="pt") as file:
+        told = json.loads(file.metadata()["dit_sparse_profile"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={"dit_sparse_profile": change(told)})
+
+
+def test_a_changed_header_is_found(saved):
+    rewritten(saved, lambda told: json.dumps(told | {"guidance_scale": 1.0}))
+    with pytest.raises(ValueError, match="was damaged or changed"):
+        Profile.load(saved)
+
+
+def test_another_schema_is_refused(saved):
+    rewritten(saved, lambda told: json.dumps(told | {"schema": 99}))
+    with pytest.raises(ValueError, match="has schema 99, and this version of dit-sparse reads 1."):
+        Profile.load(saved)
+
+
+def test_a_header_that_is_no_json_is_refused(saved):
+    rewritten(saved, lambda told: "{")
+    with pytest.raises(ValueError, match="its header is not JSON"):
+        Profile.load(saved)
+
+
+def test_other_files_are_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="but no profile"):
+        Profile.load(tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"profile '.*none.safetensors' is no file"):
+        Profile.load(tmp_path / "none.safetensors")
+
+
+def test_a_full_disk_leaves_nothing_half_written(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def full(_tensors, part, metadata):
+        part.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(ValueError, match="cannot be written, and nothing was: No space left on device."):
+        profiles.profile(steps=8).save(saved)
+    assert saved.read_bytes() == before and [file.name for file in saved.parent.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_recognised_in_another_precision(dtype):
+    model = nn.Linear(300, 20)
+    model.weight.data, model.bias.data = (x.bfloat16().float() for x in (model.weight.data, model.bias.data))
+    known = fingerprint(model)
+    assert fingerprint(model.to(dtype)) == known
+    assert fingerprint(model.to(torch.float16))["float16"] == known["float16"]
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    assert fingerprint(model.float())["bfloat16"] != known["bfloat16"]
+
+
+def test_only_the_calibrated_model_is_accepted():
+    pipe, other = tiny_wan(), tiny_wan(seed=1)
+    weights = {"transformer": {"class": "WanTransformer3DModel"} | fingerprint(pipe.transformer)}
+    one = profiles.profile(weights=weights)
+    with pytest.raises(ValueError, match="has measurements, but no choices yet: run dit-sparse fit"):
+        one.check({"transformer": pipe.transformer})
+    one = profiles.chosen(one, [DENSE], torch.tensor(0), torch.tensor(0))
+    one.check({"transformer": pipe.transformer})
+    one.check({"transformer": pipe.transformer.half()})
+    with pytest.raises(ValueError, match="was made for tiny, and the transformer here has other weights"):
+        one.check({"transformer": other.transformer})
+    with pytest.raises(ValueError, match="was made for transformer WanTransformer3DModel, and this is"):
+        one.check({"transformer_2": pipe.transformer})
+
+
+def test_what_a_run_is_away_from_calibration_is_one_sentence():
+    one = profiles.profile(steps=4, levels=(1.0, 0.75, 0.5, 0.25))
+    assert one.distance((1.0, 0.75, 0.5, 0.25), TokenGrid(5, 8, 8)) == ""
+    assert one.distance((1.0, 0.7502, 0.5, 0.25), TokenGrid(5, 8, 8)) == ""
+    assert "is stretched to 3 steps instead of 4, up to 0.100 from the nearest noise level" in one.distance(
+        (1.0, 0.6, 0.25), TokenGrid(5, 8, 8)
+    )
+    both = one.distance((1.0, 0.5), TokenGrid(5, 16, 8))
+    assert both.endswith("and 5 x 16 x 8 tokens instead of 5 x 8 x 8, 2.00 times as many")
+
+
+def test_other_layers_are_refused():
+    one = profiles.chosen(profiles.profile(), [DENSE], torch.tensor(0), torch.tensor(0))
+    with pytest.raises(ValueError, match="was made for other layers"):
+        one.table(one.header.levels, {"transformer.blocks.0.attn1": 3}, CPU)
+
+
+def test_a_table_follows_the_choices_by_noise_level():
+    levels, steps = (1.0, 0.8, 0.6, 0.4, 0.2), torch.arange(5)
+    choices = [DENSE, Choice("anchor", Rung(0.1), "int4"), Choice("calibrated", Rung(0.3))]
+    index = torch.tensor([0, 1, 1, 2, 2]).repeat(4, 2, 1)
+    index[1] = 0  # the second head of the first layer stays dense
+    one = profiles.chosen(profiles.profile(steps=5, levels=levels), choices, index, steps == 1)
+    layers = {name: heads for name, heads, _ in one.header.layers}
+    table = one.table((1.0, 0.78, 0.62, 0.41), layers, CPU)
+    name = one.header.layers[0][0]
+    told = [[(g.heads, g.choice.method, g.phase) for g in table.at(name, "cond", step)] for step in range(4)]
+    assert told == [
+        [((0, 1), "dense", "dense")],
+        [((0,), "anchor", "anchor"), ((1,), "dense", "dense")],
+        [((0,), "anchor", "sparse"), ((1,), "dense", "dense")],
+        [((0,), "calibrated", "sparse"), ((1,), "dense", "dense")],
+    ]
+    [rho] = [g.rho for g in table.at(name, "cond", 3) if g.rho is not None]
+    assert torch.equal(rho, one.tensors["rho"][:1, 0, 3, 2].float())
+    assert table.phase(0) == "dense" and table.phase(1) == "anchor"
+    with pytest.raises(ValueError, match="knows the branches cond, uncond, not 'other'"):
+        table.at(name, "other", 0)
+    with pytest.raises(ValueError, match="laid out for 4 steps, and step 4 lies past"):
+        table.at(name, "cond", 4)
