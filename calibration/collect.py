@@ -319,7 +319,7 @@ def _layers(part: str, transformer: nn.Module) -> list[str]:
     return [
         f"{part}.{name}"
         for name, module in transformer.named_modules()
-        if hasattr(module, "set_processor") and family.is_self_attention(name)
+        if hasattr(module, "processor") and family.is_self_attention(name)
     ]
 
 

@@ -16,7 +16,7 @@ from dit_sparse.correction import gain, pooled_tail
 from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.kernels.permute import permute
 from dit_sparse.layout import Layout
-from dit_sparse.order import token_order
+from dit_sparse.order import vision_first
 from dit_sparse.plan import Residual
 from dit_sparse.profile import LEARNERS, METHODS, ROUTINGS, STORAGES
 from dit_sparse.report import Mark
@@ -120,13 +120,14 @@ class Recorder:
         assert grid is not None
         if branch not in self.found:
             self.found[branch] = self._empty(q.device)
-        layout = Layout(grid, q.shape[2] - grid.tokens, base.block_size(grid.tokens))
-        order = token_order(base.order, grid, base.tile, q.device)
+        before, behind = self.generation.around(layer, q.shape[2])
+        layout = Layout(grid, before + behind, base.block_size(grid.tokens))
+        order = vision_first(base.order, grid, base.tile, q.device, before)
         if step >= self.steps // 2 and self.inputs is None:
             self.inputs = (layer, q.clone(), k.clone(), v.clone())
         if not order.is_raster:
             q, k, v = permute((q, k, v), order.take)
-        text_mask = None if key_mask is None else key_mask[:, grid.tokens :]
+        text_mask = None if key_mask is None else self.generation.text_of(layer, key_mask)
         bank = Bank(self.plan, layout, q, k, v, text_mask)
         root = self.metric.get(layer.name)
         for head in range(q.shape[1]):

@@ -13,7 +13,7 @@ from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
 from dit_sparse.kernels.permute import permute
 from dit_sparse.layout import Layout
-from dit_sparse.order import token_order
+from dit_sparse.order import vision_first
 from dit_sparse.plan import BlockPlan, Correction
 from dit_sparse.routing import Pooled, Routing, pool, route
 from dit_sparse.state import Generation, Layer, Part
@@ -24,13 +24,14 @@ def sparse_attention(
 ) -> Tensor:
     """Self-attention of one layer at the generation's present moment.
 
-    q, k, v [B, H, L, D] after RoPE and normalisation, vision tokens in raster order, then text; text_mask [B, Lt] bool
-    is False for padding. Returns [B, H, L, D] like q. Raises ValueError where these do not fit the generation's grid,
-    and on NaN or Inf in q, k, v under strict.
+    q, k, v [B, H, L, D] after RoPE and normalisation, vision tokens in raster order, with text before or behind as the
+    generation says; text_mask [B, Lt] bool is False for padding. Returns [B, H, L, D] like q. Raises ValueError
+    where these do not fit the generation's grid, and on NaN or Inf in q, k, v under strict.
     """
     if generation.config.strict:
         _check_finite(layer, q=q, k=k, v=v)
-    key_mask = None if text_mask is None else _key_mask(text_mask, k.shape[2])
+    before = generation.text[0] if layer.joint else 0
+    key_mask = None if text_mask is None else _key_mask(text_mask, k.shape[2], before)
     generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None)
     parts = generation.parts(layer)
     if len(parts) == 1:
@@ -61,11 +62,16 @@ def attend_part(
         return dense_attention(q, k, v, key_mask=key_mask)[0] if chosen is None else chosen
 
     tokens = generation.grid.tokens
-    if q.shape[2] < tokens or (text_mask is not None and q.shape[2] != tokens + text_mask.shape[1]):
-        text = "" if text_mask is None else f" and {text_mask.shape[1]} of text"
-        raise ValueError(f"{layer.name} was given {q.shape[2]} tokens, but its grid has {tokens}{text}.")
-    layout = Layout(generation.grid, q.shape[2] - tokens, config.block_size(tokens))
-    order = token_order(config.order, layout.grid, config.tile, q.device)
+    before, behind = generation.around(layer, q.shape[2])
+    text = before + behind
+    if text_mask is not None and text_mask.shape[1] != text:
+        raise ValueError(
+            f"{layer.name} was given {q.shape[2]} tokens, but its grid has {tokens} and {text_mask.shape[1]} of text."
+        )
+    layout = Layout(generation.grid, text, config.block_size(tokens))
+    order = vision_first(config.order, layout.grid, config.tile, q.device, before)
+    if before and key_mask is not None:
+        key_mask = _key_mask(text_mask, k.shape[2], 0)
     if not order.is_raster:
         q, k, v = permute((q, k, v), order.take)
     learned = generation.recall(layer)
@@ -202,12 +208,14 @@ class Call:
         return dense_attention(self.q, self.k, self.v, key_mask=self.key_mask)
 
 
-def _key_mask(text_mask: Tensor, keys: int) -> Tensor:
+def _key_mask(text_mask: Tensor, keys: int, before: int) -> Tensor:
+    """[B, keys]: the mask of the text, `before` tokens of which come before the vision tokens."""
     if text_mask.dim() != 2 or text_mask.dtype != torch.bool or text_mask.shape[1] >= keys:
         raise ValueError(
             f"text_mask must be bool [B, text tokens] for {keys} keys, not {text_mask.dtype} {tuple(text_mask.shape)}."
         )
-    return torch.cat([text_mask.new_ones(len(text_mask), keys - text_mask.shape[1]), text_mask], dim=1)
+    vision = text_mask.new_ones(len(text_mask), keys - text_mask.shape[1])
+    return torch.cat([text_mask[:, :before], vision, text_mask[:, before:]], dim=1)
 
 
 def _check_finite(layer: Layer, **tensors: Tensor) -> None:
@@ -230,9 +238,10 @@ def address(generation: Generation, layer: int) -> Tensor:
 
 
 @torch.library.custom_op("dit_sparse::attend", mutates_args=())
-def attend(q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, where: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, where: Tensor) -> Tensor:
     """`sparse_attention` of the layer at `where` (see `address`); q, k, v [B, H, L, D] -> [B, H, L, D].
 
+    key_mask [B, L] bool is False for padding, which only text has. Outside of its transformer a layer is dense.
     Under autocast it runs in autocast's dtype, like torch's own attention, and returns q's.
     """
     number, index = where.tolist()
@@ -241,7 +250,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, where: Ten
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     # Pooling and routing are in float32 whatever the model runs in.
     with torch.autocast(device, enabled=False):
-        out = sparse_attention(q, k, v, generation.layers[index], generation, text_mask=text_mask)
+        layer = generation.layers[index]
+        if key_mask is not None and generation.moment is None:
+            out = dense_attention(q, k, v, key_mask=key_mask)[0]
+        else:
+            text_mask = None if key_mask is None else generation.text_of(layer, key_mask)
+            out = sparse_attention(q, k, v, layer, generation, text_mask=text_mask)
     # The layout and dtype that were promised to the compiler.
     return out if (out.stride(), out.dtype) == (like.stride(), like.dtype) else torch.empty_like(like).copy_(out)
 

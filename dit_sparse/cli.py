@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
@@ -27,6 +27,10 @@ dit-sparse COMMAND --help lists a command's options and says what each means; --
 An error is one sentence; with --debug anywhere its traceback is shown."""
 
 
+# Pixels along the longer side; nobody generates more at once.
+LARGEST = 8192
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """Say beforehand, from shapes alone, what sparse attention can gain; no weights are needed.
@@ -39,7 +43,7 @@ class PlanOptions:
     model_id: str | None = None
     """Directory saved by diffusers, or a Hugging Face id, of which only the configuration is fetched."""
     family: str | None = None
-    """Instead of model_id, a published model: wan2.1-1.3b, wan2.1-14b, wan2.2-a14b or wan2.2-ti2v-5b."""
+    """Instead of model_id, a published model such as wan2.1-14b or flux.1-dev; `dit-sparse info` lists them."""
     height: int | None = None
     """Pixels."""
     width: int | None = None
@@ -191,13 +195,47 @@ def plan(chosen: PlanOptions) -> int:
         models.check_known(files, FAMILIES)
         class_name, transformer = next(iter(files.transformers.values()))
         vae, count = files.vae, len(files.transformers)
+    family = FAMILIES[class_name]
+    size = family.size(transformer, vae)
+    if size.frames is None and num_frames is None:
+        num_frames = 1
     if height is None or width is None or num_frames is None:
         raise ValueError(f"Give --height, --width and --num_frames to plan for {chosen.model_id}.")
-    models.check_size(transformer, vae, height, width, num_frames)
-    shape = FAMILIES[class_name].shape(transformer, height, width, num_frames, vae)
-    shape = replace(shape, branches=2 if chosen.guidance_scale > 1 else 1, transformers=count)
-    print("\n".join(_told(chosen, shape, predict.predict(shape, chosen.sparse, chosen.num_inference_steps))))
+    models.check_size(size, height, width, num_frames)
+    # What has guidance as an input runs once a step.
+    branches = 2 if chosen.guidance_scale > 1 and not transformer.get("guidance_embeds") else 1
+
+    def at(height: int, width: int) -> predict.ModelShape:
+        shape = family.shape(transformer, height, width, num_frames, vae)
+        return replace(shape, branches=branches, transformers=count)
+
+    said = predict.predict(at(height, width), chosen.sparse, chosen.num_inference_steps)
+    print("\n".join(_told(chosen, at(height, width), said)))
+    from_size = _pays_from(chosen, at, size.pixels, height, width)
+    what = "images" if size.frames is None else f"videos of {num_frames} frames"
+    if from_size is None:
+        print(f"pays from         no size up to {LARGEST} pixels along a side, for {what} of this shape")
+    else:
+        print(f"pays from         {from_size[0]} x {from_size[1]} pixels, for {what} of this shape")
     return 0
+
+
+def _pays_from(
+    chosen: PlanOptions, at: Callable[[int, int], predict.ModelShape], multiple: int, height: int, width: int
+) -> tuple[int, int] | None:
+    """The smallest height and width, near to the proportion of those given, from which sparse attention pays."""
+
+    def sides(short: int) -> tuple[int, int]:
+        long = max(round(short * max(height, width) / min(height, width) / multiple), 1) * multiple
+        return (short, long) if height <= width else (long, short)
+
+    for short in range(multiple, LARGEST + 1, multiple):
+        high, wide = sides(short)
+        if max(high, wide) > LARGEST:
+            return None
+        if predict.predict(at(high, wide), chosen.sparse, chosen.num_inference_steps).pays:
+            return high, wide
+    return None
 
 
 def _told(chosen: PlanOptions, shape: predict.ModelShape, said: predict.Prediction) -> list[str]:

@@ -202,9 +202,16 @@ def check(options: GenerateOptions, request: Request, files: models.ModelFiles) 
         # Whether it was made for these weights is known once they are read.
         Profile.load(options.sparse.profile)
     predict.phases(options.sparse, request.num_inference_steps)
-    for _, config in files.transformers.values():
-        predict.dense_layers(options.sparse, config["num_layers"])
-        models.check_size(config, files.vae, request.height, request.width, request.num_frames)
+    from dit_sparse.pipelines.session import FAMILIES
+
+    sides = request.height, request.width, request.num_frames
+    for class_name, config in files.transformers.values():
+        family = FAMILIES[class_name]
+        size = family.size(config, files.vae)
+        if size.frames is None:
+            raise ValueError(f"{files.source} makes images, and generate makes videos: use sparsify() in Python.")
+        models.check_size(size, *sides)
+        predict.dense_layers(options.sparse, family.shape(config, *sides, files.vae).layers)
 
 
 def load(options: GenerateOptions, files: models.ModelFiles, device: torch.device, dtype: torch.dtype) -> Any:

@@ -1,7 +1,6 @@
 """Which model is meant, whether all of it is there and safe to load, and what sizes it takes; no weight is read."""
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -49,6 +48,15 @@ class PublishedModel:
     num_frames: int
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a model's height and width are multiples of, and what its number of frames is 1 more than a multiple of;
+    None makes images."""
+
+    pixels: int
+    frames: int | None = None
+
+
 def _wan(
     heads: int, layers: int, ffn_dim: int, size: tuple[int, int, int], *, spatial: int = 8, transformers: int = 1
 ) -> PublishedModel:
@@ -70,11 +78,43 @@ def _wan(
     )
 
 
+def _model(class_name: str, size: tuple[int, int, int], transformer: dict[str, Any], **vae: Any) -> PublishedModel:
+    """size is num_frames, height and width; transformer and vae are what differs from what the family assumes."""
+    num_frames, height, width = size
+    return PublishedModel(class_name, 1, transformer, vae, height, width, num_frames)
+
+
+def _heads(heads: int, head_dim: int, layers: int, **options: Any) -> dict[str, Any]:
+    return dict(num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers) | options
+
+
+def _cogvideox(heads: int, layers: int, size: tuple[int, int, int], **options: Any) -> PublishedModel:
+    return _model("CogVideoXTransformer3DModel", size, _heads(heads, 64, layers, patch_size=2, **options))
+
+
 PUBLISHED = {
     "wan2.1-1.3b": _wan(12, 30, 8960, (81, 480, 832)),
     "wan2.1-14b": _wan(40, 40, 13824, (81, 720, 1280)),
     "wan2.2-a14b": _wan(40, 40, 13824, (81, 720, 1280), transformers=2),
     "wan2.2-ti2v-5b": _wan(24, 30, 14336, (121, 704, 1280), spatial=16),
+    "hunyuan-video": _model(
+        "HunyuanVideoTransformer3DModel",
+        (129, 720, 1280),
+        _heads(24, 128, 20, num_single_layers=40, patch_size=2, patch_size_t=1, mlp_ratio=4, guidance_embeds=True),
+    ),
+    "hunyuan-video-1.5": _model(
+        "HunyuanVideo15Transformer3DModel",
+        (121, 720, 1280),
+        _heads(16, 128, 54, patch_size=1, patch_size_t=1, mlp_ratio=4),
+    ),
+    "cogvideox-2b": _cogvideox(30, 30, (49, 480, 720)),
+    "cogvideox-5b": _cogvideox(48, 42, (49, 480, 720)),
+    "cogvideox1.5-5b": _cogvideox(48, 42, (81, 768, 1360), patch_size_t=2, max_text_seq_length=224),
+    "flux.1-dev": _model(
+        "FluxTransformer2DModel", (1, 1024, 1024), _heads(24, 128, 19, num_single_layers=38, guidance_embeds=True)
+    ),
+    "pixart-sigma": _model("PixArtTransformer2DModel", (1, 1024, 1024), _heads(16, 72, 28, patch_size=2)),
+    "hunyuan-dit": _model("HunyuanDiT2DModel", (1, 1024, 1024), _heads(16, 88, 40, patch_size=2, mlp_ratio=4.3637)),
 }
 
 
@@ -196,22 +236,20 @@ def check_known(files: ModelFiles, known: Iterable[str]) -> None:
             )
 
 
-def check_size(transformer: dict[str, Any], vae: dict[str, Any], height: int, width: int, num_frames: int) -> None:
-    """Raise ValueError, with the nearest legal values, unless a Wan model can make such a video."""
-    patch = transformer["patch_size"]
-    spatial, temporal = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
-    for name, value, cells in (("height", height, patch[1]), ("width", width, patch[2])):
-        # WanPipeline refuses what is no multiple of 16, whatever the autoencoder and the patches are.
-        multiple = math.lcm(16, spatial * cells)
-        if value < 1 or value % multiple:
+def check_size(size: Size, height: int, width: int, num_frames: int) -> None:
+    """Raise ValueError, with the nearest legal values, unless a model of that `size` makes such a video or image."""
+    for name, value in (("height", height), ("width", width)):
+        if value < 1 or value % size.pixels:
             raise ValueError(
-                f"{name} is a multiple of {multiple} for this model, not {value}: {_near(value, multiple, 0)}."
+                f"{name} is a multiple of {size.pixels} for this model, not {value}: {_near(value, size.pixels, 0)}."
             )
-    step = temporal * patch[0]
-    if num_frames < 1 or (num_frames - 1) % step:
+    if size.frames is None:
+        if num_frames != 1:
+            raise ValueError(f"num_frames is 1 for this model, which makes images, not {num_frames}.")
+    elif num_frames < 1 or (num_frames - 1) % size.frames:
         raise ValueError(
-            f"num_frames is 1 more than a multiple of {step} for this model, not {num_frames}: "
-            f"{_near(num_frames, step, 1)}."
+            f"num_frames is 1 more than a multiple of {size.frames} for this model, not {num_frames}: "
+            f"{_near(num_frames, size.frames, 1)}."
         )
 
 

@@ -56,6 +56,18 @@ def token_order(kind: Order, grid: TokenGrid, tile: Tile, device: torch.device) 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
+def vision_first(kind: Order, grid: TokenGrid, tile: Tile, device: torch.device, before: int) -> TokenOrder:
+    """`token_order` of the vision tokens of a sequence that has `before` other tokens first; these follow them."""
+    order = token_order(kind, grid, tile, device)
+    if not before:
+        return order
+    take = torch.cat([order.take + before, torch.arange(before, device=device)])
+    place = torch.cat([torch.arange(before, device=device) + grid.tokens, order.place])
+    return TokenOrder(take, place)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def neighbours(kind: Order, grid: TokenGrid, tile: Tile, block: int, device: torch.device) -> Tensor:
     """Which blocks touch in space and time, [N, N] bool: symmetric, and every block touches itself.
 

@@ -1,6 +1,7 @@
 """What sparse attention can and cannot gain, from shapes alone."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import get_args
 
 from dit_sparse import schedule
@@ -27,6 +28,7 @@ class ModelShape:
     layers       transformer blocks, each with self-attention, cross-attention and a feed-forward part
     ffn_dim      hidden channels of the feed-forward part
     text_tokens  tokens that cross-attention attends to, padding included; 0 is no cross-attention
+    joint_text   tokens of text that go through all of the blocks beside the vision tokens, padding included
     branches     forwards per step: 2 with classifier-free guidance, else 1
     transformers that share the steps between them, each with a state of its own: 2 for Wan 2.2 A14B
     """
@@ -39,13 +41,14 @@ class ModelShape:
     text_tokens: int
     branches: int = 2
     transformers: int = 1
+    joint_text: int = 0
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What `predict` says. Shares are of the floating-point operations in matrix products.
 
-    tokens           that self-attention sees
+    tokens           of vision that self-attention sees
     block            tokens per block
     blocks           key blocks
     attention_share  self-attention's QK^T and PV among all matrix products of one dense forward
@@ -96,7 +99,7 @@ def predict(shape: ModelShape, config: SparseConfig, steps: int) -> Prediction:
 
 def attention_share(shape: ModelShape) -> float:
     """Self-attention's QK^T and PV among the operations of all matrix products of one forward."""
-    tokens, width, text = shape.grid.tokens, shape.heads * shape.head_dim, shape.text_tokens
+    tokens, width, text = shape.grid.tokens + shape.joint_text, shape.heads * shape.head_dim, shape.text_tokens
     attention = 4 * tokens**2 * width
     projections = 8 * tokens * width**2
     cross = 4 * (tokens + text) * width**2 + 4 * tokens * text * width if text else 0
@@ -111,7 +114,13 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
     blocks = -(-tokens // block)
     padding = (blocks * block / tokens) ** 2
     tail = blocks / tokens if config.has_tail else 0.0
-    sparse_call = padding * _kept(config.density, blocks) / blocks + tail
+    text = shape.joint_text
+    # Text attends to all, and all attend to text.
+    whole, of_text = (tokens + text) ** 2, 2 * tokens * text + text**2
+
+    def sparse_pairs(density: float, stand_in: float) -> float:
+        return (tokens**2 * (padding * _kept(density, blocks) / blocks + stand_in) + of_text) / whole
+
     in_full = dense_layers(config, shape.layers)
     dense = sparse = 0.0
     for layer in range(shape.layers):
@@ -120,13 +129,13 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
             if layer in in_full or phase == "dense":
                 dense += 1
                 continue
-            sparse += sparse_call
+            sparse += sparse_pairs(config.density, tail)
             if phase == "anchor":
                 # It computes what it outputs, too: densely, or from an anchor before it, with the denser plan.
                 if config.anchor_density is None or "anchor" not in told[:step]:
                     dense += 1
                 else:
-                    sparse += padding * _kept(config.anchor_density, blocks) / blocks
+                    sparse += sparse_pairs(config.anchor_density, 0)
     return dense / (steps * shape.layers), sparse / (steps * shape.layers)
 
 
@@ -152,6 +161,7 @@ def dense_layers(config: SparseConfig, layers: int) -> frozenset[int]:
         raise ValueError(f"dense_layers: {error}") from None
 
 
+@lru_cache(maxsize=256)
 def phases(config: SparseConfig, steps: int, offset: int = 0) -> tuple[Phase, ...]:
     """What each of `steps` steps is, for a layer whose anchors are shifted by `offset`."""
     generation = Generation(config)

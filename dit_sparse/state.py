@@ -50,6 +50,7 @@ class Layer:
     of: int  # how many there are
     heads: int
     head_dim: int
+    joint: bool = True  # whether text is among its tokens
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Generation:
     profile: Profile | None = None
     branches: int = 1  # separate forwards a step, for the estimate of memory
     grid: TokenGrid | None = None
+    text: tuple[int, int | None] = (0, None)  # tokens before and behind the vision tokens; None is all that follow
     moment: Moment | None = None
     storage: Storage | None = None
     learned: dict[tuple[str, str], Learned] = field(default_factory=dict)  # (layer, branch)
@@ -110,16 +112,18 @@ class Generation:
         total: int | None = None,
         run: object = None,
         levels: Sequence[float] | None = None,
+        text: tuple[int, int | None] = (0, None),
     ) -> None:
         """Start one forward of a transformer.
 
         branch is the pipeline's name for it, else `prompt` tells branches apart: by identity, or by value where it is
         another tensor at each step. step is the pipeline's count, else a changed timestep is the next step. run is any
         object that is another one in another generation. levels are the noise levels of all steps, from 1 to 0, which
-        a profile needs. Raises ValueError if the config names steps or layers that are not there, StateTooLarge if its
-        method must remember more than it may.
+        a profile needs; text is how many tokens joint layers have before and behind the vision tokens. Raises
+        ValueError if the config names steps or layers that are not there, StateTooLarge if its method must remember
+        more than it may.
         """
-        last = self.moment
+        last, self.text = self.moment, text
         same = last is not None and run is self._run and grid == self.grid and batch == self._batch
         ahead = last is None or (timestep != last.timestep if step is None else step != last.step)
         name = branch if branch is not None else self._branch(prompt, ahead)
@@ -292,6 +296,23 @@ class Generation:
             if i not in dense and ((i - first + offset) % config.interval == 0 or i - anchor >= config.interval):
                 anchor = i
         return "anchor" if anchor == step else "sparse"
+
+    def around(self, layer: Layer, tokens: int) -> tuple[int, int]:
+        """Of a layer's `tokens`, how many are before and behind vision; raises ValueError if they do not add up."""
+        assert self.grid is not None
+        vision = self.grid.tokens
+        before, after = self.text if layer.joint else (0, 0)
+        if after is None:
+            after = max(tokens - before - vision, 0)
+        if tokens != before + vision + after:
+            text = f" and {before + after} of text" if before + after else ""
+            raise ValueError(f"{layer.name} was given {tokens} tokens, but its grid has {vision}{text}.")
+        return before, after
+
+    def text_of(self, layer: Layer, key_mask: Tensor) -> Tensor:
+        """The columns of a mask [B, L] over a layer's tokens that belong to text."""
+        before, after = self.around(layer, key_mask.shape[1])
+        return torch.cat([key_mask[:, :before], key_mask[:, key_mask.shape[1] - after :]], dim=1)
 
     def record(self, layer: Layer, learned: Learned) -> None:
         assert self.moment is not None

@@ -2,18 +2,49 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dit_sparse.layout import TokenGrid
+from dit_sparse.models import Size
 from dit_sparse.predict import ModelShape
 
 
 class Attend(Protocol):
-    """The attention call a processor makes: q, k, v [B, H, L, D], vision first, then text -> [B, H, L, D]."""
+    """The attention call a processor makes: q, k, v [B, H, L, D], key_mask [B, L] (False: padding) -> [B, H, L, D]."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor: ...
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any, reason: str) -> Tensor: ...
+
+    def fall_back(self, reason: str, pairs: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one forward of a transformer is about to attend over.
+
+    grid      the vision tokens, as the model's own arguments tell; attention raises where it finds another number
+    batch     rows of the batch, with both branches of guidance where they come together
+    device    where it runs
+    timestep  falls from step to step
+    prompt    tells branches apart where the pipeline does not
+    before    tokens of text that joint attention has before the vision tokens
+    after     the same behind them; reference images count as text
+    """
+
+    grid: TokenGrid
+    batch: int
+    device: torch.device
+    timestep: Tensor
+    prompt: object
+    before: int = 0
+    after: int = 0
+
+
+def spatial_scale(vae: Mapping[str, Any]) -> int:
+    """Pixels along a side of a latent: image autoencoders halve between any two of their blocks."""
+    return 2 ** (len(vae.get("block_out_channels", range(4))) - 1)
 
 
 @dataclass(frozen=True)
@@ -22,15 +53,21 @@ class Family:
 
     name               what users call it
     is_self_attention  by module name: attention this library replaces; the rest keeps its processor
-    grid               (transformer, forward's hidden_states) -> the vision tokens attention will see
-    processor          (attend) -> a diffusers attention processor for one module
-    stock              () -> the processor diffusers gives such a module
+    forward            (transformer, arguments of its forward by name) -> Forward
+    processors         by diffusers' processor, (attend) -> ours for a module that has that one
+    stock              (module name) -> the processor diffusers gives such a module
+    size               (transformer config, vae config) -> Size
     shape              (transformer config, height, width, num_frames, vae config) -> ModelShape
+    is_joint           by module name: self-attention that has text among its tokens
+    one_forward        whether both branches of guidance come in one batch
     """
 
     name: str
     is_self_attention: Callable[[str], bool]
-    grid: Callable[[nn.Module, Tensor], TokenGrid]
-    processor: Callable[[Attend], Any]
-    stock: Callable[[], Any]
+    forward: Callable[[nn.Module, Mapping[str, Any]], Forward]
+    processors: Mapping[type, Callable[[Attend], Any]]
+    stock: Callable[[str], Any]
+    size: Callable[[Mapping[str, Any], Mapping[str, Any]], Size]
     shape: Callable[[Mapping[str, Any], int, int, int, Mapping[str, Any]], ModelShape]
+    is_joint: Callable[[str], bool] = lambda _: False
+    one_forward: bool = False

@@ -15,15 +15,24 @@ from torch import Tensor, nn
 
 from dit_sparse.attention import address, attend
 from dit_sparse.config import Method, SparseConfig
-from dit_sparse.pipelines import wan
+from dit_sparse.pipelines import cogvideox, flux, hunyuan_dit, hunyuan_video, hunyuan_video15, pixart, wan
 from dit_sparse.pipelines.family import Family
 from dit_sparse.profile import Profile
 from dit_sparse.report import RunReport
 from dit_sparse.state import Generation, Layer
 
 FAMILIES: dict[str, Family] = {
+    "CogVideoXTransformer3DModel": cogvideox.FAMILY,
+    "FluxTransformer2DModel": flux.FAMILY,
+    "HunyuanDiT2DModel": hunyuan_dit.FAMILY,
+    "HunyuanVideo15Transformer3DModel": hunyuan_video15.FAMILY,
+    "HunyuanVideoTransformer3DModel": hunyuan_video.FAMILY,
+    "PixArtTransformer2DModel": pixart.FAMILY,
     "WanTransformer3DModel": wan.FAMILY,
 }
+
+LINEAR = "its self-attention is linear, so there are no blocks of a softmax to leave out"
+REFUSED = {"SanaTransformer2DModel": LINEAR, "SanaVideoTransformer3DModel": LINEAR}
 
 _HOOK = "dit_sparse"
 
@@ -59,15 +68,17 @@ class Session:
             raise ValueError(
                 f"{type(pipe).__name__} has no transformer this library knows: it has {', '.join(found) or 'none'}, "
                 f"and known are {', '.join(sorted(FAMILIES))}."
+                + "".join(f" {name} cannot be: {REFUSED[name]}." for name in found if name in REFUSED)
             )
         for part, transformer in self._transformers.items():
             if _session_on(transformer) is not None:
                 raise _taken(part)
+            _check_processors(part, _unwrap(transformer))
         self._before = [
             (module, module.processor)
             for transformer in self._transformers.values()
             for module in transformer.modules()
-            if hasattr(module, "set_processor") and hasattr(module, "processor")
+            if hasattr(module, "processor")
         ]
         self.generation = Generation(config, profile=self._profile(config), dense=self._chosen_dense)
         self._processors: dict[str, Any] = {}
@@ -125,13 +136,18 @@ class Session:
             self._install()
             return
         for transformer in self._transformers.values():
+            if not hasattr(transformer, "set_attn_processor"):
+                raise ValueError(
+                    f"{type(_unwrap(transformer)).__name__} takes no processors of diffusers from outside: give a "
+                    "SparseConfig or a method's name, or restore()."
+                )
             # diffusers empties the dict it is given.
             transformer.set_attn_processor(dict(processor) if isinstance(processor, Mapping) else processor)
 
     def restore(self) -> None:
         """Undo everything: processors, hooks and the pipeline's method are as they were. Safe to call twice."""
         for module, processor in self._before:
-            module.set_processor(processor)
+            _set(module, processor)
         self._before = []
         for transformer in self._transformers.values():
             registry = HookRegistry.check_if_exists_or_initialize(_unwrap(transformer))
@@ -159,7 +175,7 @@ class Session:
         self, transformer: nn.Module, family: Family, call: Mapping[str, Any], said: CacheContext | None
     ) -> None:
         """Tell the generation where it is: a forward of a transformer with the arguments `call` begins."""
-        hidden_states, prompt = call["hidden_states"], call.get("encoder_hidden_states")
+        now = family.forward(transformer, call)
         # Every run of a pipeline makes a new tensor of timesteps.
         run = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         step = said.step_index if said else None
@@ -173,22 +189,24 @@ class Session:
             step = self._step
         if self.generation.profile is not None and (run is not self._run or self._levels is None):
             self._levels = levels_of(getattr(self._pipe, "scheduler", None))
-        self._run, self._tick, self._device = run, tick, hidden_states.device
+        self._run, self._tick, self._device = run, tick, now.device
         self.total_steps = (said.num_inference_steps if said else None) or _total_steps(self._pipe)
-        self.generation.branches = 2 if getattr(self._pipe, "do_classifier_free_guidance", False) else 1
+        guided = getattr(self._pipe, "do_classifier_free_guidance", False) and not family.one_forward
+        self.generation.branches = 2 if guided else 1
         self.generation.enter(
-            family.grid(transformer, hidden_states),
-            batch=hidden_states.shape[0],
-            device=hidden_states.device,
+            now.grid,
+            batch=now.batch,
+            device=self._device,
             # Reading it waits for the device, so only where nobody counts the steps. The largest, because a clean
             # first frame of an image-to-video model has timestep 0 among its tokens'.
-            timestep=float(call["timestep"].max()) if step is None else 0.0,
-            branch=said.name if said and (prompt is None or prompt is not self.unnamed) else None,
-            prompt=prompt,
+            timestep=float(now.timestep.max()) if step is None else 0.0,
+            branch=said.name if said and (now.prompt is None or now.prompt is not self.unnamed) else None,
+            prompt=now.prompt,
             step=step,
             total=self.total_steps,
             run=run,
             levels=self._levels,
+            text=(now.before, now.after),
         )
 
     def _profile(self, config: SparseConfig) -> Profile | None:
@@ -218,13 +236,15 @@ class Session:
                 if module in before:
                     (ours if family.is_self_attention(name) else others).append((name, module))
             for _, module in others:
-                module.set_processor(before[module])
+                _set(module, before[module])
             for index, (name, module) in enumerate(ours):
                 heads = module.heads
-                layers.append(Layer(f"{part}.{name}", index, len(ours), heads, module.inner_dim // heads))
-                processor = family.processor(Attention(self.generation, len(layers) - 1))
+                layers.append(
+                    Layer(f"{part}.{name}", index, len(ours), heads, module.inner_dim // heads, family.is_joint(name))
+                )
+                processor = family.processors[type(before[module])](Attention(self.generation, len(layers) - 1))
                 _carry(module.processor, processor)
-                module.set_processor(processor)
+                _set(module, processor)
                 self._processors[layers[-1].name] = processor
 
     def _chosen_backend(self) -> str:
@@ -250,16 +270,19 @@ class Attention:
         # A copied processor attends for the same generation; a copy of all it has learned may not fit in memory.
         return Attention(self.generation, self.layer)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, None, self.where)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        return attend(q, k, v, key_mask, self.where)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any, reason: str) -> Tensor:
         """Dense attention by diffusers' own dispatcher, counted as a fallback. Raises ValueError under strict."""
+        self.fall_back(reason, float(q[..., 0].numel() * k.shape[2]))
+        return _dispatch(q, k, v, mask, processor)
+
+    def fall_back(self, reason: str, pairs: float) -> None:
+        """Count a call of `pairs` query-key pairs that somebody else computes. Raises ValueError under strict."""
         generation = self.generation
         generation.fall_back(reason)
-        moment = generation.moment
-        generation.tally.dense(moment.step if moment else 0, float(q[..., 0].numel() * k.shape[2]))
-        return _dispatch(q, k, v, mask, processor)
+        generation.tally.dense(generation.moment.step if generation.moment else 0, pairs)
 
 
 def _dispatch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any) -> Tensor:
@@ -329,6 +352,18 @@ def _known(parts: Mapping[str, Any]) -> dict[str, nn.Module]:
     return {part: module for part, module in parts.items() if type(_unwrap(module)).__name__ in FAMILIES}
 
 
+def _check_processors(part: str, transformer: nn.Module) -> None:
+    family = FAMILIES[type(transformer).__name__]
+    for name, module in transformer.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is None or not family.is_self_attention(name) or type(processor) in family.processors:
+            continue
+        raise ValueError(
+            f"{part}.{name} has {type(processor).__name__}, which would be lost: in {family.name}, sparse attention "
+            f"takes the place of {' or '.join(kind.__name__ for kind in family.processors)} alone."
+        )
+
+
 def _session_on(transformer: nn.Module) -> Session | None:
     hook = HookRegistry.check_if_exists_or_initialize(_unwrap(transformer)).get_hook(_HOOK)
     return None if hook is None else hook.session
@@ -382,16 +417,9 @@ class SparseAttnProcessor:
         _carry(self, copy)
         return copy
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Any = None,
-    ) -> Tensor:
+    def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self._hand_over(sys._getframe(1))
-        return attn.processor(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        return attn.processor(attn, *args, **kwargs)
 
     def _hand_over(self, frame: FrameType | None) -> None:
         # No module knows its parent or its pipeline; the call stack does.
@@ -426,8 +454,9 @@ class SparseAttnProcessor:
                 if session.author is None:
                     raise _taken(part)
                 session.release(module)
+            names = {m: name for name, m in _unwrap(module).named_modules()}
             for m in held[part]:
-                m.set_processor(FAMILIES[type(_unwrap(module)).__name__].stock())
+                _set(m, FAMILIES[type(_unwrap(module)).__name__].stock(names[m]))
                 _carry(self, m.processor)
         self.session = Session(pipe or transformer, self.config, mine)
         self.session.author = self
@@ -436,6 +465,29 @@ class SparseAttnProcessor:
         call = dict(zip(hook.names, args, strict=False)) | kwargs
         self.session.unnamed = call.get("encoder_hidden_states")
         self.session._forward_begins(transformer, hook.family, call, None)
+
+
+def _all_names() -> inspect.Signature:
+    """Every argument that a processor it may stand in for takes: attention modules pass on no others."""
+    stocks = {kind for family in FAMILIES.values() for kind in family.processors}
+    names = {name for kind in stocks for name in inspect.signature(kind.__call__).parameters} - {"self", "attn"}
+    kinds = inspect.Parameter
+    return inspect.Signature(
+        [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in ("self", "attn")]
+        + [kinds(name, kinds.KEYWORD_ONLY, default=None) for name in sorted(names)]
+    )
+
+
+# What inspect.signature goes by.
+SparseAttnProcessor.__call__.__signature__ = _all_names()  # type: ignore[attr-defined]
+
+
+def _set(module: nn.Module, processor: Any) -> None:
+    # Mochi's attention has no method for it.
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
 
 
 def _processor(module: nn.Module) -> Any:

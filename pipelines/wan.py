@@ -1,5 +1,6 @@
 """Wan 2.1 and 2.2: self-attention is `attn1`, vision tokens only; text comes through cross-attention."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from dit_sparse.layout import TokenGrid
-from dit_sparse.pipelines.family import Attend, Family
+from dit_sparse.models import Size
+from dit_sparse.pipelines.family import Attend, Family, Forward
 from dit_sparse.predict import ModelShape
 
 
@@ -61,8 +63,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.type_as(x)
 
 
-def _grid(transformer: torch.nn.Module, hidden_states: Tensor) -> TokenGrid:
-    return TokenGrid(*(n // p for n, p in zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)))
+def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:
+    latents = call["hidden_states"]
+    grid = TokenGrid(*(n // p for n, p in zip(latents.shape[2:], transformer.config.patch_size, strict=True)))
+    return Forward(grid, len(latents), latents.device, call["timestep"], call.get("encoder_hidden_states"))
+
+
+def _size(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Size:
+    frames, *sides = transformer["patch_size"]
+    spatial, temporal = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    # WanPipeline refuses what is no multiple of 16, whatever the autoencoder and the patches are.
+    return Size(math.lcm(16, *(spatial * side for side in sides)), temporal * frames)
 
 
 def _shape(
@@ -83,8 +94,9 @@ def _shape(
 FAMILY = Family(
     name="wan",
     is_self_attention=lambda name: name.endswith(".attn1"),
-    grid=_grid,
-    processor=SparseWanAttnProcessor,
-    stock=WanAttnProcessor,
+    forward=_forward,
+    processors={WanAttnProcessor: SparseWanAttnProcessor},
+    stock=lambda _: WanAttnProcessor(),
+    size=_size,
     shape=_shape,
 )

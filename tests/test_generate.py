@@ -204,10 +204,13 @@ def test_pipelines_it_cannot_drive_are_refused(command, model, tmp_path, capsys,
 def test_parts_of_unknown_kind_are_refused_before_any_model_work(command, model, tmp_path, capsys, broken):
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     index = json.loads((copy / "model_index.json").read_text())
-    index[broken] = ["diffusers", "FluxTransformer2DModel"] if broken == "transformer" else ["mine", "Autoencoder"]
+    index[broken] = ["diffusers", "AuraFlowTransformer2DModel"] if broken == "transformer" else ["mine", "Autoencoder"]
     (copy / "model_index.json").write_text(json.dumps(index))
     assert main([*command, "--model_id", str(copy)]) == 2
-    said = {"transformer": "has a FluxTransformer2DModel as its transformer", "vae": "only classes of diffusers and"}
+    said = {
+        "transformer": "has a AuraFlowTransformer2DModel as its transformer",
+        "vae": "only classes of diffusers and",
+    }
     assert said[broken] in capsys.readouterr().err
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from dit_sparse import models
+from dit_sparse.pipelines import wan
+from dit_sparse.pipelines.session import FAMILIES
 from tests.tiny import tiny_wan
 
 WAN = {"patch_size": [1, 2, 2]}
@@ -150,16 +152,16 @@ def test_unknown_transformers_are_refused(folder):
 def test_sizes_a_model_cannot_take_come_with_the_nearest_it_can(vae, size, said):
     config = {"scale_factor_spatial": vae[0], "scale_factor_temporal": vae[1]}
     with pytest.raises(ValueError) as caught:
-        models.check_size(WAN, config, *size)
+        models.check_size(wan.FAMILY.size(WAN, config), *size)
     assert said in str(caught.value)
 
 
 def test_legal_sizes_are_those_the_pipeline_takes_unchanged():
-    models.check_size(WAN, {}, 480, 832, 81)
-    models.check_size(WAN, {"scale_factor_spatial": 16, "scale_factor_temporal": 4}, 704, 1280, 121)
-    models.check_size(WAN, {"scale_factor_spatial": 1, "scale_factor_temporal": 1}, 16, 32, 7)
-    models.check_size({"patch_size": [1, 1, 1]}, {"scale_factor_spatial": 8}, 160, 192, 33)
-    models.check_size(WAN, {}, 16, 16, 1)
+    models.check_size(wan.FAMILY.size(WAN, {}), 480, 832, 81)
+    models.check_size(wan.FAMILY.size(WAN, {"scale_factor_spatial": 16, "scale_factor_temporal": 4}), 704, 1280, 121)
+    models.check_size(wan.FAMILY.size(WAN, {"scale_factor_spatial": 1, "scale_factor_temporal": 1}), 16, 32, 7)
+    models.check_size(wan.FAMILY.size({"patch_size": [1, 1, 1]}, {"scale_factor_spatial": 8}), 160, 192, 33)
+    models.check_size(wan.FAMILY.size(WAN, {}), 16, 16, 1)
 
 
 def test_published_models():
@@ -167,8 +169,9 @@ def test_published_models():
     assert models.published("wan2.2-a14b").transformers == 2
     assert models.published("wan2.2-ti2v-5b").vae == {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
     for model in models.PUBLISHED.values():
-        models.check_size(model.transformer, model.vae, model.height, model.width, model.num_frames)
+        size = FAMILIES[model.class_name].size(model.transformer, model.vae)
+        models.check_size(size, model.height, model.width, model.num_frames)
     with pytest.raises(ValueError, match="Unknown family 'wan2.1-1.4b': did you mean 'wan2.1-14b'"):
         models.published("wan2.1-1.4b")
-    with pytest.raises(ValueError, match="choose from wan2.1-1.3b, wan2.1-14b, wan2.2-a14b, wan2.2-ti2v-5b"):
-        models.published("flux")
+    with pytest.raises(ValueError, match="choose from wan2.1-1.3b, wan2.1-14b, wan2.2-a14b, wan2.2-ti2v-5b, "):
+        models.published("zzz")

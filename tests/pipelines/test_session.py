@@ -108,7 +108,7 @@ def test_what_has_no_known_transformer_is_named(pipe):
     with pytest.raises(ValueError, match="AutoencoderKLWan has no transformer this library knows: it has Auto"):
         sparsify(pipe.vae)
     pipe.transformer = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="WanPipeline has no.*AutoencoderKLWan.*known are WanTransformer3DModel"):
+    with pytest.raises(ValueError, match="WanPipeline has no.*AutoencoderKLWan.*known are .*WanTransformer3DModel"):
         sparsify(pipe)
 
 
@@ -357,7 +357,7 @@ def test_an_object_does_not_end_a_session_of_sparsify(pipe):
 
 def test_an_object_alone_says_where_it_belongs():
     attention = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="runs inside one of WanTransformer3DModel, not alone"):
+    with pytest.raises(ValueError, match="runs inside one of .*WanTransformer3DModel.*, not alone"):
         SparseAttnProcessor()(attention, torch.zeros(1, 1, 1))
 
 

@@ -1,0 +1,90 @@
+"""Sparse processors that are diffusers' own with another attention call inside."""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache, wraps
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from dit_sparse.pipelines.family import Attend
+
+
+def swapped(*stock: type) -> Mapping[type, Callable[[Attend], Any]]:
+    """By diffusers' processor class, the class of ours that runs it with another attention call.
+
+    Each must call `scaled_dot_product_attention` once, on the whole batch; projections, norms and RoPE stay its own.
+    A mask that it passes must be bool [B, 1, 1 or L, L], with a first row that hides nothing but padding of the text.
+    """
+    return {kind: _swapping(kind) for kind in stock}
+
+
+@lru_cache
+def _swapping(stock: type) -> type:
+    class SparseProcessor:
+        # Where diffusers writes set_attention_backend's and enable_parallelism's choices.
+        _attention_backend = None
+        _parallel_config = None
+
+        def __init__(self, attend: Attend):
+            self.attend, self.stock = attend, stock()
+            # The backend whose call can be swapped; the user's choice serves the dense steps, in the session.
+            self.stock._attention_backend = AttentionBackendName.NATIVE
+
+        # Attention modules pass on only the arguments that their processor's signature names.
+        @wraps(stock.__call__)
+        def __call__(self, attn: torch.nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._parallel_config is not None:
+                whole = stock()
+                whole._attention_backend, whole._parallel_config = self._attention_backend, self._parallel_config
+                self.attend.fall_back("context parallelism is on", 0.0)
+                return whole(attn, hidden_states, *args, **kwargs)
+            with _Swap(self.attend):
+                return self.stock(attn, hidden_states, *args, **kwargs)
+
+    SparseProcessor.__name__ = SparseProcessor.__qualname__ = f"Sparse{stock.__name__}"
+    return SparseProcessor
+
+
+class _Swap(TorchFunctionMode):
+    """While it is on, `scaled_dot_product_attention` is `attend`."""
+
+    def __init__(self, attend: Attend):
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        # torch.compile cannot trace the methods under a mode, because they are Python and call super().
+        if func is Tensor.unflatten:
+            func = torch.unflatten
+        elif func is Tensor.split:
+            func = torch.split
+        return func(*args, **kwargs)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        padding = None
+        if attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.dim() == 4 and len(attn_mask[0]) == 1:
+            padding = attn_mask[:, 0, 0].expand(len(query), -1)
+        plain = not (dropout_p or is_causal) and scale in (None, query.shape[-1] ** -0.5) and query.shape == key.shape
+        if plain and (attn_mask is None) == (padding is None):
+            return self.attend(query, key, value, padding)
+        self.attend.fall_back("attention was asked for more than padding", float(query[..., 0].numel() * key.shape[2]))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

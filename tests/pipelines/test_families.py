@@ -1,0 +1,311 @@
+"""What holds for every family, on real diffusers classes: attention alone is other, and dense where it is to be."""
+
+import inspect
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dit_sparse import SparseAttnProcessor, SparseConfig, sparsify
+from dit_sparse.layout import TokenGrid
+from dit_sparse.pipelines import session as session_module
+from dit_sparse.pipelines.session import FAMILIES
+from tests.families import FAMILIES as TINY
+from tests.families import generate
+
+METHODS = ["anchor", "tail", "reshape", "rectify", "none"]
+
+
+@pytest.fixture(params=TINY)
+def name(request):
+    return request.param
+
+
+def make(name):
+    torch.manual_seed(0)
+    pipe = TINY[name].make()
+    pipe.transformer.eval()
+    return pipe
+
+
+def family_of(pipe):
+    return FAMILIES[type(pipe.transformer).__name__]
+
+
+def attentions(pipe):
+    return {
+        name: module
+        for name, module in pipe.transformer.named_modules()
+        if hasattr(module, "processor") and family_of(pipe).is_self_attention(name)
+    }
+
+
+@lru_cache(maxsize=1)
+def forwards(name):
+    """The arguments of a stock run's forwards with two rows of one kind, or the two branches of guidance."""
+    pipe, seen = make(name), []
+    names = list(inspect.signature(type(pipe.transformer).forward).parameters)[1:]
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(dict(zip(names, args, strict=False)) | kwargs), with_kwargs=True
+    )
+    guided = not TINY[name].passes
+    if hasattr(pipe, "guider"):
+        pipe.guider.disable()
+    generate(name, pipe, prompts=1 if guided else 2, guided=guided)
+    hook.remove()
+    return seen
+
+
+def run(transformer, calls):
+    def tensor(out):
+        while not isinstance(out, torch.Tensor):
+            out = torch.stack(list(out[0])) if isinstance(out[0], list) else out[0]
+        return out
+
+    with torch.no_grad():
+        return [tensor(transformer(**call)) for call in calls]
+
+
+def errors_by_module(pipe, go):
+    """Of each attention module, how far its output in `go()` is from the stock processor's on the same input."""
+    errors, hooks = {}, []
+
+    def compare(name):
+        def hook(module, args, kwargs, output):
+            ours = module.processor
+            module.processor = family_of(pipe).stock(name)
+            with torch.no_grad():
+                stock = type(module).forward(module, *args, **kwargs)
+            module.processor = ours
+            masks = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+            for a, b in zip(tensors(output), tensors(stock), strict=True):
+                for mask in masks:
+                    # HunyuanVideo 1.5's padding attends to nothing, ours to all, and nobody reads it.
+                    if mask.shape == b.shape[:2]:
+                        a, b = a[mask], b[mask]
+                errors[name] = max(errors.get(name, 0.0), ((a - b).abs().max() / b.abs().max()).item())
+
+        return hook
+
+    for name, module in attentions(pipe).items():
+        hooks.append(module.register_forward_hook(compare(name), with_kwargs=True))
+    try:
+        go()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return errors
+
+
+def tensors(output):
+    return [x for x in (output if isinstance(output, tuple) else (output,)) if x is not None]
+
+
+# ---- stock and dense ----
+
+
+def test_dense_is_stock_in_every_module_of_a_whole_run(name):
+    pipe = make(name)
+    stock = generate(name, pipe)
+    with sparsify(pipe, "dense") as session:
+        errors = errors_by_module(pipe, lambda: torch.testing.assert_close(generate(name, pipe), stock))
+        assert not session.report().fallbacks
+    assert len(errors) == TINY[name].modules == len(session.generation.layers)
+    assert max(errors.values()) <= 1e-6, errors
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_block_kept_is_dense(name, method):
+    pipe, calls = make(name), forwards(name)
+    with sparsify(pipe.transformer, method, density=1.0, dense_steps=0) as session:
+        errors = errors_by_module(pipe, lambda: run(pipe.transformer, calls))
+        assert session.report().density == 1
+        assert (
+            {r.phase for r in session.report().steps} == {"anchor", "sparse"} if session.config.learns else {"sparse"}
+        )
+    assert len(errors) == TINY[name].modules
+    assert max(errors.values()) <= 3e-5, errors
+
+
+def test_few_blocks_kept_is_sparse_and_restore_is_exact(name):
+    pipe = make(name)
+    before = {name: module.processor for name, module in attentions(pipe).items()}
+    stock = generate(name, pipe)
+    with sparsify(pipe, "anchor", density=0.15, dense_steps=1) as session:
+        sparse, report = generate(name, pipe), session.report()
+        assert [r.phase for r in report.steps] == ["dense", "anchor", "sparse"]
+        assert not report.fallbacks
+        assert report.density < 0.35 and report.work < 1
+    assert sparse.isfinite().all() and not torch.equal(sparse, stock)
+    assert {name: module.processor for name, module in attentions(pipe).items()} == before
+    assert torch.equal(generate(name, pipe), stock)
+
+
+# ---- where vision and text lie ----
+
+
+def test_the_grid_and_the_text_are_what_the_call_says(name):
+    pipe, tiny = make(name), TINY[name]
+    with sparsify(pipe, "none", dense_steps=0) as session:
+        for size in (0, 1):
+            generate(name, pipe, size=size, steps=1)
+            assert session.generation.grid == TokenGrid(*tiny.sizes[size][1])
+            before, after = session.generation.text
+            assert (before, after) == tiny.text
+
+
+def test_a_wrong_grid_is_an_error(name, monkeypatch):
+    pipe = make(name)
+    family, kind = family_of(pipe), type(pipe.transformer).__name__
+
+    def wrong(transformer, call):
+        told = family.forward(transformer, call)
+        return replace(told, grid=replace(told.grid, height=told.grid.height + 1))
+
+    monkeypatch.setitem(session_module.FAMILIES, kind, replace(family, forward=wrong))
+    with sparsify(pipe, "none", dense_steps=0), pytest.raises(ValueError, match=r"was given \d+ tokens, but its grid"):
+        generate(name, pipe, steps=1)
+
+
+@contextmanager
+def watched(pipe, look):
+    """Calls look(attend, q, k, v, key_mask) in place of every sparse attention call."""
+    for module in attentions(pipe).values():
+        inner = module.processor.attend
+
+        def spy(q, k, v, key_mask=None, inner=inner):
+            return look(inner, q, k, v, key_mask)
+
+        spy.dense, spy.fall_back = inner.dense, inner.fall_back
+        module.processor.attend = spy
+    yield
+
+
+def test_text_is_dense_and_its_padding_without_influence(name):
+    pipe, tiny, calls = make(name), TINY[name], forwards(name)
+    seen = []
+
+    def look(inner, q, k, v, key_mask):
+        out = inner(q, k, v, key_mask)
+        layer = session.generation.layers[inner.layer]
+        before, after = session.generation.around(layer, q.shape[2])
+        mask = None if key_mask is None else key_mask[:, None, None]
+        dense = F.scaled_dot_product_attention(q, k, v, mask)
+        vision = slice(before, q.shape[2] - after)
+        text = [*range(before), *range(q.shape[2] - after, q.shape[2])]
+        assert (out - dense)[:, :, vision].abs().max() > 1e-4
+        if text:
+            torch.testing.assert_close(out[:, :, text], dense[:, :, text], atol=1e-5, rtol=1e-5)
+        if mask is not None and not mask.all():
+            assert key_mask[:, vision].all()
+            loud = [torch.where(mask.mT, x, 100.0) for x in (k, v)]
+            assert torch.equal(inner(q, *loud, key_mask), out)
+        seen.append((bool(text), mask is not None and not mask.all()))
+        return out
+
+    with sparsify(pipe.transformer, "tail", density=0.15, dense_steps=0) as session, watched(pipe, look):
+        run(pipe.transformer, calls[:1])
+    assert len(seen) == tiny.modules
+    assert any(joint for joint, _ in seen) == any(tiny.text)
+    assert any(masked for _, masked in seen) == tiny.masked
+
+
+# ---- batches and sizes ----
+
+
+@pytest.mark.parametrize("method", ["anchor", "rectify"])
+def test_a_batch_is_what_its_rows_are_alone(name, method):
+    pipe, calls = make(name), forwards(name)
+    config = SparseConfig(method, density=0.2, dense_steps=0)
+    with sparsify(pipe.transformer, config) as session:
+        both = run(pipe.transformer, calls)
+        assert session.report().work < 1
+    rows = len(both[0])
+    assert rows == 2
+    for row in range(rows):
+        with sparsify(pipe.transformer, config):
+            alone = run(pipe.transformer, [row_of(call, row, rows) for call in calls])
+        for one, whole in zip(alone, both, strict=True):
+            torch.testing.assert_close(one, whole[row : row + 1], atol=2e-5, rtol=2e-5)
+
+
+def row_of(call, row, rows):
+    def part(x):
+        batched = isinstance(x, list) or (isinstance(x, torch.Tensor) and x.dim() > 0)
+        return x[row : row + 1] if batched and len(x) == rows else x
+
+    return {name: part(x) for name, x in call.items()}
+
+
+def test_another_size_in_the_same_session_is_that_of_a_fresh_one(name):
+    config = SparseConfig("anchor", density=0.15, dense_steps=0)
+    fresh = make(name)
+    with sparsify(fresh, config):
+        expected = generate(name, fresh, size=1)
+    pipe = make(name)
+    with sparsify(pipe, config) as session:
+        generate(name, pipe)
+        assert torch.equal(generate(name, pipe, size=1), expected)
+        assert [r.phase for r in session.report().steps] == ["anchor", "sparse", "sparse"]
+
+
+def test_in_plain_diffusers_style(name):
+    pipe = make(name)
+    if not hasattr(pipe.transformer, "set_attn_processor"):
+        pytest.skip("diffusers gives this model no set_attn_processor")
+    config = SparseConfig("anchor", density=0.15, dense_steps=1)
+    with sparsify(pipe, config):
+        expected = generate(name, pipe)
+    before = {name: type(p) for name, p in pipe.transformer.attn_processors.items()}
+    ours = SparseAttnProcessor(config)
+    pipe.transformer.set_attn_processor(ours)
+    assert torch.equal(generate(name, pipe), expected)
+    ours.session.restore()
+    assert {name: type(p) for name, p in pipe.transformer.attn_processors.items()} == before
+
+
+def test_branches_of_guidance_in_one_batch_are_one_branch(name):
+    """The estimate of memory goes by rows of the batch times forwards a step."""
+    pipe, rows = make(name), []
+    with sparsify(pipe, "tail", dense_steps=0) as session:
+        pipe.transformer.register_forward_hook(lambda *_: rows.append(session.generation._batch))
+        generate(name, pipe, steps=2)
+        assert family_of(pipe).one_forward == (not TINY[name].passes)
+        assert rows == ([1] * 4 if TINY[name].passes else [2] * 2)
+        if not TINY[name].passes:
+            assert session.generation.branches == 1
+
+
+# ---- what is refused ----
+
+
+def test_another_processor_is_not_replaced(name):
+    class Other:
+        def __call__(self, attn, hidden_states):
+            raise AssertionError
+
+    pipe = make(name)
+    where, module = next(iter(attentions(pipe).items()))
+    module.processor = Other()
+    with pytest.raises(ValueError, match=f"transformer.{where} has Other, which would be lost"):
+        sparsify(pipe)
+    assert isinstance(module.processor, Other)
+
+
+@pytest.mark.slow
+def test_blocks_compile_to_one_graph(name):
+    pipe = make(name)
+    with sparsify(pipe, "anchor", density=0.15, dense_steps=1):
+        expected = generate(name, pipe, steps=4)
+        torch._dynamo.reset()
+        for block in {type(m): m for m in blocks(pipe)}.values():
+            block.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(generate(name, pipe, steps=4), expected, atol=1e-5, rtol=1e-5)
+
+
+def blocks(pipe):
+    """The modules that hold the attention modules."""
+    return [pipe.transformer.get_submodule(name.rpartition(".")[0]) for name in attentions(pipe)]
