@@ -60,6 +60,7 @@ class Family:
     shape              (transformer config, height, width, num_frames, vae config) -> ModelShape
     is_joint           by module name: self-attention that has text among its tokens
     one_forward        whether both branches of guidance come in one batch
+    heads              (attention module) -> heads, and channels of each
     """
 
     name: str
@@ -71,3 +72,4 @@ class Family:
     shape: Callable[[Mapping[str, Any], int, int, int, Mapping[str, Any]], ModelShape]
     is_joint: Callable[[str], bool] = lambda _: False
     one_forward: bool = False
+    heads: Callable[[Any], tuple[int, int]] = lambda module: (module.heads, module.inner_dim // module.heads)

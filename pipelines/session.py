@@ -15,7 +15,23 @@ from torch import Tensor, nn
 
 from dit_sparse.attention import address, attend
 from dit_sparse.config import Method, SparseConfig
-from dit_sparse.pipelines import cogvideox, flux, hunyuan_dit, hunyuan_video, hunyuan_video15, pixart, wan
+from dit_sparse.pipelines import (
+    cogvideox,
+    cosmos,
+    flux,
+    flux2,
+    hunyuan_dit,
+    hunyuan_video,
+    hunyuan_video15,
+    kandinsky5,
+    ltx,
+    mochi,
+    pixart,
+    qwen_image,
+    sd3,
+    wan,
+    z_image,
+)
 from dit_sparse.pipelines.family import Family
 from dit_sparse.profile import Profile
 from dit_sparse.report import RunReport
@@ -23,12 +39,20 @@ from dit_sparse.state import Generation, Layer
 
 FAMILIES: dict[str, Family] = {
     "CogVideoXTransformer3DModel": cogvideox.FAMILY,
+    "CosmosTransformer3DModel": cosmos.FAMILY,
+    "Flux2Transformer2DModel": flux2.FAMILY,
     "FluxTransformer2DModel": flux.FAMILY,
     "HunyuanDiT2DModel": hunyuan_dit.FAMILY,
     "HunyuanVideo15Transformer3DModel": hunyuan_video15.FAMILY,
     "HunyuanVideoTransformer3DModel": hunyuan_video.FAMILY,
+    "Kandinsky5Transformer3DModel": kandinsky5.FAMILY,
+    "LTXVideoTransformer3DModel": ltx.FAMILY,
+    "MochiTransformer3DModel": mochi.FAMILY,
     "PixArtTransformer2DModel": pixart.FAMILY,
+    "QwenImageTransformer2DModel": qwen_image.FAMILY,
+    "SD3Transformer2DModel": sd3.FAMILY,
     "WanTransformer3DModel": wan.FAMILY,
+    "ZImageTransformer2DModel": z_image.FAMILY,
 }
 
 LINEAR = "its self-attention is linear, so there are no blocks of a softmax to leave out"
@@ -238,10 +262,8 @@ class Session:
             for _, module in others:
                 _set(module, before[module])
             for index, (name, module) in enumerate(ours):
-                heads = module.heads
-                layers.append(
-                    Layer(f"{part}.{name}", index, len(ours), heads, module.inner_dim // heads, family.is_joint(name))
-                )
+                heads, head_dim = family.heads(module)
+                layers.append(Layer(f"{part}.{name}", index, len(ours), heads, head_dim, family.is_joint(name)))
                 processor = family.processors[type(before[module])](Attention(self.generation, len(layers) - 1))
                 _carry(module.processor, processor)
                 _set(module, processor)
