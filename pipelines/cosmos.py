@@ -52,7 +52,7 @@ FAMILY = Family(
     is_self_attention=lambda name: name.endswith(".attn1"),
     forward=_forward,
     processors=swapped(CosmosAttnProcessor2_0),
-    stock=lambda name: CosmosAttnProcessor2_0() if name.endswith(".attn1") else CosmosAttnProcessor2_5(),
+    stock=lambda name, _: CosmosAttnProcessor2_0() if name.endswith(".attn1") else CosmosAttnProcessor2_5(),
     size=_size,
     shape=_shape,
 )

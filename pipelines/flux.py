@@ -58,7 +58,7 @@ FAMILY = Family(
     is_joint=_is_self_attention,
     forward=forward,
     processors=swapped(FluxAttnProcessor),
-    stock=lambda _: FluxAttnProcessor(),
+    stock=lambda *_: FluxAttnProcessor(),
     size=_size,
     shape=_shape,
 )

@@ -32,7 +32,7 @@ FAMILY = replace(
     flux.FAMILY,
     name="flux2",
     processors=swapped(Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor),
-    stock=lambda name: Flux2ParallelSelfAttnProcessor() if name.startswith("single") else Flux2AttnProcessor(),
+    stock=lambda name, _: Flux2ParallelSelfAttnProcessor() if name.startswith("single") else Flux2AttnProcessor(),
     size=_size,
     shape=_shape,
 )

@@ -66,10 +66,10 @@ FAMILY = replace(
     name="hunyuan-video-1.5",
     forward=_forward,
     processors={HunyuanVideo15AttnProcessor2_0: swapped(OneRowMaskProcessor)[OneRowMaskProcessor]},
-    stock=lambda name: (
+    stock=lambda name, transformer: (
         HunyuanVideo15AttnProcessor2_0()
         if hunyuan_video.FAMILY.is_self_attention(name)
-        else hunyuan_video.FAMILY.stock(name)
+        else hunyuan_video.FAMILY.stock(name, transformer)
     ),
     size=_size,
     shape=_shape,

@@ -65,7 +65,7 @@ FAMILY = Family(
     is_joint=_is_self_attention,
     forward=_forward,
     processors=swapped(QwenDoubleStreamAttnProcessor2_0),
-    stock=lambda _: QwenDoubleStreamAttnProcessor2_0(),
+    stock=lambda *_: QwenDoubleStreamAttnProcessor2_0(),
     size=_size,
     shape=_shape,
 )

@@ -25,6 +25,7 @@ from dit_sparse.pipelines import (
     hunyuan_video15,
     kandinsky5,
     ltx,
+    ltx2,
     mochi,
     pixart,
     qwen_image,
@@ -46,6 +47,7 @@ FAMILIES: dict[str, Family] = {
     "HunyuanVideo15Transformer3DModel": hunyuan_video15.FAMILY,
     "HunyuanVideoTransformer3DModel": hunyuan_video.FAMILY,
     "Kandinsky5Transformer3DModel": kandinsky5.FAMILY,
+    "LTX2VideoTransformer3DModel": ltx2.FAMILY,
     "LTXVideoTransformer3DModel": ltx.FAMILY,
     "MochiTransformer3DModel": mochi.FAMILY,
     "PixArtTransformer2DModel": pixart.FAMILY,
@@ -441,7 +443,8 @@ class SparseAttnProcessor:
 
     def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self._hand_over(sys._getframe(1))
-        return attn.processor(attn, *args, **kwargs)
+        named = inspect.signature(attn.processor.__call__).parameters
+        return attn.processor(attn, *args, **{name: x for name, x in kwargs.items() if name in named})
 
     def _hand_over(self, frame: FrameType | None) -> None:
         # No module knows its parent or its pipeline; the call stack does.
@@ -478,7 +481,7 @@ class SparseAttnProcessor:
                 session.release(module)
             names = {m: name for name, m in _unwrap(module).named_modules()}
             for m in held[part]:
-                _set(m, FAMILIES[type(_unwrap(module)).__name__].stock(names[m]))
+                _set(m, FAMILIES[type(_unwrap(module)).__name__].stock(names[m], _unwrap(module)))
                 _carry(self, m.processor)
         self.session = Session(pipe or transformer, self.config, mine)
         self.session.author = self

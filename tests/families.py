@@ -12,6 +12,8 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLMochi,
     AutoencoderKLQwenImage,
@@ -38,6 +40,8 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     MochiPipeline,
@@ -51,6 +55,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from torch import Tensor
 
 Made = dict[str, Any]
@@ -66,6 +71,7 @@ class Tiny:
     masked   whether some of the text is padding, in joint attention
     passes   branches of guidance in forwards of their own
     modules  attention modules made sparse
+    beside   share of a block's operations that a ModelShape leaves out, at most
     """
 
     make: Callable[[], DiffusionPipeline]
@@ -75,6 +81,7 @@ class Tiny:
     text: tuple[int, int] = (0, 0)
     masked: bool = False
     passes: bool = False
+    beside: float = 0.06
 
 
 def generate(
@@ -383,6 +390,58 @@ def _ltx_arguments(tensor: Callable[..., Tensor], rows: int, guided: bool) -> Ma
     return made | dict(guidance_scale=3.0 if guided else 1.0)
 
 
+def _ltx2(**options: Any) -> LTX2Pipeline:
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(4, 4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    audio_vae = AutoencoderKLLTX2Audio(base_channels=4, latent_channels=2, num_res_blocks=1, mel_bins=8)
+    connectors = LTX2TextConnectors(
+        caption_channels=32,
+        text_proj_in_factor=1,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=16,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=16,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None,
+    )
+    transformer = LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=32,
+        **options,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return LTX2Pipeline(scheduler, vae, audio_vae, None, None, connectors, transformer, None)
+
+
+def _ltx2_arguments(tensor: Callable[..., Tensor], rows: int, guided: bool) -> Made:
+    made = dict(prompt_embeds=tensor(rows, 9, 32), prompt_attention_mask=padded(rows, 9, 6).flip(1))
+    if guided:
+        made["negative_prompt_embeds"] = tensor(rows, 9, 32)
+        made["negative_prompt_attention_mask"] = padded(rows, 9, 3).flip(1)
+    # Its other two kinds of guidance are forwards of their own.
+    made |= dict(stg_scale=0.0, modality_scale=1.0, audio_stg_scale=0.0, audio_modality_scale=1.0)
+    return made | dict(guidance_scale=3.0 if guided else 1.0, audio_guidance_scale=3.0 if guided else 1.0)
+
+
 def _mochi() -> MochiPipeline:
     vae = AutoencoderKLMochi(
         latent_channels=4,
@@ -512,6 +571,7 @@ def _cosmos() -> CosmosTextToWorldPipeline:
 IMAGES = (image(224, 240, (14, 15)), image(192, 320, (12, 20)))
 VIDEOS = (video(9, 112, 144, (3, 7, 9)), video(13, 96, 160, (4, 6, 10)))
 
+LTX_VIDEOS = (video(17, 224, 288, (3, 7, 9)), video(25, 192, 320, (4, 6, 10)))
 # Its autoencoder makes 8 frames one.
 COSMOS_VIDEOS = (video(17, 112, 144, (3, 7, 9)), video(25, 96, 160, (4, 6, 10)))
 
@@ -571,7 +631,15 @@ FAMILIES: dict[str, Tiny] = {
     "sd3": Tiny(_sd3, _sd3_arguments, IMAGES, modules=2, text=(0, 9)),
     "sd3.5-medium": Tiny(lambda: _sd3(dual_attention_layers=(0,)), _sd3_arguments, IMAGES, modules=3, text=(0, 9)),
     "qwen-image": Tiny(_qwen_image, _qwen_image_arguments, IMAGES, modules=2, text=(9, 0), masked=True, passes=True),
-    "ltx": Tiny(_ltx, _ltx_arguments, (video(17, 224, 288, (3, 7, 9)), video(25, 192, 320, (4, 6, 10))), modules=2),
+    "ltx": Tiny(_ltx, _ltx_arguments, LTX_VIDEOS, modules=2),
+    "ltx2": Tiny(_ltx2, _ltx2_arguments, LTX_VIDEOS, modules=2, beside=0.15),
+    "ltx2.3": Tiny(
+        lambda: _ltx2(perturbed_attn=True, gated_attn=True, rope_type="split"),
+        _ltx2_arguments,
+        LTX_VIDEOS,
+        modules=2,
+        beside=0.15,
+    ),
     "mochi": Tiny(
         _mochi,
         _ltx_arguments,
