@@ -92,6 +92,11 @@ def _cogvideox(heads: int, layers: int, size: tuple[int, int, int], **options: A
     return _model("CogVideoXTransformer3DModel", size, _heads(heads, 64, layers, patch_size=2, **options))
 
 
+def _sd3(heads: int, **options: Any) -> PublishedModel:
+    # As many layers as heads.
+    return _model("SD3Transformer2DModel", (1, 1024, 1024), _heads(heads, 64, heads, patch_size=2, **options))
+
+
 PUBLISHED = {
     "wan2.1-1.3b": _wan(12, 30, 8960, (81, 480, 832)),
     "wan2.1-14b": _wan(40, 40, 13824, (81, 720, 1280)),
@@ -113,8 +118,34 @@ PUBLISHED = {
     "flux.1-dev": _model(
         "FluxTransformer2DModel", (1, 1024, 1024), _heads(24, 128, 19, num_single_layers=38, guidance_embeds=True)
     ),
+    "flux.2-dev": _model(
+        "Flux2Transformer2DModel",
+        (1, 1024, 1024),
+        _heads(48, 128, 8, num_single_layers=48, mlp_ratio=3.0, guidance_embeds=True),
+    ),
+    "sd3-medium": _sd3(24),
+    "sd3.5-medium": _sd3(24, dual_attention_layers=tuple(range(13))),
+    "sd3.5-large": _sd3(38),
+    "qwen-image": _model("QwenImageTransformer2DModel", (1, 1328, 1328), _heads(24, 128, 60)),
+    "z-image": _model("ZImageTransformer2DModel", (1, 1024, 1024), dict(dim=3840, n_heads=30, n_layers=30)),
     "pixart-sigma": _model("PixArtTransformer2DModel", (1, 1024, 1024), _heads(16, 72, 28, patch_size=2)),
     "hunyuan-dit": _model("HunyuanDiT2DModel", (1, 1024, 1024), _heads(16, 88, 40, patch_size=2, mlp_ratio=4.3637)),
+    "ltx-video-2b": _model("LTXVideoTransformer3DModel", (161, 512, 704), _heads(32, 64, 28)),
+    "ltx-video-13b": _model("LTXVideoTransformer3DModel", (121, 704, 1216), _heads(32, 128, 48)),
+    "ltx-2": _model("LTX2VideoTransformer3DModel", (121, 512, 768), _heads(32, 128, 48)),
+    "mochi": _model("MochiTransformer3DModel", (85, 480, 848), _heads(24, 128, 48, patch_size=2)),
+    "cosmos1-7b": _model(
+        "CosmosTransformer3DModel",
+        (121, 704, 1280),
+        _heads(32, 128, 28, patch_size=[1, 2, 2]),
+        temporal_compression_ratio=8,
+    ),
+    "cosmos2-2b": _model("CosmosTransformer3DModel", (93, 704, 1280), _heads(16, 128, 28, patch_size=[1, 2, 2])),
+    "kandinsky5-lite": _model(
+        "Kandinsky5Transformer3DModel",
+        (121, 512, 768),
+        dict(model_dim=1792, ff_dim=7168, num_visual_blocks=32, axes_dims=[16, 24, 24], patch_size=[1, 2, 2]),
+    ),
 }
 
 

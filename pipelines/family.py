@@ -55,19 +55,21 @@ class Family:
     is_self_attention  by module name: attention this library replaces; the rest keeps its processor
     forward            (transformer, arguments of its forward by name) -> Forward
     processors         by diffusers' processor, (attend) -> ours for a module that has that one
-    stock              (module name) -> the processor diffusers gives such a module
+    stock              (module name, transformer) -> the processor diffusers gives such a module
     size               (transformer config, vae config) -> Size
     shape              (transformer config, height, width, num_frames, vae config) -> ModelShape
     is_joint           by module name: self-attention that has text among its tokens
     one_forward        whether both branches of guidance come in one batch
+    heads              (attention module) -> heads, and channels of each
     """
 
     name: str
     is_self_attention: Callable[[str], bool]
     forward: Callable[[nn.Module, Mapping[str, Any]], Forward]
     processors: Mapping[type, Callable[[Attend], Any]]
-    stock: Callable[[str], Any]
+    stock: Callable[[str, Any], Any]
     size: Callable[[Mapping[str, Any], Mapping[str, Any]], Size]
     shape: Callable[[Mapping[str, Any], int, int, int, Mapping[str, Any]], ModelShape]
     is_joint: Callable[[str], bool] = lambda _: False
     one_forward: bool = False
+    heads: Callable[[Any], tuple[int, int]] = lambda module: (module.heads, module.inner_dim // module.heads)

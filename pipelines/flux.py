@@ -17,16 +17,14 @@ def _is_self_attention(name: str) -> bool:
     return name.startswith(("transformer_blocks.", "single_transformer_blocks.")) and name.endswith(".attn")
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:  # noqa: ARG001
-    latents, text = call["hidden_states"], call["encoder_hidden_states"]
-    # Nothing else tells the sides of the image. Of a batch of ids, which is deprecated, all rows are the same.
-    ids = call["img_ids"].reshape(-1, 3)[: latents.shape[1]].cpu()
+def forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:  # noqa: ARG001
+    """By img_ids, rows of (image, row, column, ...) that are alike in a batch: nothing else tells the sides."""
+    latents, text, ids = call["hidden_states"], call["encoder_hidden_states"], call["img_ids"]
+    ids = (ids if ids.dim() == 2 else ids[0]).cpu()
     own = ids[ids[:, 0] == ids[0, 0]]
-    rows, columns = (int(n) + 1 for n in own[:, 1:].amax(0))
+    grid = TokenGrid(1, *(int(side) + 1 for side in own[:, 1:3].amax(0)))
     after = latents.shape[1] - len(own)
-    return Forward(
-        TokenGrid(1, rows, columns), len(latents), latents.device, call["timestep"], text, text.shape[1], after
-    )
+    return Forward(grid, len(latents), latents.device, call["timestep"], text, text.shape[1], after)
 
 
 def _size(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Size:  # noqa: ARG001
@@ -58,9 +56,9 @@ FAMILY = Family(
     name="flux",
     is_self_attention=_is_self_attention,
     is_joint=_is_self_attention,
-    forward=_forward,
+    forward=forward,
     processors=swapped(FluxAttnProcessor),
-    stock=lambda _: FluxAttnProcessor(),
+    stock=lambda *_: FluxAttnProcessor(),
     size=_size,
     shape=_shape,
 )

@@ -58,7 +58,7 @@ FAMILY = Family(
     is_joint=_is_self_attention,
     forward=_forward,
     processors=swapped(HunyuanVideoAttnProcessor2_0),
-    stock=lambda name: HunyuanVideoAttnProcessor2_0() if _is_self_attention(name) else AttnProcessor2_0(),
+    stock=lambda name, _: HunyuanVideoAttnProcessor2_0() if _is_self_attention(name) else AttnProcessor2_0(),
     size=_size,
     shape=_shape,
 )

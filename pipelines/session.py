@@ -15,7 +15,24 @@ from torch import Tensor, nn
 
 from dit_sparse.attention import address, attend
 from dit_sparse.config import Method, SparseConfig
-from dit_sparse.pipelines import cogvideox, flux, hunyuan_dit, hunyuan_video, hunyuan_video15, pixart, wan
+from dit_sparse.pipelines import (
+    cogvideox,
+    cosmos,
+    flux,
+    flux2,
+    hunyuan_dit,
+    hunyuan_video,
+    hunyuan_video15,
+    kandinsky5,
+    ltx,
+    ltx2,
+    mochi,
+    pixart,
+    qwen_image,
+    sd3,
+    wan,
+    z_image,
+)
 from dit_sparse.pipelines.family import Family
 from dit_sparse.profile import Profile
 from dit_sparse.report import RunReport
@@ -23,12 +40,21 @@ from dit_sparse.state import Generation, Layer
 
 FAMILIES: dict[str, Family] = {
     "CogVideoXTransformer3DModel": cogvideox.FAMILY,
+    "CosmosTransformer3DModel": cosmos.FAMILY,
+    "Flux2Transformer2DModel": flux2.FAMILY,
     "FluxTransformer2DModel": flux.FAMILY,
     "HunyuanDiT2DModel": hunyuan_dit.FAMILY,
     "HunyuanVideo15Transformer3DModel": hunyuan_video15.FAMILY,
     "HunyuanVideoTransformer3DModel": hunyuan_video.FAMILY,
+    "Kandinsky5Transformer3DModel": kandinsky5.FAMILY,
+    "LTX2VideoTransformer3DModel": ltx2.FAMILY,
+    "LTXVideoTransformer3DModel": ltx.FAMILY,
+    "MochiTransformer3DModel": mochi.FAMILY,
     "PixArtTransformer2DModel": pixart.FAMILY,
+    "QwenImageTransformer2DModel": qwen_image.FAMILY,
+    "SD3Transformer2DModel": sd3.FAMILY,
     "WanTransformer3DModel": wan.FAMILY,
+    "ZImageTransformer2DModel": z_image.FAMILY,
 }
 
 LINEAR = "its self-attention is linear, so there are no blocks of a softmax to leave out"
@@ -238,10 +264,8 @@ class Session:
             for _, module in others:
                 _set(module, before[module])
             for index, (name, module) in enumerate(ours):
-                heads = module.heads
-                layers.append(
-                    Layer(f"{part}.{name}", index, len(ours), heads, module.inner_dim // heads, family.is_joint(name))
-                )
+                heads, head_dim = family.heads(module)
+                layers.append(Layer(f"{part}.{name}", index, len(ours), heads, head_dim, family.is_joint(name)))
                 processor = family.processors[type(before[module])](Attention(self.generation, len(layers) - 1))
                 _carry(module.processor, processor)
                 _set(module, processor)
@@ -419,7 +443,8 @@ class SparseAttnProcessor:
 
     def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self._hand_over(sys._getframe(1))
-        return attn.processor(attn, *args, **kwargs)
+        named = inspect.signature(attn.processor.__call__).parameters
+        return attn.processor(attn, *args, **{name: x for name, x in kwargs.items() if name in named})
 
     def _hand_over(self, frame: FrameType | None) -> None:
         # No module knows its parent or its pipeline; the call stack does.
@@ -456,7 +481,7 @@ class SparseAttnProcessor:
                 session.release(module)
             names = {m: name for name, m in _unwrap(module).named_modules()}
             for m in held[part]:
-                _set(m, FAMILIES[type(_unwrap(module)).__name__].stock(names[m]))
+                _set(m, FAMILIES[type(_unwrap(module)).__name__].stock(names[m], _unwrap(module)))
                 _carry(self, m.processor)
         self.session = Session(pipe or transformer, self.config, mine)
         self.session.author = self

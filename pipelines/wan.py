@@ -96,7 +96,7 @@ FAMILY = Family(
     is_self_attention=lambda name: name.endswith(".attn1"),
     forward=_forward,
     processors={WanAttnProcessor: SparseWanAttnProcessor},
-    stock=lambda _: WanAttnProcessor(),
+    stock=lambda *_: WanAttnProcessor(),
     size=_size,
     shape=_shape,
 )

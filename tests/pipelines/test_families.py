@@ -7,12 +7,16 @@ from functools import lru_cache
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from dit_sparse import SparseAttnProcessor, SparseConfig, sparsify
+from dit_sparse import SparseAttnProcessor, SparseConfig, models, sparsify
 from dit_sparse.layout import TokenGrid
 from dit_sparse.pipelines import session as session_module
 from dit_sparse.pipelines.session import FAMILIES
+from dit_sparse.predict import attention_share
 from tests.families import FAMILIES as TINY
 from tests.families import generate
 
@@ -28,6 +32,10 @@ def make(name):
     torch.manual_seed(0)
     pipe = TINY[name].make()
     pipe.transformer.eval()
+    for weight in pipe.transformer.parameters():
+        # Gates that are closed at first would hide whatever attention does.
+        if not weight.any():
+            weight.data.normal_(std=0.1)
     return pipe
 
 
@@ -76,7 +84,7 @@ def errors_by_module(pipe, go):
     def compare(name):
         def hook(module, args, kwargs, output):
             ours = module.processor
-            module.processor = family_of(pipe).stock(name)
+            module.processor = family_of(pipe).stock(name, pipe.transformer)
             with torch.no_grad():
                 stock = type(module).forward(module, *args, **kwargs)
             module.processor = ours
@@ -138,7 +146,7 @@ def test_few_blocks_kept_is_sparse_and_restore_is_exact(name):
         sparse, report = generate(name, pipe), session.report()
         assert [r.phase for r in report.steps] == ["dense", "anchor", "sparse"]
         assert not report.fallbacks
-        assert report.density < 0.35 and report.work < 1
+        assert report.density < 0.35
     assert sparse.isfinite().all() and not torch.equal(sparse, stock)
     assert {name: module.processor for name, module in attentions(pipe).items()} == before
     assert torch.equal(generate(name, pipe), stock)
@@ -151,7 +159,7 @@ def test_the_grid_and_the_text_are_what_the_call_says(name):
     pipe, tiny = make(name), TINY[name]
     with sparsify(pipe, "none", dense_steps=0) as session:
         for size in (0, 1):
-            generate(name, pipe, size=size, steps=1)
+            generate(name, pipe, size=size, steps=2)
             assert session.generation.grid == TokenGrid(*tiny.sizes[size][1])
             before, after = session.generation.text
             assert (before, after) == tiny.text
@@ -167,7 +175,7 @@ def test_a_wrong_grid_is_an_error(name, monkeypatch):
 
     monkeypatch.setitem(session_module.FAMILIES, kind, replace(family, forward=wrong))
     with sparsify(pipe, "none", dense_steps=0), pytest.raises(ValueError, match=r"was given \d+ tokens, but its grid"):
-        generate(name, pipe, steps=1)
+        generate(name, pipe, steps=2)
 
 
 @contextmanager
@@ -222,14 +230,15 @@ def test_a_batch_is_what_its_rows_are_alone(name, method):
     config = SparseConfig(method, density=0.2, dense_steps=0)
     with sparsify(pipe.transformer, config) as session:
         both = run(pipe.transformer, calls)
-        assert session.report().work < 1
+        assert session.report().density < 0.4
     rows = len(both[0])
     assert rows == 2
     for row in range(rows):
         with sparsify(pipe.transformer, config):
             alone = run(pipe.transformer, [row_of(call, row, rows) for call in calls])
         for one, whole in zip(alone, both, strict=True):
-            torch.testing.assert_close(one, whole[row : row + 1], atol=2e-5, rtol=2e-5)
+            # An anchor's residual is rounded to bfloat16, which makes more of what rounding there is before.
+            torch.testing.assert_close(one, whole[row : row + 1], atol=5e-4, rtol=5e-4)
 
 
 def row_of(call, row, rows):
@@ -296,16 +305,48 @@ def test_another_processor_is_not_replaced(name):
 
 
 @pytest.mark.slow
-def test_blocks_compile_to_one_graph(name):
-    pipe = make(name)
+def test_blocks_compile_to_one_graph_a_kind(name):
+    """For all layers, steps and phases."""
+    torch._dynamo.reset()
+    pipe, counter = make(name), CompileCounterWithBackend("eager")
     with sparsify(pipe, "anchor", density=0.15, dense_steps=1):
         expected = generate(name, pipe, steps=4)
-        torch._dynamo.reset()
-        for block in {type(m): m for m in blocks(pipe)}.values():
-            block.compile(fullgraph=True, backend="eager")
+        for block in blocks(pipe):
+            block.compile(fullgraph=True, backend=counter)
         torch.testing.assert_close(generate(name, pipe, steps=4), expected, atol=1e-5, rtol=1e-5)
+    kinds = len({type(block) for block in blocks(pipe)})
+    # Blocks of one kind that are built otherwise, as a last one without a text stream, are a kind of their own.
+    assert kinds <= counter.frame_count <= len(blocks(pipe))
 
 
 def blocks(pipe):
     """The modules that hold the attention modules."""
-    return [pipe.transformer.get_submodule(name.rpartition(".")[0]) for name in attentions(pipe)]
+    return [pipe.transformer.get_submodule(name) for name in sorted({n.rpartition(".")[0] for n in attentions(pipe)})]
+
+
+# ---- what plan goes by ----
+
+
+def test_the_shape_of_a_model_counts_every_matrix_product(name):
+    """Against torch's own count of the blocks of a real transformer."""
+    pipe, tiny, calls = make(name), TINY[name], forwards(name)
+    counter = FlopCounterMode(display=False)
+    # Fused kernels for CPUs are not in its tables; as plain products they are.
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        run(pipe.transformer, calls[:1])
+    counts = counter.get_flop_counts()
+    root = type(pipe.transformer).__name__
+    names = attentions(pipe)
+    whole = sum(sum(counts[f"{root}.{block}"].values()) for block in {name.rpartition(".")[0] for name in names})
+    products = sum(n for name in names for op, n in counts[f"{root}.{name}"].items() if "bmm" in str(op))
+
+    made = {"num_frames": 1} | tiny.sizes[0][0]
+    family = family_of(pipe)
+    shape = family.shape(pipe.transformer.config, made["height"], made["width"], made["num_frames"], pipe.vae.config)
+    assert shape.grid == TokenGrid(*tiny.sizes[0][1])
+    assert shape.layers == tiny.modules
+    assert (shape.text_tokens == 0) or (shape.joint_text == 0)
+    assert (shape.joint_text > 0) == any(tiny.text)
+    shape = replace(shape, text_tokens=9 if shape.text_tokens else 0, joint_text=sum(tiny.text))
+    assert attention_share(shape) == pytest.approx(products / whole, rel=tiny.beside)
+    models.check_size(family.size(pipe.transformer.config, pipe.vae.config), **made)
