@@ -111,11 +111,11 @@ class Problem:
         """By how much a fitted choice did worse than predicted, in squared error and in the seconds of what is not
         dense: a choice falls on what was measured too well, and errors of layers are not independent."""
         tried = self.header.effects.get("trial")
-        if tried is None:
+        if tried is None or tried["predicted_error"] <= 0:
             return 1.0, 1.0
         known = tried["seconds_known"]
         slower = (tried["seconds"] - known) / max(tried["predicted_seconds"] - known, 1e-9)
-        return max(tried["error"] / max(tried["predicted_error"], 1e-30), 1e-3), min(max(slower, 0.5), 2.0)
+        return max(tried["error"] / tried["predicted_error"], 1e-3), min(max(slower, 0.5), 2.0)
 
     @cached_property
     def weight(self) -> np.ndarray:
@@ -345,7 +345,8 @@ def _solve_at(problem: Problem, targets: Targets, rent: np.ndarray) -> Solution:
     if speedup is None and targets.psnr is None:
         speedup = default_speedup(problem)
     if speedup is not None:
-        allowed = whole / speedup
+        # Rounding must not put dense itself out of reach.
+        allowed = whole / speedup * (1 + 1e-9)
         if fastest.seconds > allowed:
             raise ValueError(
                 f"target_speedup {speedup:g} is out of reach: {whole / fastest.seconds:.2f} is the most, at "

@@ -119,6 +119,19 @@ def nearest(levels: Sequence[float], known: Mapping[int, float]) -> list[int]:
     return [min(known, key=lambda step: (abs(known[step] - level), step)) for level in levels]
 
 
+def bracket(level: float, known: Mapping[int, float]) -> tuple[int, int, float]:
+    """The two steps among `known` between whose noise levels `level` lies, and how far it is from the first to the
+    second, from 0 to 1; beyond the outermost, that one twice."""
+    above = min((step for step in known if known[step] >= level), key=lambda step: known[step], default=None)
+    below = max((step for step in known if known[step] <= level), key=lambda step: known[step], default=None)
+    if above is None or below is None:
+        [end] = {above, below} - {None}
+        assert end is not None
+        return end, end, 0.0
+    width = known[above] - known[below]
+    return above, below, (known[above] - level) / width if width else 0.0
+
+
 def laid_out(choices: Sequence[Choice], anchors: Sequence[bool], source: Sequence[int]) -> list[tuple[Choice, int]]:
     """For each step of a run: the choice, and the step its memory begins at, which is itself where nothing is learned.
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dit_sparse.choices import Choice, Groups, Rung, Table, grouped, laid_out, nearest
+from dit_sparse.choices import Choice, Groups, Rung, Table, bracket, grouped, laid_out, nearest
 from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenGrid
 from dit_sparse.video import whole
@@ -207,7 +207,8 @@ class Profile:
         return f"profile {self.source} is stretched to {' and '.join(told)}" if told else ""
 
     def table(self, levels: Sequence[float], layers: Mapping[str, int], device: torch.device) -> Table:
-        """The choices for a run with these noise levels; layers is name -> heads. Raises ValueError for others."""
+        """The choices for a run with these noise levels: the nearest step's, and rho interpolated between two steps.
+        layers is name -> heads; raises ValueError for others."""
         header = self.header
         own = {name: heads for name, heads, _ in header.layers}
         if dict(layers) != own:
@@ -216,13 +217,13 @@ class Profile:
         choices = [Choice.from_dict(values) for values in header.choices]
         ladder = header.ladder
         base = SparseConfig.from_dict(header.config)
-        source = {
-            part: nearest(levels, {step: header.levels[step] for step in steps}) for part, steps in header.ran.items()
-        }
+        known = {part: {step: header.levels[step] for step in steps} for part, steps in header.ran.items()}
+        source = {part: nearest(levels, at) for part, at in known.items()}
         groups: dict[tuple[str, str], tuple[Groups, ...]] = {}
         picked: list[Tensor] = []
         for name, rows in header.rows_of.items():
-            origin = source[name.partition(".")[0]]
+            part = name.partition(".")[0]
+            origin = source[part]
             for b, branch in enumerate(header.branches):
                 chosen, anchor = (self.tensors[key][rows, b].tolist() for key in ("choice", "anchor"))
                 told = [
@@ -236,7 +237,9 @@ class Profile:
                             assert group.choice.rung is not None
                             k = ladder.index(group.choice.rung)
                             at = [rows.start + head for head in group.heads]
-                            picked.append(self.tensors["rho"][at, b, origin[step], k].float())
+                            first, second, share = bracket(levels[step], known[part])
+                            pair = self.tensors["rho"][at, b][:, [first, second], k].float()
+                            picked.append(torch.lerp(pair[:, 0], pair[:, 1], share))
                     steps.append(found)
                 groups[name, branch] = tuple(steps)
         if not picked:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dit_sparse.choices import DENSE, Choice, Rung, grouped, laid_out, nearest, per_block
+from dit_sparse.choices import DENSE, Choice, Rung, bracket, grouped, laid_out, nearest, per_block
 from dit_sparse.config import SparseConfig
 
 ANCHOR = Choice("anchor", Rung(0.1), "fp8")
@@ -12,6 +12,13 @@ BASE = SparseConfig("tail", block=16, order="raster")
 def test_a_step_takes_after_the_nearest_noise_level():
     known = {0: 1.0, 1: 0.75, 4: 0.25}
     assert nearest([1.0, 0.88, 0.87, 0.5, 0.49, 0.0], known) == [0, 0, 1, 1, 4, 4]
+
+
+def test_a_level_lies_between_two_steps():
+    known = {0: 1.0, 1: 0.75, 4: 0.25}
+    assert bracket(0.5, known) == (1, 4, 0.5) and bracket(0.75, known) == (1, 1, 0.0)
+    assert bracket(0.9375, known) == (0, 1, 0.25)
+    assert bracket(1.5, known) == (0, 0, 0.0) and bracket(0.0, known) == (4, 4, 0.0)
 
 
 def test_the_same_steps_are_laid_out_as_they_are():

@@ -166,7 +166,9 @@ def test_a_table_follows_the_choices_by_noise_level():
         [((0,), "calibrated", "sparse"), ((1,), "dense", "dense")],
     ]
     [rho] = [g.rho for g in table.at(name, "cond", 3) if g.rho is not None]
-    assert torch.equal(rho, one.tensors["rho"][:1, 0, 3, 2].float())
+    # 0.41 lies a twentieth of the way from 0.4 to 0.6.
+    known = one.tensors["rho"][:1, 0, :, 2].float()
+    torch.testing.assert_close(rho, 0.95 * known[:, 3] + 0.05 * known[:, 2])
     assert table.phase(0) == "dense" and table.phase(1) == "anchor"
     with pytest.raises(ValueError, match="knows the branches cond, uncond, not 'other'"):
         table.at(name, "other", 0)

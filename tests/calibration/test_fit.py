@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_sparse.calibration.fit import Problem, Targets, fit, solve
+from dit_sparse.calibration.fit import Problem, Targets, fit, middling, solve
 from dit_sparse.choices import Choice
 from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenGrid
@@ -190,3 +190,36 @@ def test_the_profile_holds_what_was_chosen():
     assert made.header.predicted["psnr_db"] == pytest.approx(path.psnr) and made.header.targets == {"psnr": 30.0}
     # Fitted again, it starts from the measurements.
     assert fit(made, Targets(psnr=30.0)).header == made.header
+
+
+def test_a_trial_corrects_what_is_predicted():
+    made = profiles.profile()
+    before = solve(Problem(made), Targets(speedup=1.4))
+    made.header.effects["trial"] = {
+        "predicted_error": 1e-4, "error": 4e-4, "predicted_seconds": 40.0, "seconds": 43.0, "seconds_known": 30.0,
+    }  # fmt: skip
+    tried = Problem(made)
+    assert tried.trial == pytest.approx((4.0, 1.3))
+    spread = [np.broadcast_to(row, before.option.shape) for row in (before.option, before.anchor)]
+    begin = np.maximum.accumulate(np.where(before.anchor, np.arange(6), 0), 1)
+    after = tried.account(*spread, begin)
+    assert after.error == pytest.approx(4 * before.error)
+    dense = 10 + (before.option == 0).sum() * 1.0
+    assert after.seconds - dense == pytest.approx(1.3 * (before.seconds - dense))
+    # Dense is dense.
+    assert tried.cheapest(1e-30, np.zeros(6)).seconds == pytest.approx(made.header.seconds["transformers"])
+
+
+def test_the_middle_is_halfway_to_the_fastest():
+    made = profiles.profile()
+    tried, told = middling(made)
+    problem = Problem(made)
+    fastest = problem.cheapest(1e9, np.zeros(6)).seconds
+    whole = made.header.seconds["transformers"]
+    assert told["predicted_seconds"] == pytest.approx((whole + fastest) / 2, rel=0.03)
+    dense = (tried.tensors["choice"] == 0).sum().item() * 1.0 + 10
+    assert told["seconds_known"] == pytest.approx(dense) and tried.fitted
+    # Where nothing is faster than dense, dense is the middle and the end.
+    slow = {name: [9.0] * 3 if isinstance(x, list) else x for name, x in made.header.costs.items()}
+    tried, told = middling(replace(made, header=replace(made.header, costs=slow)))
+    assert (tried.tensors["choice"] == 0).all() and told["predicted_error"] == 0
