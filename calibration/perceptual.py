@@ -16,7 +16,7 @@ def lpips_or_reason() -> tuple[Distance | None, str]:
     [F, H, W, 3] floats from 0 to 1. Asked once per process, since it reads the weights.
     """
     try:
-        import lpips
+        import lpips  # type: ignore[import-not-found]
     except ImportError as error:
         return None, f"LPIPS is left out, because the package lpips is not at hand: {_first_line(error)}."
     try:

@@ -75,9 +75,9 @@ def put_in_place(transformers: dict[str, nn.Module], generation: Generation, row
     probe = Probe(generation, rows)
     for transformer in transformers.values():
         for module in transformer.modules():
-            attend = getattr(getattr(module, "processor", None), "attend", None)
-            if attend is not None:
-                module.processor.attend = Watched(attend, probe)
+            processor: Any = getattr(module, "processor", None)
+            if hasattr(processor, "attend"):
+                processor.attend = Watched(processor.attend, probe)
     return probe
 
 
@@ -98,7 +98,7 @@ class Watched:
         tally, moment = generation.tally, generation.moment
         possible, known, visited = tally.dense_pairs, tally.known_pairs, tally.visited_pairs
         step = moment.step if moment else 0
-        phases = tally.phases.get(step, {}).copy()
+        phases = dict(tally.phases.get(step, {}))
         start = Mark(q.device)
         out = attend()
         end = Mark(q.device)

@@ -115,7 +115,7 @@ class Maker:
 
         if setting.backend is not None:
             for transformer in self.transformers.values():
-                transformer.set_attention_backend(setting.backend)
+                transformer.set_attention_backend(setting.backend)  # type: ignore[operator]  # diffusers'
         try:
             with sparsify(self.pipe, setting.config) as session:
                 probe = put_in_place(self.transformers, session.generation, PROBED_ROWS if probed else 0)
@@ -130,7 +130,7 @@ class Maker:
         finally:
             if setting.backend is not None:
                 for transformer in self.transformers.values():
-                    transformer.reset_attention_backend()
+                    transformer.reset_attention_backend()  # type: ignore[operator]  # diffusers'
         facts = {
             "dit_seconds": sum(step.seconds for step in report.steps),
             "seconds": seconds,

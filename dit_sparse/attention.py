@@ -129,10 +129,10 @@ def _by_kind(
         if part.phase == "anchor":
             continue
         order = token_order(order_of(kind), layout.grid, tile_of(layout.grid, layout.block), q.device)
-        own = [x[:, list(heads)] for x in (q, k, v)]
+        own = tuple(x[:, list(heads)] for x in (q, k, v))
         if not order.is_raster:
-            own = list(permute(tuple(own), order.take))
-        call = Call(*own, layout, config, text_mask, key_mask, routes=False)
+            own = permute(own, order.take)
+        call = Call(own[0], own[1], own[2], layout, config, text_mask, key_mask, routes=False)
         some = call.over(plan, routed[-1], Correction())[0]
         out[:, list(heads)] = some if order.is_raster else permute((some,), order.place)[0]
         known += call.known

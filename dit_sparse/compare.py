@@ -302,6 +302,8 @@ def _write(output: Path, facts: dict[str, Any], rows: list[dict[str, Any]], laye
     table.write_rows(output / "results.csv", rows)
     if layers:
         table.write_rows(output / "layers.csv", layers)
+    from dit_sparse.calibration.report import write_report
+
     told = table.summary(rows)
     write_record(output / "results.json", table.plain(facts | {"summary": told, "rows": rows, "layers": layers}))
     console = Console()
@@ -317,7 +319,8 @@ def _write(output: Path, facts: dict[str, Any], rows: list[dict[str, Any]], laye
         console.print(drawn)
     for sentence in facts["missing"]:
         print(sentence)
-    print(f"{output / 'results.csv'}, {output / 'results.json'}")
+    write_report(output / "report.html", facts, rows, layers, lambda name, number: video_name(output, name, number))
+    print(", ".join(str(output / name) for name in ("report.html", "results.csv", "results.json")))
     return 0
 
 
