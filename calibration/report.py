@@ -191,8 +191,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _round(value: float, known: Sequence[float]) -> str:
-    """A tick with as many decimals as tell it from the next."""
-    return f"{value:.{max(0, math.ceil(-math.log10(known[1] - known[0]) + 0.31))}f}"
+    """A tick with as many decimals as the step between ticks has."""
+    step = known[1] - known[0]
+    decimals = next(n for n in range(16) if abs(round(step, n) - step) < 1e-6 * step)
+    return f"{value:.{decimals}f}"
 
 
 def _maps(layers: Sequence[Row], names: Sequence[str]) -> str:

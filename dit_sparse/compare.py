@@ -306,7 +306,8 @@ def _write(output: Path, facts: dict[str, Any], rows: list[dict[str, Any]], laye
 
     told = table.summary(rows)
     write_record(output / "results.json", table.plain(facts | {"summary": told, "rows": rows, "layers": layers}))
-    console = Console()
+    # Numbers cut off to fit say nothing.
+    console = Console(width=max(Console().width, 100))
     console.print(f"{facts['model']}, {len(facts['prompts'])} prompts, {facts['device']}, {facts['dtype']}")
     columns = table.columns_of(told)
     # Two tables, since one would not fit a terminal.
