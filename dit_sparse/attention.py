@@ -9,11 +9,13 @@ from torch import Tensor
 
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned, calibrated, learn_anchor, learn_reshape, pooled_tail, rectify, reshape
+from dit_sparse.head_kinds import KINDS, HeadKinds, head_kinds
 from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
 from dit_sparse.kernels.permute import permute
 from dit_sparse.layout import Layout
-from dit_sparse.order import vision_first
+from dit_sparse.order import TokenOrder, token_order, vision_first
+from dit_sparse.patterns import Pattern, order_of, pattern_plan, tile_of
 from dit_sparse.plan import BlockPlan, Correction
 from dit_sparse.routing import Pooled, Routing, pool, route
 from dit_sparse.state import Generation, Layer, Part
@@ -69,9 +71,15 @@ def attend_part(
             f"{layer.name} was given {q.shape[2]} tokens, but its grid has {tokens} and {text_mask.shape[1]} of text."
         )
     layout = Layout(generation.grid, text, config.block_size(tokens))
-    order = vision_first(config.order, layout.grid, config.tile, q.device, before)
     if before and key_mask is not None:
         key_mask = _key_mask(text_mask, k.shape[2], 0)
+    if config.method == "svg":
+        first = vision_first("raster", layout.grid, config.tile, q.device, before)
+        if before:
+            q, k, v = permute((q, k, v), first.take)
+        out = _by_kind(q, k, v, part, layout, generation, text_mask, key_mask, pairs)
+        return permute((out,), first.place)[0] if before else out
+    order = _order(config, layout, q.device, before)
     if not order.is_raster:
         q, k, v = permute((q, k, v), order.take)
     learned = generation.recall(layer)
@@ -83,7 +91,7 @@ def attend_part(
         generation.record(layer, learned)
         routed = learned.visited
     else:
-        assert learned is not None
+        assert isinstance(learned, Learned)
         out, routed = _between(call, learned, moment.step), learned.visited
     possible = q.shape[0] * q.shape[1] * layout.blocks**2
     visited = torch.stack(call.listed).sum() * layout.block**2
@@ -91,27 +99,84 @@ def attend_part(
     return out if order.is_raster else permute((out,), order.place)[0]
 
 
+def _order(config: SparseConfig, layout: Layout, device: torch.device, before: int) -> TokenOrder:
+    if config.has_pattern:
+        pattern: Pattern = config.method  # type: ignore[assignment]
+        return vision_first(order_of(pattern), layout.grid, tile_of(layout.grid, layout.block), device, before)
+    return vision_first(config.order, layout.grid, config.tile, device, before)
+
+
+def _by_kind(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    part: Part,
+    layout: Layout,
+    generation: Generation,
+    text_mask: Tensor | None,
+    key_mask: Tensor | None,
+    pairs: float,
+) -> Tensor:
+    """Sparse VideoGen: a dense step says which pattern each head has; after it, each kind in an order of its own."""
+    config, moment = part.config, generation.moment
+    assert moment is not None
+    if part.phase == "anchor":
+        kinds = head_kinds(q, k, v, layout, config.density, config.first_frame, key_mask, moment.step)
+        generation.record(part.layer, kinds)
+        out = dense_attention(q, k, v, key_mask=key_mask)[0]
+    else:
+        recalled = generation.recall(part.layer)
+        assert isinstance(recalled, HeadKinds)
+        kinds, out = recalled, torch.empty_like(q)
+    known, listed = (pairs, []) if part.phase == "anchor" else (0.0, [])
+    routed = []
+    for kind, heads in zip(KINDS, kinds.heads, strict=True):
+        if not heads:
+            continue
+        rows = (q.shape[0], len(heads))
+        plan = pattern_plan(kind, layout.grid, layout.block, config.density, config.first_frame, rows, q.device)
+        routed.append(plan.counts.sum())
+        if part.phase == "anchor":
+            continue
+        order = token_order(order_of(kind), layout.grid, tile_of(layout.grid, layout.block), q.device)
+        own = tuple(x[:, list(heads)] for x in (q, k, v))
+        if not order.is_raster:
+            own = permute(own, order.take)
+        call = Call(own[0], own[1], own[2], layout, config, text_mask, key_mask, routes=False)
+        some = call.over(plan, routed[-1], Correction())[0]
+        out[:, list(heads)] = some if order.is_raster else permute((some,), order.place)[0]
+        known += call.known
+        listed += call.listed
+    visited = torch.stack(listed).sum() * layout.block**2 if listed else routed[0].new_zeros(())
+    possible = q.shape[0] * q.shape[1] * layout.blocks**2
+    generation.tally.sparse(moment.step, part.phase, pairs, known, visited, torch.stack(routed).sum(), possible)
+    return out
+
+
 def _at_once(call: "Call", rho: Tensor | None) -> tuple[Tensor, Tensor]:
     """Route, and stand in for the rest with what this call itself tells (none, tail, rectify), or weigh the tail by
     the rho that calibration measured."""
-    routing, correction = call.route(call.config.density), call.tail
+    correction = call.tail
+    if call.config.method == "rectify":
+        routing = call.route(call.config.density)
+        plan, correction = routing.plan, rectify(routing, call.pooled, critical_mass=call.config.critical_mass)
+    else:
+        plan = call.plan(call.config.density)
     if rho is not None:
         assert correction.tail is not None
         vision = call.q[:, :, : call.layout.grid.tokens]
-        correction = calibrated(vision, routing.plan, correction.tail, rho, block=call.layout.block, scale=call.scale)
+        correction = calibrated(vision, plan, correction.tail, rho, block=call.layout.block, scale=call.scale)
         call.known += vision.shape[0] * vision.shape[1] * vision.shape[2] * call.layout.blocks
-    if call.config.method == "rectify":
-        correction = rectify(routing, call.pooled, critical_mass=call.config.critical_mass)
-    routed = routing.plan.counts.sum()
-    return call.over(routing.plan, routed, correction)[0], routed
+    routed = plan.counts.sum()
+    return call.over(plan, routed, correction)[0], routed
 
 
 def _refresh(call: "Call", step: int, storage: Storage | None, *, soft: bool) -> tuple[Tensor, Learned]:
-    """The best output there is, and what the steps between would make of this one (anchor, reshape): they differ by
-    what is to be learned. After the first anchor the best may be a denser plan."""
+    """The best output there is, and what the steps between would make of this one (anchor, reshape,
+    ditfastattn): they differ by what is to be learned. After the first anchor the best may be a denser plan."""
     assert storage is not None
     config, vision = call.config, slice(0, call.layout.grid.tokens)
-    plan = call.route(config.density).plan
+    plan = call.plan(config.density)
     routed = plan.counts.sum()
     part, part_lse = call.over(plan, routed, call.tail)
     if soft and config.anchor_density is not None:
@@ -177,6 +242,22 @@ class Call:
         c = self.config
         tail = pooled_tail(self.pooled, self.q.dtype, second_order=c.second_order, limit=c.second_order_limit)
         return Correction(tail=tail)
+
+    def plan(self, density: float) -> BlockPlan:
+        """By the method's pattern, or routed."""
+        config, layout = self.config, self.layout
+        if not config.has_pattern:
+            return self.route(density).plan
+        rows, pattern = (self.q.shape[0], self.q.shape[1]), config.method
+        return pattern_plan(
+            pattern,  # type: ignore[arg-type]  # the methods that have one are named for it
+            layout.grid,
+            layout.block,
+            density,
+            config.first_frame,
+            rows,
+            self.q.device,
+        )
 
     def route(self, density: float) -> Routing:
         text = self.k[:, :, self.layout.grid.tokens :] if self.layout.text else None

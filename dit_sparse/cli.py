@@ -19,6 +19,8 @@ dit-sparse: training-free sparse attention for diffusion transformers, on stock 
   dit-sparse calibrate  measure a model in a dense run, and write a profile
   dit-sparse fit        choose from a profile what each head does at each step, to a quality, a speed or a memory
   dit-sparse profile    show or compare profiles, or draw what was measured
+  dit-sparse compare    make videos dense and with several methods, score and time them, and report on one page
+  dit-sparse metrics    score a video file against another: PSNR, SSIM, MS-SSIM, LPIPS, flicker
   dit-sparse plan       say from shapes alone what sparse attention can gain for a model and a size
   dit-sparse info       show the device, the kernels chosen for it, and the models known
   dit-sparse bench      time attention or the whole sparse operator beside dense attention
@@ -112,13 +114,21 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             from dit_sparse import inspect_profile
 
             return inspect_profile.run(arguments)
+        case "compare":
+            from dit_sparse import compare
+
+            return compare.run(options.parse(compare.CompareOptions, arguments, "dit-sparse compare"))
+        case "metrics":
+            from dit_sparse import measure
+
+            return measure.run(arguments)
         case "plan":
             return plan(options.parse(PlanOptions, arguments, "dit-sparse plan"))
         case "info":
             return info(options.parse(InfoOptions, arguments, "dit-sparse info"))
         case "bench":
             return _bench(arguments)
-    known = ("generate", "calibrate", "fit", "profile", "plan", "info", "bench")
+    known = ("generate", "calibrate", "fit", "profile", "compare", "metrics", "plan", "info", "bench")
     near = get_close_matches(command, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}."
     raise ValueError(f"Unknown command {command!r}: {hint}")

@@ -8,16 +8,25 @@ from typing import Any, Literal, get_args
 
 from dit_sparse import schedule
 
-Method = Literal["anchor", "tail", "reshape", "rectify", "none", "dense"]
+Method = Literal[
+    "anchor", "tail", "reshape", "rectify", "none", "topp", "svg", "sta", "radial", "ditfastattn", "dense"
+]
 Order = Literal["hilbert", "tile", "raster", "pixel"]
 Storage = Literal["bf16", "fp8", "int4"]
 
+# Methods that choose blocks by what they hold. The others but dense go by a pattern, see dit_sparse.patterns.
+_ROUTED = ("anchor", "tail", "reshape", "rectify", "none", "topp")
+
 # Options that mean something to some methods only: setting one for another method is an error, not a no-op.
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "top_p": (*_ROUTED[:-1], "dense"),
+    "order": (*_ROUTED, "dense"),
+    "routing": (*_ROUTED, "dense"),
+    "neighbours": (*_ROUTED, "dense"),
     "anchor_density": ("anchor",),
     "stagger": ("anchor",),
-    "residual": ("anchor", "reshape"),
-    "max_state_gib": ("anchor", "reshape"),
+    "residual": ("anchor", "reshape", "ditfastattn"),
+    "max_state_gib": ("anchor", "reshape", "ditfastattn"),
     "second_order": ("anchor", "tail"),
     "second_order_limit": ("anchor", "tail"),
     "ramp": ("reshape",),
@@ -33,7 +42,9 @@ class SparseConfig:
 
     method: Method = "anchor"
     """What stands in for the blocks left out. anchor: pooled tail plus what it got wrong at the last dense step;
-    tail: pooled tail; reshape: Re-ttention; rectify: Rectified SpaAttn; none: nothing; dense: no sparsity."""
+    tail: pooled tail; reshape: Re-ttention; rectify: Rectified SpaAttn; none: nothing; topp: nothing, and the blocks
+    are shared out over heads and rows by mass; svg, sta, radial, ditfastattn: patterns of these papers, which go by
+    where tokens lie; dense: no sparsity."""
     density: float = 0.1
     """Share of key blocks computed exactly for each query block, at most (top-k), before forced blocks."""
     top_p: float | None = None
@@ -163,12 +174,22 @@ class SparseConfig:
     @property
     def interval(self) -> int | None:
         """Steps from one refresh to the next, with the method's default; None is no refresh."""
-        return self.refresh_every or {"anchor": 4, "reshape": 5}.get(self.method)
+        return self.refresh_every or {"anchor": 4, "ditfastattn": 4, "reshape": 5}.get(self.method)
 
     @property
     def learns(self) -> bool:
-        """Whether the method keeps state from one step to the next."""
-        return self.method in ("anchor", "reshape")
+        """Whether the method goes by what it found at a dense step before."""
+        return self.method in ("anchor", "reshape", "ditfastattn", "svg")
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether it keeps a residual row for each token."""
+        return self.learns and self.method != "svg"
+
+    @property
+    def has_pattern(self) -> bool:
+        """Whether blocks are chosen by where tokens lie alone."""
+        return self.method not in (*_ROUTED, "dense")
 
     @property
     def has_tail(self) -> bool:

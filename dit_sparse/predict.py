@@ -7,6 +7,7 @@ from typing import get_args
 from dit_sparse import schedule
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.layout import TokenGrid
+from dit_sparse.patterns import Pattern, pattern_mask
 from dit_sparse.residual import bytes_per_row
 from dit_sparse.state import Generation, Phase
 
@@ -118,9 +119,10 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
     # Text attends to all, and all attend to text.
     whole, of_text = (tokens + text) ** 2, 2 * tokens * text + text**2
 
-    def sparse_pairs(density: float, stand_in: float) -> float:
-        return (tokens**2 * (padding * _kept(density, blocks) / blocks + stand_in) + of_text) / whole
+    def sparse_pairs(share: float, stand_in: float) -> float:
+        return (tokens**2 * (padding * share + stand_in) + of_text) / whole
 
+    sparse_call = sparse_pairs(_share(config, shape.grid, block), tail)
     in_full = dense_layers(config, shape.layers)
     dense = sparse = 0.0
     for layer in range(shape.layers):
@@ -129,19 +131,21 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
             if layer in in_full or phase == "dense":
                 dense += 1
                 continue
-            sparse += sparse_pairs(config.density, tail)
+            # Choosing the kind of each head takes a few rows, which are not counted.
+            if config.method != "svg" or phase != "anchor":
+                sparse += sparse_call
             if phase == "anchor":
                 # It computes what it outputs, too: densely, or from an anchor before it, with the denser plan.
                 if config.anchor_density is None or "anchor" not in told[:step]:
                     dense += 1
                 else:
-                    sparse += sparse_pairs(config.anchor_density, 0)
+                    sparse += sparse_pairs(_kept(config.anchor_density, blocks) / blocks, 0)
     return dense / (steps * shape.layers), sparse / (steps * shape.layers)
 
 
 def state_bytes(shape: ModelShape, config: SparseConfig) -> dict[str, int]:
     """Storage -> bytes that the method remembers between steps: one residual row per query, and the plan."""
-    if not config.learns:
+    if not config.keeps_rows:
         return {}
     tokens = shape.grid.tokens
     blocks = -(-tokens // config.block_size(tokens))
@@ -166,6 +170,19 @@ def phases(config: SparseConfig, steps: int, offset: int = 0) -> tuple[Phase, ..
     """What each of `steps` steps is, for a layer whose anchors are shifted by `offset`."""
     generation = Generation(config)
     return tuple(generation.phase_at(step, steps, offset) for step in range(steps))
+
+
+def _share(config: SparseConfig, grid: TokenGrid, block: int) -> float:
+    """Share of the pairs of blocks in the plan of a sparse call."""
+    blocks = -(-grid.tokens // block)
+    if config.method == "topp":
+        return max(int(config.density * blocks**2), blocks) / blocks**2
+    if not config.has_pattern:
+        return _kept(config.density, blocks) / blocks
+    kinds: tuple[Pattern, ...] = ("spatial", "temporal") if config.method == "svg" else (config.method,)  # type: ignore[assignment]
+    # Which heads are of which kind depends on the input, and both patterns are cut to the same density.
+    masks = [pattern_mask(kind, grid, block, config.density, config.first_frame) for kind in kinds]
+    return sum(mask.float().mean().item() for mask in masks) / len(masks)
 
 
 def _kept(density: float, blocks: int) -> int:

@@ -83,6 +83,8 @@ def route(
     forced, most = forced_blocks(
         config.order, layout.grid, config.tile, layout.block, config.neighbours, config.first_frame, logits.device
     )
+    if config.method == "topp":
+        return Routing(_shared_out(scores[..., : layout.blocks], density, forced), mass)
     if scores.shape[-1] == layout.blocks:
         plan = block_select(scores, density=density, top_p=config.top_p, forced=forced, max_forced=most)
         return Routing(plan, mass)
@@ -95,6 +97,20 @@ def route(
     )
     # Lists ascend, so the text's column is the last listed.
     return Routing(BlockPlan(plan.counts - 1, plan.indices, layout.blocks), mass)
+
+
+def _shared_out(scores: Tensor, density: float, forced: Tensor) -> BlockPlan:
+    """Block top-p with one p for a whole call, the p at which its rows and heads together keep `density` of the pairs:
+    rows whose mass is spread widely get more blocks than rows whose mass is in a few. SpargeAttn (arXiv 2502.18137)
+    chooses blocks so, but by a given p. scores [B, H, N, N]; `forced` [N, N] is part of the density."""
+    ranked = scores.sort(dim=-1, descending=True, stable=True)
+    share = ranked.values / ranked.values.sum(-1, keepdim=True)
+    before = share.cumsum(-1) - share
+    before.masked_fill_(forced.expand_as(scores).gather(-1, ranked.indices), -1)
+    count = max(1, int(density * before[0].numel()))
+    p = before.flatten(1).kthvalue(count, dim=-1).values
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, ranked.indices, before <= p[:, None, None, None])
+    return BlockPlan.from_mask(mask | forced)
 
 
 def spread(pooled: Pooled, scale: float) -> Tensor:

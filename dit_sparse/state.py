@@ -13,6 +13,7 @@ from torch import Tensor
 from dit_sparse.choices import Phase, Table, per_block
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned
+from dit_sparse.head_kinds import HeadKinds
 from dit_sparse.layout import TokenGrid
 from dit_sparse.profile import Profile
 from dit_sparse.report import Mark, Tally
@@ -81,7 +82,7 @@ class Generation:
     text: tuple[int, int | None] = (0, None)  # tokens before and behind the vision tokens; None is all that follow
     moment: Moment | None = None
     storage: Storage | None = None
-    learned: dict[tuple[str, str], Learned] = field(default_factory=dict)  # (layer, branch)
+    learned: dict[tuple[str, str], Learned | HeadKinds] = field(default_factory=dict)  # (layer, branch)
     tally: Tally = field(default_factory=Tally)
     peak_state_bytes: int = 0
     dense_backend: str = ""
@@ -176,7 +177,7 @@ class Generation:
         self._span("dense_steps", total)
         for layer in self.layers:
             self._span("dense_layers", layer.of)
-        self.storage = self._choose_storage() if self.config.learns else None
+        self.storage = self._choose_storage() if self.config.keeps_rows else None
 
     def _lay_out(self, profile: Profile, total: int | None, levels: Sequence[float] | None) -> None:
         """The profile's choices for this run; one warning for all that it was not made for."""
@@ -272,8 +273,7 @@ class Generation:
         # Nothing to go by: the anchor was skipped, or this is another transformer or branch than at the steps before.
         if learned is None:
             return "anchor"
-        assert config.interval is not None
-        late = moment.step - learned.step >= config.interval
+        late = config.interval is not None and moment.step - learned.step >= config.interval
         return "anchor" if (late or planned == "anchor") and learned.step != moment.step else "sparse"
 
     def phase_at(self, step: int, total: int | None, offset: int = 0) -> Phase:
@@ -285,9 +285,9 @@ class Generation:
         dense = self._span("dense_steps", total)
         if config.method == "dense" or step in dense:
             return "dense"
-        if config.interval is None:
-            return "sparse"
         first = next(i for i in range(step + 1) if i not in dense)
+        if config.interval is None:
+            return "anchor" if config.learns and step == first else "sparse"
         if not config.learns:
             return "dense" if (step - first) % config.interval == 0 else "sparse"
         anchor = first
@@ -314,12 +314,12 @@ class Generation:
         before, after = self.around(layer, key_mask.shape[1])
         return torch.cat([key_mask[:, :before], key_mask[:, key_mask.shape[1] - after :]], dim=1)
 
-    def record(self, layer: Layer, learned: Learned) -> None:
+    def record(self, layer: Layer, learned: Learned | HeadKinds) -> None:
         assert self.moment is not None
         self.learned[layer.name, self.moment.branch] = learned
         self.peak_state_bytes = max(self.peak_state_bytes, sum(_size(x) for x in self.learned.values()))
 
-    def recall(self, layer: Layer) -> Learned | None:
+    def recall(self, layer: Layer) -> Learned | HeadKinds | None:
         assert self.moment is not None
         return self.learned.get((layer.name, self.moment.branch))
 
@@ -377,7 +377,9 @@ class Generation:
         return self._batch * (branches or self.branches) * layer.heads * (residual + rho + plan)
 
 
-def _size(learned: Learned) -> int:
+def _size(learned: Learned | HeadKinds) -> int:
+    if isinstance(learned, HeadKinds):
+        return 0
     tensors = (learned.plan.counts, learned.plan.indices, learned.residual.codes, learned.residual.scales, learned.rho)
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 

@@ -72,6 +72,51 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> list[Path]:
     return [path]
 
 
+def read_video(path: Path) -> np.ndarray:
+    """Frames [F, H, W, 3], floats from 0 to 1, of an mp4 or gif, a picture, or a series or directory of pictures.
+
+    A series is named as `write_video` names it: x.png stands for x-0000.png and so on. Raises ValueError for what
+    holds no frame, or frames of more than one size.
+    """
+    files = _pictures(path)
+    if not files:
+        raise ValueError(f"{str(path)!r} is no video: give an mp4, a gif, a png, or a directory of pngs.")
+    import imageio.v3 as iio
+
+    try:
+        if files == [path] and path.suffix.lower() != ".png":
+            plugin = None if path.suffix.lower() == ".gif" else "FFMPEG"
+            frames = list(iio.imiter(path, plugin=plugin))
+        else:
+            frames = [iio.imread(file) for file in files]
+    except Exception as error:
+        # Each of imageio's plugins, and ffmpeg behind them, has errors of its own.
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"{str(path)!r} cannot be read as a video: {said}.") from None
+    if not frames:
+        raise ValueError(f"{str(path)!r} holds no frame.")
+    sizes = {frame.shape[:2] for frame in frames}
+    if len(sizes) > 1:
+        told = " and ".join("x".join(map(str, size)) for size in sorted(sizes))
+        raise ValueError(f"{str(path)!r} holds frames of different sizes: {told}.")
+    return np.stack([_rgb(frame) for frame in frames])
+
+
+def _pictures(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(path.glob("*.png"))
+    if path.is_file():
+        return [path]
+    return sorted(path.parent.glob(f"{path.stem}-*.png")) if path.suffix.lower() == ".png" else []
+
+
+def _rgb(frame: np.ndarray) -> np.ndarray:
+    """[H, W], [H, W, 1 to 4] of any integer type -> [H, W, 3] float32 from 0 to 1; transparency is left out."""
+    frame = frame.reshape(*frame.shape[:2], -1)
+    frame = frame[..., :3] if frame.shape[-1] >= 3 else frame[..., :1].repeat(3, -1)
+    return frame.astype(np.float32) / np.iinfo(frame.dtype).max
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """`record` as JSON."""
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_sparse import attention
+from dit_sparse import attention, predict
 from dit_sparse.attention import Call, address, attend, sparse_attention
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import pooled_tail, rectify
@@ -12,6 +12,7 @@ from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import token_order
+from dit_sparse.patterns import order_of, pattern_mask, pattern_plan, tile_of
 from dit_sparse.plan import Correction, Residual
 from dit_sparse.residual import pack, unpack
 from dit_sparse.routing import pool, route
@@ -21,6 +22,7 @@ from tests.close import assert_no_worse
 CPU = torch.device("cpu")
 GRID = TokenGrid(3, 5, 7)  # 105 tokens: 6 blocks of 16 and one of 9
 METHODS = ["none", "tail", "rectify", "reshape", "anchor"]
+PATTERNED = ["svg", "sta", "radial", "ditfastattn"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -84,6 +86,124 @@ def test_keeping_every_block_is_dense(method, order, text):
         # What little an anchor has to remember was rounding on the inputs of its own step.
         close(run(g, step, q, k, v), dense_attention(q, k, v)[0])
     assert g.tally.density() == 1
+
+
+@pytest.mark.parametrize("text", [0, 9])
+@pytest.mark.parametrize("method", ["topp", *PATTERNED])
+def test_keeping_every_block_is_dense_for_methods_of_others(method, text):
+    g = at(method, density=1.0)
+    for step in range(4):
+        q, k, v = inputs(text, batch=2, heads=3)
+        close(run(g, step, q, k, v), dense_attention(q, k, v)[0])
+    assert g.tally.density() == 1
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("method", ["tail", "topp", *PATTERNED])
+def test_text_before_vision_is_text_behind_it(method, density):
+    q, k, v = inputs(text=9)
+    before = tuple(x.roll(9, 2) for x in (q, k, v))
+    behind, ahead = (generation(SparseConfig(method, density=density, dense_steps=0)) for _ in range(2))
+    for step in (0, 1):
+        expected = run(behind, step, q, k, v)
+        # Where the text lies is told anew at each forward.
+        enter(ahead, step)
+        ahead.text = (9, 0)
+        close(sparse_attention(*before, ahead.layers[0], ahead), expected.roll(9, 2))
+
+
+@pytest.mark.parametrize("text", [0, 9])
+@pytest.mark.parametrize("method", ["sta", "radial"])
+def test_a_pattern_is_attention_under_its_mask(method, text):
+    g = at(method, density=0.4, first_frame=method == "radial")
+    q, k, v = inputs(text)
+    out = run(g, 0, q, k, v)
+    place = token_order(order_of(method), GRID, tile_of(GRID, 16), CPU).place
+    mask = pattern_mask(method, GRID, 16, 0.4, method == "radial")[place // 16][:, place // 16]
+    allowed = torch.ones(GRID.tokens + text, GRID.tokens + text, dtype=torch.bool)
+    allowed[: GRID.tokens, : GRID.tokens] = mask
+    assert not allowed.all()
+    close(out, ((q @ k.mT * 0.25).masked_fill(~allowed, float("-inf")).softmax(-1) @ v))
+
+
+def one_sided(kind: str) -> tuple[torch.Tensor, ...]:
+    """q, k, v of one head that looks at its own frame, or at its own place in all frames."""
+    frame, row, column = (x.flatten() for x in torch.meshgrid(*map(torch.arange, (3, 5, 7)), indexing="ij"))
+    group = frame if kind == "spatial" else row * 7 + column
+    codes = torch.nn.functional.one_hot(group, 40).double()
+    return 30 * codes[None, None], codes[None, None], torch.randn(1, 1, GRID.tokens, 40, dtype=torch.float64)
+
+
+def test_svg_gives_each_head_the_pattern_that_fits_it():
+    heads = [one_sided(kind) for kind in ("temporal", "spatial", "temporal")]
+    q, k, v = (torch.cat(x, 1) for x in zip(*heads, strict=True))
+    g = at("svg", density=0.5)
+    enter(g, 0)
+    dense = dense_attention(q, k, v)[0]
+    close(run(g, 0, q, k, v), dense)
+    assert learned(g).heads == ((1,), (0, 2)) and g.tally.work() == 1
+    out = run(g, 1, q, k, v)
+    for head, kind in enumerate(("temporal", "spatial", "temporal")):
+        place = token_order(order_of(kind), GRID, tile_of(GRID, 16), CPU).place
+        mask = pattern_mask(kind, GRID, 16, 0.5)[place // 16][:, place // 16]
+        logits = (q[:, head] @ k[:, head].mT * 40**-0.5).masked_fill(~mask, float("-inf"))
+        close(out[:, head], logits.softmax(-1) @ v[:, head])
+    # It looks once: no later step is an anchor.
+    for step in range(2, 9):
+        run(g, step, q, k, v)
+    assert [phases.most_common(1)[0][0] for phases in g.tally.phases.values()] == ["anchor", *["sparse"] * 8]
+
+
+def test_ditfastattn_adds_what_its_window_lacked_at_the_dense_step():
+    g = at("ditfastattn", density=0.5, refresh_every=3)
+    q, k, v = inputs()
+    dense = dense_attention(q, k, v)[0]
+    close(run(g, 0, q, k, v), dense)
+    plan = pattern_plan("ditfastattn", GRID, 16, 0.5, False, (1, 2), CPU)
+    other = inputs()
+    lacked = unpack(pack(dense - block_attention(q, k, v, plan, block=16)[0], "bf16")).double()
+    close(run(g, 1, q, k, v), block_attention(q, k, v, plan, block=16)[0] + lacked)
+    close(run(g, 2, *other), block_attention(*other, plan, block=16)[0] + lacked)
+    close(run(g, 3, *other), dense_attention(*other)[0])
+    assert [phases.most_common(1)[0][0] for phases in g.tally.phases.values()] == [
+        "anchor", "sparse", "sparse", "anchor",
+    ]  # fmt: skip
+
+
+def test_topp_shares_the_blocks_out_by_mass():
+    """One head looks at a single block, one at all alike: the second gets the blocks that the first has no use for."""
+    q, k, v = inputs()
+    k[:, 1] *= 1e-3
+    q[:, 0] *= 100
+    g = at("topp", density=0.4, order="raster")
+    enter(g, 0)
+    call = Call(q, k, v, Layout(GRID, block=16), g.config, None, None, routes=True)
+    plan = call.plan(0.4)
+    plan.check()
+    by_head = plan.counts.double().mean((0, 2)) / 7
+    assert by_head[0] < 0.3 < 0.5 < by_head[1]
+    assert plan.counts.sum() == int(0.4 * 98)
+    mass = call.route(0.4).mass
+    # Within a row the blocks kept are the heaviest, but for the row's own.
+    off = ~torch.eye(7, dtype=torch.bool)
+    lightest = mass.masked_fill(~plan.mask() | ~off, 2).amin(-1)
+    heaviest = mass.masked_fill(plan.mask(), -1).amax(-1)
+    assert (lightest >= heaviest - 1e-12).all()
+
+
+@pytest.mark.parametrize("method", ["topp", *PATTERNED])
+def test_work_of_methods_of_others_is_what_plan_predicts(method):
+    shape = predict.ModelShape(TokenGrid(4, 8, 8), heads=2, head_dim=16, layers=1, ffn_dim=8, text_tokens=0)
+    config = SparseConfig(method, density=0.3, dense_steps=2)
+    g = generation(config)
+    for step in range(10):
+        q, k, v = torch.randn(3, 1, 2, 256, 16, dtype=torch.float64)
+        enter(g, step, total=10, grid=shape.grid)
+        sparse_attention(q, k, v, g.layers[0], g)
+        g.leave()
+    expected = sum(predict.attention_work(shape, config, 10))
+    # Over two heads what is shared out rounds otherwise.
+    assert g.tally.work() == pytest.approx(expected, abs=2e-3 if method == "topp" else 1e-9)
 
 
 @pytest.mark.parametrize("text", [0, 9])

@@ -39,7 +39,7 @@ def test_unknown_commands_are_named(capsys):
     assert refused(capsys, "plna") == "Unknown command 'plna': did you mean plan?"
     assert (
         refused(capsys, "--qqq")
-        == "Unknown command '--qqq': choose from generate, calibrate, fit, profile, plan, info, bench."
+        == "Unknown command '--qqq': choose from generate, calibrate, fit, profile, compare, metrics, plan, info, bench."
     )
 
 

@@ -17,24 +17,26 @@ spans = st.one_of(st.integers(0, 60), st.floats(0, 1), st.sampled_from(("0-1,39"
 @st.composite
 def configs(draw) -> SparseConfig:
     method = draw(st.sampled_from(get_args(Method)))
-    order = draw(st.sampled_from(get_args(Order)))
+    patterned = method in ("svg", "sta", "radial", "ditfastattn")
+    order = "hilbert" if patterned else draw(st.sampled_from(get_args(Order)))
     options = {
         "density": draw(st.floats(0.001, 0.9)),
-        "top_p": draw(st.none() | shares),
         "block": draw(st.sampled_from(("auto", 16, 32, 64, 128))),
-        "routing": draw(st.sampled_from(("auto", "mass", "error"))),
-        "neighbours": draw(st.booleans()),
         "first_frame": draw(st.booleans()),
         "dense_steps": draw(spans),
         "dense_layers": draw(spans),
         "refresh_every": draw(st.none() | st.integers(1, 50)),
         "strict": draw(st.booleans()),
     }
+    if not patterned:
+        options |= {"routing": draw(st.sampled_from(("auto", "mass", "error"))), "neighbours": draw(st.booleans())}
+        if method != "topp":
+            options["top_p"] = draw(st.none() | shares)
     if order == "tile":
         options["tile"] = draw(st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(1, 8)))
     if method == "anchor":
         options |= {"stagger": draw(st.booleans()), "anchor_density": draw(st.none() | st.floats(0.95, 1))}
-    if method in ("anchor", "reshape"):
+    if method in ("anchor", "reshape", "ditfastattn"):
         options |= {"residual": draw(st.sampled_from(("auto", "bf16", "fp8", "int4")))}
         options |= {"max_state_gib": draw(st.none() | st.floats(0.1, 100))}
     if method in ("anchor", "tail"):

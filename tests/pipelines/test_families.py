@@ -20,7 +20,7 @@ from dit_sparse.predict import attention_share
 from tests.families import FAMILIES as TINY
 from tests.families import generate
 
-METHODS = ["anchor", "tail", "reshape", "rectify", "none"]
+METHODS = ["anchor", "tail", "reshape", "rectify", "none", "svg", "sta"]
 
 
 @pytest.fixture(params=TINY)

@@ -1,0 +1,131 @@
+"""What attention costs and how far it is from exact, call by call, read beside the calls of a run."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_sparse.report import Mark
+from dit_sparse.state import Generation
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call: pairs of tokens visited and possible, and squared sums of its error and of exact outputs."""
+
+    layer: str
+    step: int
+    phase: str
+    start: Mark
+    end: Mark
+    possible: float
+    known: float
+    visited: tuple[Tensor | None, Tensor | None]  # on the device, before and after
+    error: Tensor | None
+    exact: Tensor | None
+
+    @property
+    def work(self) -> float:
+        before, after = (0.0 if pairs is None else pairs.item() for pairs in self.visited)
+        return (self.known + after - before) / self.possible
+
+
+@dataclass
+class Probe:
+    """Records every attention call of a session's runs.
+
+    rows   query rows per call that are also attended exactly, to measure the error; 0 measures time and work alone
+    calls  of all runs since it was put in place, or since `calls` was cleared
+    """
+
+    generation: Generation
+    rows: int
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """In attention, without what the probe does itself."""
+        return sum(call.start.until(call.end) for call in self.calls)
+
+    @property
+    def dense_share(self) -> float:
+        """Share of calls that computed every pair: dense ones, and anchors."""
+        return sum(call.phase != "sparse" for call in self.calls) / len(self.calls) if self.calls else 0.0
+
+    def maps(self) -> list[dict[str, Any]]:
+        """A row for each layer and step, over heads and branches: work and relative L2 error, None without rows."""
+        cells: dict[tuple[str, int], list[Call]] = {}
+        for call in self.calls:
+            cells.setdefault((call.layer, call.step), []).append(call)
+        rows: list[dict[str, Any]] = []
+        for (layer, step), calls in cells.items():
+            error: float | None = None
+            if calls[0].error is not None:
+                squares = [sum(getattr(call, name).item() for call in calls) for name in ("error", "exact")]
+                error = (squares[0] / max(squares[1], 1e-30)) ** 0.5
+            rows.append(
+                {"layer": layer, "step": step, "work": sum(c.work for c in calls) / len(calls), "error": error}
+            )
+        return rows
+
+
+def put_in_place(transformers: dict[str, nn.Module], generation: Generation, rows: int = 0) -> Probe:
+    """A probe on the processors of a session, which are gone when the session is restored."""
+    probe = Probe(generation, rows)
+    for transformer in transformers.values():
+        for module in transformer.modules():
+            processor: Any = getattr(module, "processor", None)
+            if hasattr(processor, "attend"):
+                processor.attend = Watched(processor.attend, probe)
+    return probe
+
+
+class Watched:
+    """The attention call of one layer, with a probe beside it."""
+
+    def __init__(self, attend: Any, probe: Probe):
+        self.attend, self.probe = attend, probe
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> Tensor:
+        return self._beside(lambda: self.attend(q, k, v, *options, **named), q, k, v)
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+        return self._beside(lambda: self.attend.dense(q, k, v, *options), q, k, v)
+
+    def _beside(self, attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        generation = self.probe.generation
+        tally, moment = generation.tally, generation.moment
+        possible, known, visited = tally.dense_pairs, tally.known_pairs, tally.visited_pairs
+        step = moment.step if moment else 0
+        phases = dict(tally.phases.get(step, {}))
+        start = Mark(q.device)
+        out = attend()
+        end = Mark(q.device)
+        grown = [phase for phase, count in tally.phases[step].items() if count > phases.get(phase, 0)]
+        error = exact = None
+        if self.probe.rows:
+            error, exact = _error(q, k, v, out, self.probe.rows)
+        self.probe.calls.append(
+            Call(
+                generation.layers[self.attend.layer].name,
+                step,
+                "sparse" if "sparse" in grown else grown[0],
+                start,
+                end,
+                tally.dense_pairs - possible,
+                tally.known_pairs - known,
+                (visited, tally.visited_pairs),
+                error,
+                exact,
+            )
+        )
+        return out
+
+
+def _error(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Over evenly spaced rows and all heads: squared distance from exact attention, and squared length of that."""
+    picked = torch.linspace(0, q.shape[2] - 1, min(rows, q.shape[2]), device=q.device).round().long()
+    shares = (q[:, :, picked].float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(-1)
+    exact = shares @ v.float()
+    return (out[:, :, picked].float() - exact).square().sum(), exact.square().sum()
