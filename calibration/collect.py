@@ -195,8 +195,12 @@ def _trial(job: Job, work: Path) -> None:
     fitted.save(work / "trial.safetensors")
     dense = load_file(work / "dense-0.safetensors")["frames"].numpy()
     with sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
+        clock = session.generation.dense = costs.Clock()
         frames = job.run(job.prompts[0], job.seed, partial(job.tick, "trial", 1))
         seconds = sum(step.seconds for step in session.report().steps)
+    if clock.per_head:
+        # The machine may have been busier or freer than in the dense run.
+        seconds *= fitted.header.costs["dense"] / clock.per_head
     known["trial"] = told | {"error": 10 ** (-psnr(frames, dense) / 10), "seconds": seconds}
     write_record(file, known)
 

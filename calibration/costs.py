@@ -1,6 +1,7 @@
 """What each choice costs in seconds, timed on queries, keys and values of the model itself."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from dit_sparse.attention import attend_part
 from dit_sparse.choices import DENSE, LEARNING, Choice, ChoiceMethod, Phase, Rung
 from dit_sparse.config import SparseConfig
+from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.layout import TokenGrid
 from dit_sparse.report import Mark
 from dit_sparse.state import Generation, Layer, Part
@@ -53,6 +55,24 @@ def measure(
             found.setdefault(method, []).append(timed(choice))
     generation.reset()
     return found
+
+
+@dataclass
+class Clock:
+    """Dense attention that is timed: to be put in a generation's place for it."""
+
+    marks: list[tuple[int, Mark, Mark]] = field(default_factory=list)
+
+    def __call__(self, _layer: Layer, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        start = Mark(q.device)
+        out = dense_attention(q, k, v, key_mask=key_mask)[0]
+        self.marks.append((q.shape[1], start, Mark(q.device)))
+        return out
+
+    @property
+    def per_head(self) -> float:
+        """Seconds; 0 where nothing was dense."""
+        return sum(a.until(b) for _, a, b in self.marks) / max(1, sum(heads for heads, _, _ in self.marks))
 
 
 def _least(call: Callable[[], object], repeats: int, device: torch.device) -> float:

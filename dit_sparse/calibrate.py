@@ -29,8 +29,8 @@ class CalibrateOptions:
 
     For each layer, head, branch of guidance and step: the share of softmax mass in the blocks kept, how much of the
     best it is, and the error of every method at every density, on a sample of rows. Then one forward for each layer at
-    two steps, and three runs that turn sparse, to learn what such an error does to the video. It can be interrupted:
-    the same command goes on where it stopped.
+    two steps and some runs that turn sparse on the way, to learn what such an error does to the video, and one run of
+    a fitted choice, to correct what is predicted. It can be interrupted: the same command goes on where it stopped.
     """
 
     model_id: str | None = None

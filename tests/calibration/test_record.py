@@ -173,15 +173,16 @@ def test_memory_is_bounded_by_the_longest_distance():
     assert {len(kept) for kept in recorder._memory.values()} == {3}
 
 
-def test_text_counts_as_kept():
+@pytest.mark.parametrize("place", [(0, 9), (9, 0), (4, 5)])
+def test_text_counts_as_kept_wherever_it_stands(place):
     g = Generation(SparseConfig("dense"), [LAYER])
     recorder = g.dense = Recorder(plan(), g, 1)
     q, k, v = torch.randn(3, 1, 2, GRID.tokens + 9, 16)
     mask = torch.tensor([[True] * 6 + [False] * 3])
-    g.enter(GRID, batch=1, device=CPU, timestep=0.0, step=0, total=1, branch="cond")
+    g.enter(GRID, batch=1, device=CPU, timestep=0.0, step=0, total=1, branch="cond", text=place)
     dense = sparse_attention(q, k, v, LAYER, g, text_mask=mask)
     other = Generation(SparseConfig("tail", density=0.4, block=16, dense_steps=0), [LAYER])
-    other.enter(GRID, batch=1, device=CPU, timestep=0.0, step=0, total=1, branch="cond")
+    other.enter(GRID, batch=1, device=CPU, timestep=0.0, step=0, total=1, branch="cond", text=place)
     error = sparse_attention(q, k, v, LAYER, other, text_mask=mask) - dense
     got = recorder.found["cond"]["error"][:, 0, METHODS.index("tail"), 2]
-    torch.testing.assert_close(got, square(seen(error[:, :, : GRID.tokens])), atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(got, square(seen(error[:, :, place[0] : place[0] + GRID.tokens])), atol=1e-6, rtol=1e-3)

@@ -1,0 +1,32 @@
+import torch
+
+from dit_sparse.calibration import costs
+from dit_sparse.choices import Rung
+from dit_sparse.config import SparseConfig
+from dit_sparse.kernels.dense_attention import dense_attention
+from dit_sparse.layout import TokenGrid
+from dit_sparse.state import Layer
+
+GRID, LAYER = TokenGrid(4, 16, 16), Layer("transformer.blocks.0.attn1", 0, 1, 2, 32)
+
+
+def test_every_choice_has_a_cost_and_more_blocks_cost_more():
+    q, k, v = torch.randn(3, 1, 2, GRID.tokens, 32)
+    ladder = (Rung(0.02), Rung(0.9))
+    found = costs.measure(LAYER, (q, k, v), GRID, ladder, SparseConfig("tail", block=16), repeats=5)
+    methods = ("none", "rectify", "tail", "calibrated", "anchor", "reshape")
+    assert set(found) == {"dense", *methods, "anchor at anchor", "reshape at anchor"}
+    for name in methods:
+        low, high = found[name]
+        assert 0 < low < high, name
+    # An anchor is dense besides.
+    assert found["anchor at anchor"][0] > found["dense"]
+
+
+def test_a_clock_answers_with_dense_attention_and_its_seconds():
+    q, k, v = torch.randn(3, 1, 2, 64, 32)
+    clock = costs.Clock()
+    assert clock.per_head == 0
+    for _ in range(2):
+        assert torch.equal(clock(LAYER, q, k, v, None), dense_attention(q, k, v)[0])
+    assert [heads for heads, _, _ in clock.marks] == [2, 2] and 0 < clock.per_head < 60
