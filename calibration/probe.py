@@ -87,13 +87,17 @@ class Watched:
     def __init__(self, attend: Any, probe: Probe):
         self.attend, self.probe = attend, probe
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> Tensor:
-        return self._beside(lambda: self.attend(q, k, v, *options, **named), q, k, v)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        return self._beside(lambda: self.attend(q, k, v, key_mask), q, k, v, key_mask)
 
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
-        return self._beside(lambda: self.attend.dense(q, k, v, *options), q, k, v)
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any, reason: str) -> Tensor:
+        return self._beside(lambda: self.attend.dense(q, k, v, mask, processor, reason), q, k, v, mask)
 
-    def _beside(self, attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def fall_back(self, reason: str, pairs: float) -> None:
+        # Somebody else computes that call, so there is nothing to be beside of.
+        self.attend.fall_back(reason, pairs)
+
+    def _beside(self, attend: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         generation = self.probe.generation
         tally, moment = generation.tally, generation.moment
         possible, known, visited = tally.dense_pairs, tally.known_pairs, tally.visited_pairs
@@ -105,7 +109,7 @@ class Watched:
         grown = [phase for phase, count in tally.phases[step].items() if count > phases.get(phase, 0)]
         error = exact = None
         if self.probe.rows:
-            error, exact = _error(q, k, v, out, self.probe.rows)
+            error, exact = _error(q, k, v, mask, out, self.probe.rows)
         self.probe.calls.append(
             Call(
                 generation.layers[self.attend.layer].name,
@@ -123,9 +127,18 @@ class Watched:
         return out
 
 
-def _error(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Over evenly spaced rows and all heads: squared distance from exact attention, and squared length of that."""
+def _error(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Over evenly spaced rows and all heads: squared distance from exact attention, and squared length of that.
+
+    mask is a key mask [B, L] bool, or anything that scaled_dot_product_attention takes. Rows that see no key do not
+    count.
+    """
     picked = torch.linspace(0, q.shape[2] - 1, min(rows, q.shape[2]), device=q.device).round().long()
-    shares = (q[:, :, picked].float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(-1)
-    exact = shares @ v.float()
-    return (out[:, :, picked].float() - exact).square().sum(), exact.square().sum()
+    logits = q[:, :, picked].float() @ k.float().mT * q.shape[-1] ** -0.5
+    if mask is not None:
+        mask = mask[:, None, None] if mask.dim() == 2 and len(mask) == len(q) else mask
+        mask = mask.expand(*logits.shape[:2], q.shape[2], k.shape[2])[:, :, picked]
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    exact = logits.softmax(-1).nan_to_num() @ v.float()
+    seen = ~logits.isneginf().all(-1, keepdim=True)
+    return ((out[:, :, picked].float() - exact) * seen).square().sum(), exact.square().sum()

@@ -37,10 +37,8 @@ def test_version(capsys):
 
 def test_unknown_commands_are_named(capsys):
     assert refused(capsys, "plna") == "Unknown command 'plna': did you mean plan?"
-    assert (
-        refused(capsys, "--qqq")
-        == "Unknown command '--qqq': choose from generate, calibrate, fit, profile, compare, metrics, plan, info, bench."
-    )
+    said = refused(capsys, "--qqq")
+    assert "'--qqq': choose from generate, calibrate, fit, profile, compare, metrics, plan, info, bench." in said
 
 
 @pytest.mark.parametrize("command", ["generate", "calibrate", "fit", "plan", "info", "bench"])

@@ -144,7 +144,7 @@ def test_seconds_left_take_the_mean_of_each_phase():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--method", "magic"), "method takes anchor, tail, reshape, rectify, none or dense, not 'magic'."),
+        (("--method", "magic"), "radial, ditfastattn or dense, not 'magic'."),
         (("--densty", "0.2"), "Unknown option '--densty': did you mean --density?"),
         (("--density", "0"), "density is a share above 0 and at most 1, not 0.0."),
         (("--top_p", "1.5"), "top_p is a share above 0 and at most 1, not 1.5."),

@@ -92,7 +92,7 @@ def test_a_value_may_look_like_an_option():
         (("--height", "1.5"), "height takes a whole number or None, not '1.5'."),
         (("--height",), "height takes a whole number or None, but was given too little."),
         (("--scale", "much"), "scale takes a number, not 'much'."),
-        (("--method", "magic"), "method takes anchor, tail, reshape, rectify, none or dense, not 'magic'."),
+        (("--method", "magic"), "radial, ditfastattn or dense, not 'magic'."),
         (("--tile", "1", "2"), "tile takes 3 values (a whole number, a whole number, a whole number), but was given"),
         (("--tile", "1", "2", "x"), "tile takes 3 values"),
         (("--density", "0"), "density is a share above 0 and at most 1, not 0.0."),

@@ -24,18 +24,19 @@ def places(pattern: str, grid: TokenGrid, block: int) -> list[tuple[int, int, in
 
 def by_pairs(pattern: str, grid: TokenGrid, block: int, sees) -> torch.Tensor:
     """Blocks that hold a pair of tokens for which `sees` (place and coordinates of both) holds."""
-    where = places(pattern, grid, block)
-    mask = torch.eye(-(-grid.tokens // block), dtype=torch.bool)
-    for i, a in enumerate(where):
-        for j, b in enumerate(where):
-            if not mask[i // block, j // block] and sees(i, a, j, b):
-                mask[i // block, j // block] = True
+    where = torch.tensor(places(pattern, grid, block))
+    place, blocks = torch.arange(grid.tokens), -(-grid.tokens // block)
+    pairs = sees(place[:, None], where.T[:, :, None], place, where.T[:, None]).expand(grid.tokens, grid.tokens)
+    i, j = pairs.nonzero(as_tuple=True)
+    mask = torch.eye(blocks, dtype=torch.bool)
+    mask[i // block, j // block] = True
     return mask
 
 
-def window(position: int, count: int, side: int) -> range:
-    first = min(max(position - side // 2, 0), count - side)
-    return range(first, first + side)
+def window(position: torch.Tensor, other: torch.Tensor, count: int, side: int) -> torch.Tensor:
+    """Whether `other` is in the window of `side` around `position`, which is moved inwards at the edges."""
+    first = (position - side // 2).clamp(0, count - side)
+    return (other >= first) & (other < first + side)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -72,10 +73,8 @@ def test_sliding_tiles_are_a_window_of_tiles_around_each(grid):
         mask = pattern_mask("sta", grid, 16, density)
 
         def sees(i, a, j, b, size):
-            return all(
-                y // edge in window(x // edge, count, side)
-                for x, y, edge, count, side in zip(a, b, tile, counts, size, strict=True)
-            )
+            axes = zip(a, b, tile, counts, size, strict=True)
+            return math.prod(window(x // edge, y // edge, count, side) for x, y, edge, count, side in axes) > 0
 
         sizes = [(f, r, c) for f in range(1, counts[0] + 1) for r in range(1, counts[1] + 1)
                  for c in range(1, counts[2] + 1)]  # fmt: skip
@@ -91,10 +90,10 @@ def test_sliding_tiles_are_a_window_of_tiles_around_each(grid):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_radial_bands_halve_with_each_doubling_of_the_distance_in_frames(grid):
     def sees(a, b, at_hand):
-        apart = abs(a[0] - b[0])
-        width = at_hand / 2 ** math.floor(math.log2(max(apart, 1)))
-        off = abs((a[1] - b[1]) * grid.width + a[2] - b[2])
-        return off <= width if width >= 1 else off == 0 and apart % math.ceil(1 / width) == 0
+        apart = (a[0] - b[0]).abs()
+        width = at_hand / 2 ** apart.clamp(min=1).double().log2().floor()
+        off = ((a[1] - b[1]) * grid.width + a[2] - b[2]).abs()
+        return torch.where(width >= 1, off <= width, (off == 0) & (apart % (1 / width).ceil() == 0))
 
     widths = [2 ** (eighths / 8) for eighths in range(-24, 65)]
     for density in (0.2, 0.5, 0.9):
