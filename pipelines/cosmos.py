@@ -52,7 +52,12 @@ FAMILY = Family(
     is_self_attention=lambda name: name.endswith(".attn1"),
     forward=_forward,
     processors=swapped(CosmosAttnProcessor2_0),
-    stock=lambda name, _: CosmosAttnProcessor2_0() if name.endswith(".attn1") else CosmosAttnProcessor2_5(),
+    # Only 2.5 attends to an image, too.
+    stock=lambda name, transformer: (
+        CosmosAttnProcessor2_5()
+        if name.endswith(".attn2") and transformer.config.img_context_dim_in
+        else CosmosAttnProcessor2_0()
+    ),
     size=_size,
     shape=_shape,
 )

@@ -87,4 +87,6 @@ class _Swap(TorchFunctionMode):
         if plain and (attn_mask is None) == (padding is None):
             return self.attend(query, key, value, padding)
         self.attend.fall_back("attention was asked for more than padding", float(query[..., 0].numel() * key.shape[2]))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
