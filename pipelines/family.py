@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_sparse.layout import TokenGrid
 from dit_sparse.models import Size
@@ -65,7 +65,7 @@ class Family:
 
     name: str
     is_self_attention: Callable[[str], bool]
-    forward: Callable[[nn.Module, Mapping[str, Any]], Forward]
+    forward: Callable[[Any, Mapping[str, Any]], Forward]
     processors: Mapping[type, Callable[[Attend], Any]]
     stock: Callable[[str, Any], Any]
     size: Callable[[Mapping[str, Any], Mapping[str, Any]], Size]

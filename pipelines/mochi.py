@@ -55,7 +55,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:
+def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
     latents, text, side = call["hidden_states"], call["encoder_hidden_states"], transformer.config.patch_size
     grid = TokenGrid(latents.shape[2], latents.shape[3] // side, latents.shape[4] // side)
     # Its timesteps rise.

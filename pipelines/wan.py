@@ -63,7 +63,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.type_as(x)
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:
+def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
     latents = call["hidden_states"]
     grid = TokenGrid(*(n // p for n, p in zip(latents.shape[2:], transformer.config.patch_size, strict=True)))
     return Forward(grid, len(latents), latents.device, call["timestep"], call.get("encoder_hidden_states"))
