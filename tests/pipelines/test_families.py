@@ -188,7 +188,7 @@ def watched(pipe, look):
         def spy(q, k, v, key_mask=None, inner=inner):
             return look(inner, q, k, v, key_mask)
 
-        spy.dense, spy.fall_back = inner.dense, inner.fall_back
+        spy.joint, spy.fall_back = inner.joint, inner.fall_back
         module.processor.attend = spy
     yield
 
@@ -292,6 +292,21 @@ def test_branches_of_guidance_in_one_batch_are_one_branch(name):
             assert session.generation.branches == 1
 
 
+def test_guidance_beside_a_batch_of_both_branches_has_its_own_memory():
+    """LTX-2 guides in two further ways, one forward of the prompt alone each."""
+    pipe, moments = make("ltx2.3"), []
+    config = SparseConfig("anchor", density=0.15, dense_steps=0)
+    with sparsify(pipe, config) as session:
+        pipe.transformer.register_forward_hook(
+            lambda *_: moments.append((session.generation.moment.step, session.generation.moment.branch))
+        )
+        generate("ltx2.3", pipe, stg_scale=1.0, modality_scale=3.0, spatio_temporal_guidance_blocks=[1])
+        report = session.report()
+    assert moments == [(step, name) for step in range(3) for name in ("cond_uncond", "uncond_stg", "uncond_modality")]
+    assert [r.phase for r in report.steps] == ["anchor", "sparse", "sparse"]
+    assert not report.fallbacks
+
+
 # ---- what is refused ----
 
 
@@ -392,11 +407,11 @@ def test_a_mask_that_is_more_than_padding_runs_dense_and_is_counted():
             stock = family_of(pipe).stock("", pipe.transformer)(module, **inputs)
         for a, b in zip(ours, stock, strict=True):
             torch.testing.assert_close(a, b)
-        assert session.report().fallbacks == {"attention was asked for more than padding": 1}
+        assert session.report().fallbacks == {"a mask was given that may hide more than padding of the text": 1}
     with (
         sparsify(pipe.transformer, "none", dense_steps=0, strict=True),
         torch.no_grad(),
-        pytest.raises(ValueError, match="more than padding, and strict=True"),
+        pytest.raises(ValueError, match="more than padding of the text, and strict=True"),
     ):
         module(**inputs)
 
