@@ -71,7 +71,7 @@ def attend_part(
             f"{layer.name} was given {q.shape[2]} tokens, but its grid has {tokens} and {text_mask.shape[1]} of text."
         )
     layout = Layout(generation.grid, text, config.block_size(tokens))
-    if before and key_mask is not None:
+    if before and text_mask is not None:
         key_mask = _key_mask(text_mask, k.shape[2], 0)
     if config.method == "svg":
         first = vision_first("raster", layout.grid, config.tile, q.device, before)

@@ -90,6 +90,7 @@ class Generation:
     dense: Callable[[Layer, Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None = None
     _run: object = None
     _batch: int = 0
+    _batches: dict[str, int] = field(default_factory=dict)  # by branch
     _device: torch.device = torch.device("cpu")
     _at_step: list[str] = field(default_factory=list)  # branches seen at the present step
     _prompts: list[object] = field(default_factory=list)  # what tells branches without a name apart
@@ -125,7 +126,9 @@ class Generation:
         more than it may.
         """
         last, self.text = self.moment, text
-        same = last is not None and run is self._run and grid == self.grid and batch == self._batch
+        # Branches with names may differ in it: some guidance runs beside a batch of both others.
+        known = self._batch if branch is None else self._batches.get(branch, batch)
+        same = last is not None and run is self._run and grid == self.grid and batch == known
         ahead = last is None or (timestep != last.timestep if step is None else step != last.step)
         name = branch if branch is not None else self._branch(prompt, ahead)
         if last is not None and same:
@@ -143,6 +146,7 @@ class Generation:
         if ahead:
             self._at_step = []
         self._at_step.append(name)
+        self._batches[name] = batch
         self.moment = Moment(step, name, timestep, total)
         self.tally.marks.append((step, Mark(device), None))
 
@@ -167,7 +171,7 @@ class Generation:
         """Forget what was learned; the report stays until the next generation begins."""
         self.learned.clear()
         self._table = None
-        self._prompts, self._at_step = [], []
+        self._prompts, self._at_step, self._batches = [], [], {}
         self.moment = self._run = None
 
     def _begin(self, total: int | None, levels: Sequence[float] | None) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
 
 from dit_sparse.layout import TokenGrid
@@ -17,7 +16,7 @@ def _is_self_attention(name: str) -> bool:
     return name.endswith(".attn1")
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:
+def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
     latents, text = call["hidden_states"], call["encoder_hidden_states"]
     _, frames, _, height, width = latents.shape
     side, depth = transformer.config.patch_size, transformer.config.patch_size_t or 1

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0, CosmosAttnProcessor2_5
 
 from dit_sparse.layout import TokenGrid
@@ -13,7 +12,7 @@ from dit_sparse.pipelines.swap import swapped
 from dit_sparse.predict import ModelShape
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:
+def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
     latents, prompt = call["hidden_states"], call["encoder_hidden_states"]
     grid = TokenGrid(*(n // p for n, p in zip(latents.shape[2:], transformer.config.patch_size, strict=True)))
     prompt = prompt[0] if isinstance(prompt, tuple) else prompt
@@ -52,7 +51,12 @@ FAMILY = Family(
     is_self_attention=lambda name: name.endswith(".attn1"),
     forward=_forward,
     processors=swapped(CosmosAttnProcessor2_0),
-    stock=lambda name, _: CosmosAttnProcessor2_0() if name.endswith(".attn1") else CosmosAttnProcessor2_5(),
+    # Only 2.5 attends to an image, too.
+    stock=lambda name, transformer: (
+        CosmosAttnProcessor2_5()
+        if name.endswith(".attn2") and transformer.config.img_context_dim_in
+        else CosmosAttnProcessor2_0()
+    ),
     size=_size,
     shape=_shape,
 )

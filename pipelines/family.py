@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_sparse.layout import TokenGrid
 from dit_sparse.models import Size
@@ -13,9 +13,9 @@ from dit_sparse.predict import ModelShape
 class Attend(Protocol):
     """The attention call a processor makes: q, k, v [B, H, L, D], key_mask [B, L] (False: padding) -> [B, H, L, D]."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor: ...
+    joint: bool  # whether text is among the tokens
 
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any, reason: str) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor: ...
 
     def fall_back(self, reason: str, pairs: float) -> None: ...
 
@@ -65,7 +65,7 @@ class Family:
 
     name: str
     is_self_attention: Callable[[str], bool]
-    forward: Callable[[nn.Module, Mapping[str, Any]], Forward]
+    forward: Callable[[Any, Mapping[str, Any]], Forward]
     processors: Mapping[type, Callable[[Attend], Any]]
     stock: Callable[[str, Any], Any]
     size: Callable[[Mapping[str, Any], Mapping[str, Any]], Size]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from dit_sparse.layout import TokenGrid
@@ -17,7 +16,7 @@ def _is_self_attention(name: str) -> bool:
     return name.startswith(("transformer_blocks.", "single_transformer_blocks.")) and name.endswith(".attn")
 
 
-def forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:  # noqa: ARG001
+def forward(transformer: Any, call: Mapping[str, Any]) -> Forward:  # noqa: ARG001
     """By img_ids, rows of (image, row, column, ...) that are alike in a batch: nothing else tells the sides."""
     latents, text, ids = call["hidden_states"], call["encoder_hidden_states"], call["img_ids"]
     ids = (ids if ids.dim() == 2 else ids[0]).cpu()

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 
@@ -22,7 +21,7 @@ def _patch(transformer: Mapping[str, Any]) -> tuple[int, int, int]:
     return transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:
+def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
     latents, text = call["hidden_states"], call["encoder_hidden_states"]
     grid = TokenGrid(*(n // p for n, p in zip(latents.shape[2:], _patch(transformer.config), strict=True)))
     return Forward(grid, len(latents), latents.device, call["timestep"], text, after=text.shape[1])

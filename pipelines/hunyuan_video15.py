@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch import Tensor
@@ -29,7 +28,7 @@ class OneRowMaskProcessor:
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor,
@@ -41,7 +40,7 @@ class OneRowMaskProcessor:
         return run(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:
+def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
     parts = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
     return replace(hunyuan_video.FAMILY.forward(transformer, call), after=sum(call[part].shape[1] for part in parts))
 

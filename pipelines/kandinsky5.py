@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
 
 from dit_sparse.layout import TokenGrid
@@ -13,7 +12,7 @@ from dit_sparse.pipelines.swap import swapped
 from dit_sparse.predict import ModelShape
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:
+def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
     if call.get("sparse_params") is not None:
         raise ValueError(
             "This Kandinsky 5 model is sparse already, by NABLA, for which it was trained: restore() first, or use a "

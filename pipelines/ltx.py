@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
 
 from dit_sparse.layout import TokenGrid
@@ -13,9 +12,9 @@ from dit_sparse.pipelines.swap import swapped
 from dit_sparse.predict import ModelShape
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:  # noqa: ARG001
+def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:  # noqa: ARG001
     latents = call["hidden_states"]
-    sides = [call.get(name) for name in ("num_frames", "height", "width")]
+    sides: list[Any] = [call.get(name) for name in ("num_frames", "height", "width")]
     if None in sides:
         raise ValueError(
             "LTX-Video was given coordinates in place of num_frames, height and width, and tokens that lie on no grid "

@@ -32,9 +32,9 @@ class SparseMochiAttnProcessor:
         attention_mask: Tensor,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        ours, theirs = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        q, k, v = (_heads(project(hidden_states), attn.heads) for project in ours)
-        text_q, text_k, text_v = (_heads(project(encoder_hidden_states), attn.heads) for project in theirs)
+        of_vision, of_text = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        q, k, v = (project(hidden_states).unflatten(2, (attn.heads, -1)) for project in of_vision)
+        text_q, text_k, text_v = (project(encoder_hidden_states).unflatten(2, (attn.heads, -1)) for project in of_text)
         q, k, text_q, text_k = attn.norm_q(q), attn.norm_k(k), attn.norm_added_q(text_q), attn.norm_added_k(text_k)
         if image_rotary_emb is not None:
             q, k = _rotate(q, *image_rotary_emb), _rotate(k, *image_rotary_emb)
@@ -46,16 +46,12 @@ class SparseMochiAttnProcessor:
         return attn.to_out[1](attn.to_out[0](vision)), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    return rearrange(x, "b l (h d) -> b l h d", h=heads)
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:
+def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
     latents, text, side = call["hidden_states"], call["encoder_hidden_states"], transformer.config.patch_size
     grid = TokenGrid(latents.shape[2], latents.shape[3] // side, latents.shape[4] // side)
     # Its timesteps rise.

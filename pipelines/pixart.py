@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 
 from dit_sparse.layout import TokenGrid
@@ -13,7 +12,7 @@ from dit_sparse.pipelines.swap import swapped
 from dit_sparse.predict import ModelShape
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:
+def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
     latents, side = call["hidden_states"], transformer.config.patch_size
     grid = TokenGrid(1, latents.shape[2] // side, latents.shape[3] // side)
     return Forward(grid, len(latents), latents.device, call["timestep"], call.get("encoder_hidden_states"))

@@ -5,7 +5,6 @@ from itertools import takewhile
 from math import prod
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
 from dit_sparse.layout import TokenGrid
@@ -19,7 +18,7 @@ def _is_self_attention(name: str) -> bool:
     return name.startswith("transformer_blocks.") and name.endswith(".attn")
 
 
-def _forward(transformer: torch.nn.Module, call: Mapping[str, Any]) -> Forward:  # noqa: ARG001
+def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:  # noqa: ARG001
     latents, text = call["hidden_states"], call["encoder_hidden_states"]
     # One list of shapes for each row of the batch, all alike; images of the same shape are frames of one grid.
     images = call["img_shapes"][0]

@@ -289,6 +289,7 @@ class Attention:
     def __init__(self, generation: Generation, layer: int):
         self.generation, self.layer = generation, layer
         self.where = address(generation, layer)
+        self.joint = generation.layers[layer].joint
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Attention":
         # A copied processor attends for the same generation; a copy of all it has learned may not fit in memory.
@@ -296,11 +297,6 @@ class Attention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         return attend(q, k, v, key_mask, self.where)
-
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any, reason: str) -> Tensor:
-        """Dense attention by diffusers' own dispatcher, counted as a fallback. Raises ValueError under strict."""
-        self.fall_back(reason, float(q[..., 0].numel() * k.shape[2]))
-        return _dispatch(q, k, v, mask, processor)
 
     def fall_back(self, reason: str, pairs: float) -> None:
         """Count a call of `pairs` query-key pairs that somebody else computes. Raises ValueError under strict."""

@@ -17,7 +17,7 @@ def swapped(*stock: type) -> Mapping[type, Callable[[Attend], Any]]:
     """By diffusers' processor class, the class of ours that runs it with another attention call.
 
     Each must call `scaled_dot_product_attention` once, on the whole batch; projections, norms and RoPE stay its own.
-    A mask that it passes must be bool [B, 1, 1 or L, L], with a first row that hides nothing but padding of the text.
+    A mask of one row, bool [B, 1, 1, L], must hide nothing but padding of the text; any other makes attention dense.
     """
     return {kind: _swapping(kind) for kind in stock}
 
@@ -80,11 +80,20 @@ class _Swap(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        padding = None
-        if attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.dim() == 4 and len(attn_mask[0]) == 1:
-            padding = attn_mask[:, 0, 0].expand(len(query), -1)
-        plain = not (dropout_p or is_causal) and scale in (None, query.shape[-1] ** -0.5) and query.shape == key.shape
-        if plain and (attn_mask is None) == (padding is None):
+        reason = None
+        if query.shape != key.shape:
+            reason = "self-attention was used as cross-attention"
+        elif dropout_p or is_causal or scale not in (None, query.shape[-1] ** -0.5):
+            reason = "attention was asked for dropout, causality or another scale"
+        elif attn_mask is not None and not self._hides_text(attn_mask):
+            reason = "a mask was given that may hide more than padding of the text"
+        if reason is None:
+            padding = None if attn_mask is None else attn_mask[:, 0, 0].expand(len(query), -1)
             return self.attend(query, key, value, padding)
-        self.attend.fall_back("attention was asked for more than padding", float(query[..., 0].numel() * key.shape[2]))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        self.attend.fall_back(reason, float(query[..., 0].numel() * key.shape[2]))
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    def _hides_text(self, mask: Tensor) -> bool:
+        return self.attend.joint and mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1)

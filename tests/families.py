@@ -104,13 +104,11 @@ def generate(
         return torch.randn(*shape, generator=random)
 
     return pipe(
-        **tiny.arguments(tensor, prompts, guided),
-        **tiny.sizes[size][0],
+        **(tiny.arguments(tensor, prompts, guided) | tiny.sizes[size][0] | options),
         num_inference_steps=steps,
         generator=random,
         output_type="latent",
         return_dict=False,
-        **options,
     )[0]
 
 

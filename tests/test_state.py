@@ -99,6 +99,17 @@ def test_a_run_known_by_its_object():
     assert not g.learned and g.moment.step == 2
 
 
+def test_named_branches_of_other_batches_are_one_generation():
+    g = generation("anchor", dense_steps=0)
+    for step in range(2):
+        for branch, batch in (("cond_uncond", 2), ("perturbed", 1)):
+            enter(g, step, branch, batch=batch)
+            remember(g)
+        assert set(g.learned) == {(g.layers[0].name, "cond_uncond"), (g.layers[0].name, "perturbed")}
+    enter(g, 2, "perturbed", batch=3)
+    assert not g.learned
+
+
 @pytest.mark.parametrize("change", [{"grid": TokenGrid(1, 4, 4)}, {"batch": 2}, {"run": ONE}])
 def test_another_grid_batch_or_run_begins_anew(change):
     g = generation(dense_steps=0)

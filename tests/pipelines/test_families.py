@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from diffusers import SanaTransformer2DModel
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -187,7 +188,7 @@ def watched(pipe, look):
         def spy(q, k, v, key_mask=None, inner=inner):
             return look(inner, q, k, v, key_mask)
 
-        spy.dense, spy.fall_back = inner.dense, inner.fall_back
+        spy.joint, spy.fall_back = inner.joint, inner.fall_back
         module.processor.attend = spy
     yield
 
@@ -263,17 +264,20 @@ def test_another_size_in_the_same_session_is_that_of_a_fresh_one(name):
 
 def test_in_plain_diffusers_style(name):
     pipe = make(name)
-    if not hasattr(pipe.transformer, "set_attn_processor"):
-        pytest.skip("diffusers gives this model no set_attn_processor")
     config = SparseConfig("anchor", density=0.15, dense_steps=1)
     with sparsify(pipe, config):
         expected = generate(name, pipe)
-    before = {name: type(p) for name, p in pipe.transformer.attn_processors.items()}
+    modules = [module for module in pipe.transformer.modules() if hasattr(module, "processor")]
+    before = [type(module.processor) for module in modules]
     ours = SparseAttnProcessor(config)
-    pipe.transformer.set_attn_processor(ours)
+    if hasattr(pipe.transformer, "set_attn_processor"):
+        pipe.transformer.set_attn_processor(ours)
+    else:
+        for module in modules:
+            module.processor = ours
     assert torch.equal(generate(name, pipe), expected)
     ours.session.restore()
-    assert {name: type(p) for name, p in pipe.transformer.attn_processors.items()} == before
+    assert [type(module.processor) for module in modules] == before
 
 
 def test_branches_of_guidance_in_one_batch_are_one_branch(name):
@@ -286,6 +290,21 @@ def test_branches_of_guidance_in_one_batch_are_one_branch(name):
         assert rows == ([1] * 4 if TINY[name].passes else [2] * 2)
         if not TINY[name].passes:
             assert session.generation.branches == 1
+
+
+def test_guidance_beside_a_batch_of_both_branches_has_its_own_memory():
+    """LTX-2 guides in two further ways, one forward of the prompt alone each."""
+    pipe, moments = make("ltx2.3"), []
+    config = SparseConfig("anchor", density=0.15, dense_steps=0)
+    with sparsify(pipe, config) as session:
+        pipe.transformer.register_forward_hook(
+            lambda *_: moments.append((session.generation.moment.step, session.generation.moment.branch))
+        )
+        generate("ltx2.3", pipe, stg_scale=1.0, modality_scale=3.0, spatio_temporal_guidance_blocks=[1])
+        report = session.report()
+    assert moments == [(step, name) for step in range(3) for name in ("cond_uncond", "uncond_stg", "uncond_modality")]
+    assert [r.phase for r in report.steps] == ["anchor", "sparse", "sparse"]
+    assert not report.fallbacks
 
 
 # ---- what is refused ----
@@ -302,6 +321,119 @@ def test_another_processor_is_not_replaced(name):
     with pytest.raises(ValueError, match=f"transformer.{where} has Other, which would be lost"):
         sparsify(pipe)
     assert isinstance(module.processor, Other)
+
+
+def told(pipe, **call):
+    return family_of(pipe).forward(pipe.transformer, call)
+
+
+def test_images_to_go_by_are_dense_and_always_attended_to():
+    """Flux with a reference image: text, then the image, then tokens of another grid."""
+    pipe, call = make("flux"), dict(forwards("flux")[0])
+    rows = len(call["hidden_states"])
+    grid = torch.cartesian_prod(torch.ones(1), torch.arange(5.0), torch.arange(7.0))
+    call["img_ids"] = torch.cat([call["img_ids"], grid])
+    call["hidden_states"] = torch.cat([call["hidden_states"], torch.randn(rows, 35, 16)], dim=1)
+    now = told(pipe, **call)
+    assert (now.grid, now.before, now.after) == (TokenGrid(1, 14, 15), 9, 35)
+    dense = []
+
+    def look(inner, q, k, v, key_mask):
+        out = inner(q, k, v, key_mask)
+        exact = F.scaled_dot_product_attention(q, k, v)
+        torch.testing.assert_close(out[:, :, :9], exact[:, :, :9], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out[:, :, 9 + 210 :], exact[:, :, 9 + 210 :], atol=1e-5, rtol=1e-5)
+        dense.append((out - exact)[:, :, 9 : 9 + 210].abs().max() < 1e-4)
+        return out
+
+    with sparsify(pipe.transformer, "none", density=0.15, dense_steps=0), watched(pipe, look):
+        run(pipe.transformer, [call])
+    assert dense == [False, False]
+    with sparsify(pipe.transformer, "none", density=1.0, dense_steps=0):
+        errors = errors_by_module(pipe, lambda: run(pipe.transformer, [call]))
+    assert len(errors) == 2 and max(errors.values()) < 3e-5
+
+
+def test_images_of_one_shape_are_frames_of_one_grid():
+    pipe = make("qwen-image")
+    call = dict(hidden_states=torch.zeros(1, 1, 1), encoder_hidden_states=torch.zeros(1, 4, 1), timestep=None)
+    now = told(pipe, img_shapes=[[(1, 14, 15), (1, 14, 15), (1, 5, 7), (1, 14, 15)]], **call)
+    assert (now.grid, now.before, now.after) == (TokenGrid(2, 14, 15), 4, 35 + 210)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "reason"),
+    [
+        ("ltx", dict(hidden_states=torch.zeros(1, 9, 4), video_coords=1), "given coordinates in place of num_frames"),
+        ("kandinsky5", dict(sparse_params={"P": 0.9}), "sparse already, by NABLA"),
+        ("z-image", dict(x=[torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 6)], cap_feats=[]), "do not share a grid"),
+        ("z-image", dict(x=[[torch.zeros(4, 1, 8, 8)]], cap_feats=[]), "do not share a grid"),
+    ],
+    ids=["coordinates", "nabla", "sizes", "omni"],
+)
+def test_what_lies_on_no_grid_is_refused(name, call, reason):
+    with pytest.raises(ValueError, match=reason):
+        told(make(name), **call)
+
+
+def test_linear_attention_is_refused_with_the_reason():
+    sana = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        sample_size=8,
+    )
+    with pytest.raises(ValueError, match="SanaTransformer2DModel cannot be: its self-attention is linear"):
+        sparsify(sana)
+
+
+def test_a_mask_that_is_more_than_padding_runs_dense_and_is_counted():
+    pipe, calls = make("flux"), forwards("flux")
+    module = pipe.transformer.transformer_blocks[0].attn
+    with sparsify(pipe.transformer, "none", density=0.15, dense_steps=0) as session:
+        inputs = {}
+        module.register_forward_pre_hook(lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True)
+        run(pipe.transformer, calls[:1])
+        mask = torch.rand(219, 219) > 0.3
+        with torch.no_grad():
+            inputs["attention_mask"] = mask
+            ours = module(**inputs)
+            stock = family_of(pipe).stock("", pipe.transformer)(module, **inputs)
+        for a, b in zip(ours, stock, strict=True):
+            torch.testing.assert_close(a, b)
+        assert session.report().fallbacks == {"a mask was given that may hide more than padding of the text": 1}
+    with (
+        sparsify(pipe.transformer, "none", dense_steps=0, strict=True),
+        torch.no_grad(),
+        pytest.raises(ValueError, match="more than padding of the text, and strict=True"),
+    ):
+        module(**inputs)
+
+
+def test_context_parallelism_runs_stock_and_is_counted():
+    pipe, calls = make("flux"), forwards("flux")
+    stock = run(pipe.transformer, calls[:1])
+    seen = []
+
+    class Whole:
+        def __getattr__(self, name):
+            seen.append(name)
+            raise AttributeError(name)
+
+    with sparsify(pipe.transformer, "none", density=0.15, dense_steps=0) as session:
+        for module in attentions(pipe).values():
+            module.processor._parallel_config = Whole()
+        with pytest.raises(AttributeError):
+            run(pipe.transformer, calls[:1])
+        assert seen, "the stock processor hands it to diffusers' dispatcher"
+        assert session.report().fallbacks == {"context parallelism is on": 1}
+    assert torch.equal(run(pipe.transformer, calls[:1])[0], stock[0])
 
 
 @pytest.mark.slow

@@ -8,10 +8,12 @@ from diffusers import DiffusionPipeline, FirstBlockCacheConfig, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from dit_sparse import SparseAttnProcessor, SparseConfig, attention, sparsify
+from dit_sparse.pipelines import wan
 from dit_sparse.pipelines.session import Session
-from dit_sparse.pipelines.wan import SparseWanAttnProcessor
 from dit_sparse.state import StateTooLarge
 from tests.tiny import generate, tiny_image_to_video, tiny_video_to_video, tiny_wan
+
+(SparseWanAttnProcessor,) = wan.FAMILY.processors.values()
 
 ANCHOR = SparseConfig("anchor", density=0.15, dense_steps=1)
 

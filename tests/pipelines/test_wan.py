@@ -6,8 +6,10 @@ from diffusers import FlowMatchHeunDiscreteScheduler, WanVACETransformer3DModel,
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from dit_sparse import SparseConfig, sparsify
-from dit_sparse.pipelines.wan import SparseWanAttnProcessor
+from dit_sparse.pipelines import wan
 from tests.tiny import generate, tiny_image_to_video, tiny_video_to_video, tiny_wan
+
+(SparseWanAttnProcessor,) = wan.FAMILY.processors.values()
 
 METHODS = ["anchor", "tail", "reshape", "rectify", "none"]
 MAKERS = {
@@ -81,7 +83,11 @@ class TooLoud(SparseWanAttnProcessor):
 
 class HeadsSwapped(SparseWanAttnProcessor):
     def __init__(self, attend):
-        super().__init__(lambda q, k, v: attend(q, k, v).flip(1))
+        def flipped(q, k, v, key_mask=None):
+            return attend(q, k, v, key_mask).flip(1)
+
+        flipped.joint = attend.joint
+        super().__init__(flipped)
 
 
 # ---- dense is stock, module by module ----
