@@ -60,7 +60,10 @@ def test_blocks_compiled_before_sparsify_are_compiled_once_more():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("how", ["in place", "wrapped before", "wrapped after"])
+@pytest.mark.parametrize(
+    "how",
+    ["in place", *(pytest.param(how, marks=pytest.mark.slow) for how in ("wrapped before", "wrapped after"))],
+)
 def test_a_whole_transformer_compiles_to_one_graph(how):
     config, counter = CONFIGS["anchor"], CompileCounterWithBackend("eager")
     pipe = make()
