@@ -90,8 +90,9 @@ class Watched:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         return self._beside(lambda: self.attend(q, k, v, key_mask), q, k, v, key_mask)
 
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any, reason: str) -> Tensor:
-        return self._beside(lambda: self.attend.dense(q, k, v, mask, processor, reason), q, k, v, mask)
+    @property
+    def joint(self) -> bool:
+        return self.attend.joint
 
     def fall_back(self, reason: str, pairs: float) -> None:
         # Somebody else computes that call, so there is nothing to be beside of.

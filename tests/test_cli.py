@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -146,6 +147,32 @@ def test_plan_follows_its_options(capsys):
     assert "29.1 GiB in bf16" in out and "3 dense, 5 anchor, 12 sparse" in out
     assert main(["plan", "--family", "wan2.1-14b", "--method", "tail"]) == 0
     assert "state             none" in capsys.readouterr().out
+
+
+def test_plan_says_from_which_size_it_pays(capsys):
+    """Of images of the shape asked for, the next smaller one does not pay."""
+    assert main(["plan", "--family", "flux.1-dev", "--height", "1024", "--width", "1536"]) == 0
+    out = capsys.readouterr().out
+    assert "6144 (1 x 64 x 96)" in out
+    said = re.search(r"pays from +(\d+) x (\d+) pixels, for images of this shape", out)
+    height, width = int(said[1]), int(said[2])
+    assert height % 16 == width % 16 == 0 and width / height == pytest.approx(1.5, rel=0.02)
+    for step, verdict in ((0, "  pays:"), (-16, "does not pay:")):
+        sides = ["--height", str(height + step), "--width", str(round((height + step) * 1.5 / 16) * 16)]
+        assert main(["plan", "--family", "flux.1-dev", *sides]) == 0
+        assert verdict in capsys.readouterr().out
+    assert main(["plan", "--family", "flux.1-dev", "--method", "dense"]) == 0
+    assert "pays from         no size up to 8192 pixels along a side" in capsys.readouterr().out
+    assert "num_frames is 1 for this model, which makes images" in refused(
+        capsys, "plan", "--family", "flux.1-dev", "--num_frames", "5"
+    )
+
+
+def test_what_has_guidance_as_an_input_keeps_the_state_of_one_branch(capsys):
+    for scale in ("1", "5"):
+        assert main(["plan", "--family", "hunyuan-video", "--guidance_scale", scale]) == 0
+    one, two = (line for line in capsys.readouterr().out.splitlines() if line.startswith("state"))
+    assert one == two
 
 
 def test_plan_reads_a_directory(capsys, tmp_path):

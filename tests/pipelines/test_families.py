@@ -21,7 +21,9 @@ from dit_sparse.predict import attention_share
 from tests.families import FAMILIES as TINY
 from tests.families import generate
 
-METHODS = ["anchor", "tail", "reshape", "rectify", "none", "svg", "sta"]
+# Tail and none are parts of anchor and reshape, and sta is a plan like theirs.
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("tail", "none", "sta")]
+METHODS = ["anchor", "reshape", "rectify", "svg", *SLOW]
 
 
 @pytest.fixture(params=TINY)
