@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned, calibrated, learn_anchor, learn_reshape, pooled_tail, rectify, reshape
 from dit_sparse.head_kinds import KINDS, HeadKinds, head_kinds
-from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.block_attention import block_attention, chosen_impl
 from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
 from dit_sparse.kernels.permute import permute
 from dit_sparse.layout import Layout
@@ -95,6 +95,7 @@ def attend_part(
         out, routed = _between(call, learned, moment.step), learned.visited
     possible = q.shape[0] * q.shape[1] * layout.blocks**2
     visited = torch.stack(call.listed).sum() * layout.block**2
+    generation.kernel = call.kernel
     generation.tally.sparse(moment.step, part.phase, pairs, call.known, visited, routed, possible)
     return out if order.is_raster else permute((out,), order.place)[0]
 
@@ -146,6 +147,7 @@ def _by_kind(
         some = call.over(plan, routed[-1], Correction())[0]
         out[:, list(heads)] = some if order.is_raster else permute((some,), order.place)[0]
         known += call.known
+        generation.kernel = call.kernel
         listed += call.listed
     visited = torch.stack(listed).sum() * layout.block**2 if listed else routed[0].new_zeros(())
     possible = q.shape[0] * q.shape[1] * layout.blocks**2
@@ -213,6 +215,7 @@ class Call:
     routes  whether it chooses blocks, for which the queries are pooled too
     listed  query-key block pairs visited, () int64 on the device for each pass over a plan
     known   pairs of tokens, or of a token and a pooled key, visited besides
+    kernel  the implementation of block attention that ran
     """
 
     q: Tensor
@@ -225,6 +228,7 @@ class Call:
     routes: bool
     listed: list[Tensor] = field(default_factory=list)
     known: float = 0.0
+    kernel: str = ""
 
     @property
     def scale(self) -> float:
@@ -279,6 +283,7 @@ class Call:
         self.known += rows * (text * layout.tokens + vision * text)
         if correction.tail is not None:
             self.known += rows * vision * layout.blocks
+        self.kernel = chosen_impl("auto", self.q, self.k, self.v, plan, layout.block, self.key_mask)
         return block_attention(
             self.q, self.k, self.v, plan, correction, block=layout.block, key_mask=self.key_mask, text=text
         )

@@ -23,7 +23,7 @@ dit-sparse: training-free sparse attention for diffusion transformers, on stock 
   dit-sparse metrics    score a video file against another: PSNR, SSIM, MS-SSIM, LPIPS, flicker
   dit-sparse plan       say from shapes alone what sparse attention can gain for a model and a size
   dit-sparse info       show the device, the kernels chosen for it, and the models known
-  dit-sparse bench      time attention or the whole sparse operator beside dense attention
+  dit-sparse bench      time attention, the whole sparse operator or a forward beside dense attention
 
 dit-sparse COMMAND --help lists a command's options and says what each means; --version prints the version.
 An error is one sentence; with --debug anywhere its traceback is shown."""

@@ -86,6 +86,7 @@ class Generation:
     tally: Tally = field(default_factory=Tally)
     peak_state_bytes: int = 0
     dense_backend: str = ""
+    kernel: str = ""  # the implementation of block attention that ran last
     # (layer, q, k, v, key_mask) -> the output of the dense kernel that the user chose for a layer, None without one
     dense: Callable[[Layer, Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None = None
     _run: object = None
@@ -136,7 +137,7 @@ class Generation:
             same = not back and (ahead or name not in self._at_step)
         if last is None or not same:
             self.reset()
-            self.tally, self.peak_state_bytes = Tally(), 0
+            self.tally, self.peak_state_bytes, self.kernel = Tally(), 0, ""
             self._run, self._batch, self._device, self.grid = run, batch, device, grid
             self._begin(total, levels)
             name = branch if branch is not None else self._branch(prompt, ahead=True)

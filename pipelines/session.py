@@ -143,7 +143,7 @@ class Session:
             residual=g.storage,
             fallbacks=dict(tally.fallbacks),
             dense_backend=self._chosen_backend() or g.dense_backend,
-            kernel="triton" if find_spec("triton") and self._device.type == "cuda" else "torch",
+            kernel=g.kernel or ("triton" if find_spec("triton") and self._device.type == "cuda" else "torch"),
         )
 
     def set_attn_processor(self, processor: Any) -> None:

@@ -98,6 +98,18 @@ def test_keeping_every_block_is_dense_for_methods_of_others(method, text):
     assert g.tally.density() == 1
 
 
+@pytest.mark.parametrize("method", ["tail", "svg"])
+def test_the_kernel_that_ran_is_known(method, monkeypatch):
+    g, (q, k, v) = at(method, density=0.3), inputs()
+    assert g.kernel == ""
+    for step in (0, 1):
+        run(g, step, q, k, v)
+    assert g.kernel == "torch"
+    monkeypatch.setattr(attention, "chosen_impl", lambda *_: "gluon")
+    run(g, 2, q, k, v)
+    assert g.kernel == "gluon"
+
+
 @pytest.mark.parametrize("density", [0.3, 1.0])
 @pytest.mark.parametrize("method", ["tail", "topp", *PATTERNED])
 def test_text_before_vision_is_text_behind_it(method, density):
