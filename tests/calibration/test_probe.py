@@ -52,7 +52,7 @@ def test_without_rows_there_is_no_error():
 class Masked:
     """An attention call with a mask, as exact as can be."""
 
-    layer = 0
+    layer, joint = 0, True
 
     def __init__(self, generation: Generation):
         self.generation, self.fallen = generation, []
@@ -60,10 +60,6 @@ class Masked:
     def __call__(self, q, k, v, key_mask=None):
         self.generation.tally.dense(0, 1.0)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, key_mask[:, None, None])
-
-    def dense(self, q, k, v, mask, processor, reason):
-        self.generation.tally.dense(0, 1.0)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
 
     def fall_back(self, reason, pairs):
         self.fallen.append((reason, pairs))
@@ -76,8 +72,7 @@ def test_masks_count_in_what_is_exact_and_a_fallback_passes_through():
     q, k, v = torch.randn(3, 2, 2, 40, 16)
     key_mask = torch.rand(2, 40) < 0.6
     attend(q, k, v, key_mask)
-    attend.dense(q, k, v, key_mask[:, None, None], None, "")
-    attend.dense(q, k, v, torch.randn(40, 40), None, "")
-    assert all((call.error / call.exact).sqrt() < 1e-5 for call in probe.calls) and len(probe.calls) == 3
+    assert all((call.error / call.exact).sqrt() < 1e-5 for call in probe.calls) and len(probe.calls) == 1
+    assert attend.joint is inner.joint
     attend.fall_back("a reason", 7.0)
     assert inner.fallen == [("a reason", 7.0)]
