@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import sys
 import time
 import zipfile
@@ -22,6 +23,8 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.pipelines.session import FAMILIES, sparsify
 from dit_sparse.profile import fingerprint
 from dit_sparse.video import whole, write_record
+
+logger = logging.getLogger(__name__)
 
 # Query rows per call whose error is measured for the maps.
 PROBED_ROWS = 64
@@ -91,14 +94,8 @@ class Maker:
     def make(self, setting: Setting, prompt: str, seed: int, *, probed: bool = False) -> Made:
         """The run from the cache, or made and kept. A probed run's times are not those of the method."""
         key = self.key(setting, prompt, seed, probed)
-        if self.is_kept(key):
-            try:
-                record = json.loads((self.cache / f"{key}.json").read_text(encoding="utf-8"))
-                with np.load(self.cache / f"{key}.npz") as stored:
-                    return Made(stored["frames"], record["facts"], record["maps"])
-            except (ValueError, KeyError, OSError, zipfile.BadZipFile):
-                # Damaged: made again, and written over.
-                pass
+        if (kept := self._kept(key)) is not None:
+            return kept
         made = self._run(setting, prompt, seed, probed)
         with whole(self.cache / f"{key}.npz") as part:
             np.savez_compressed(part, frames=made.frames)
@@ -107,6 +104,18 @@ class Maker:
             {"setting": setting.name, "prompt": prompt, "seed": seed, "facts": made.facts, "maps": made.maps},
         )
         return made
+
+    def _kept(self, key: str) -> Made | None:
+        """None also for a damaged run, which is made again and written over."""
+        if not self.is_kept(key):
+            return None
+        try:
+            record = json.loads((self.cache / f"{key}.json").read_text(encoding="utf-8"))
+            with np.load(self.cache / f"{key}.npz") as stored:
+                return Made(stored["frames"], record["facts"], record["maps"])
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            logger.warning("the kept run %s is damaged (%s) and is made again", key, error)
+            return None
 
     def _run(self, setting: Setting, prompt: str, seed: int, probed: bool) -> Made:
         def step_done(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
