@@ -47,6 +47,23 @@ def spatial_scale(vae: Mapping[str, Any]) -> int:
     return 2 ** (len(vae.get("block_out_channels", range(4))) - 1)
 
 
+def image_size(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Size:
+    """Of families whose tokens are square patches of an image autoencoder's latents."""
+    return Size(spatial_scale(vae) * transformer["patch_size"])
+
+
+def image_grid(transformer: Any, latents: Tensor) -> TokenGrid:
+    """The same families' tokens of latents [B, C, H, W]."""
+    side = transformer.config.patch_size
+    return TokenGrid(1, latents.shape[2] // side, latents.shape[3] // side)
+
+
+def image_forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
+    """The same, where text comes through cross-attention."""
+    latents, text = call["hidden_states"], call.get("encoder_hidden_states")
+    return Forward(image_grid(transformer, latents), len(latents), latents.device, call["timestep"], text)
+
+
 @dataclass(frozen=True)
 class Family:
     """All that differs from one model family to the next.

@@ -6,20 +6,9 @@ from typing import Any
 from diffusers.models.attention_processor import FusedHunyuanAttnProcessor2_0, HunyuanAttnProcessor2_0
 
 from dit_sparse.layout import TokenGrid
-from dit_sparse.models import Size
-from dit_sparse.pipelines.family import Family, Forward, spatial_scale
+from dit_sparse.pipelines.family import Family, image_forward, image_size, spatial_scale
 from dit_sparse.pipelines.swap import swapped
 from dit_sparse.predict import ModelShape
-
-
-def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
-    latents, side = call["hidden_states"], transformer.config.patch_size
-    grid = TokenGrid(1, latents.shape[2] // side, latents.shape[3] // side)
-    return Forward(grid, len(latents), latents.device, call["timestep"], call.get("encoder_hidden_states"))
-
-
-def _size(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Size:
-    return Size(spatial_scale(vae) * transformer["patch_size"])
 
 
 def _shape(
@@ -47,10 +36,10 @@ def _shape(
 FAMILY = Family(
     name="hunyuan-dit",
     is_self_attention=lambda name: name.endswith(".attn1"),
-    forward=_forward,
+    forward=image_forward,
     processors=swapped(HunyuanAttnProcessor2_0, FusedHunyuanAttnProcessor2_0),
     stock=lambda *_: HunyuanAttnProcessor2_0(),
-    size=_size,
+    size=image_size,
     shape=_shape,
     one_forward=True,
 )

@@ -6,20 +6,16 @@ from typing import Any
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 
 from dit_sparse.layout import TokenGrid
-from dit_sparse.models import Size
-from dit_sparse.pipelines.family import Family, Forward, spatial_scale
+from dit_sparse.pipelines.family import Family, Forward, image_grid, image_size, spatial_scale
 from dit_sparse.pipelines.swap import swapped
 from dit_sparse.predict import ModelShape
 
 
 def _forward(transformer: Any, call: Mapping[str, Any]) -> Forward:
-    latents, text, side = call["hidden_states"], call["encoder_hidden_states"], transformer.config.patch_size
-    grid = TokenGrid(1, latents.shape[2] // side, latents.shape[3] // side)
-    return Forward(grid, len(latents), latents.device, call["timestep"], text, after=text.shape[1])
-
-
-def _size(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Size:
-    return Size(spatial_scale(vae) * transformer["patch_size"])
+    latents, text = call["hidden_states"], call["encoder_hidden_states"]
+    return Forward(
+        image_grid(transformer, latents), len(latents), latents.device, call["timestep"], text, after=text.shape[1]
+    )
 
 
 def _shape(
@@ -51,7 +47,7 @@ FAMILY = Family(
     forward=_forward,
     processors=swapped(JointAttnProcessor2_0, FusedJointAttnProcessor2_0),
     stock=lambda *_: JointAttnProcessor2_0(),
-    size=_size,
+    size=image_size,
     shape=_shape,
     one_forward=True,
 )
