@@ -5,7 +5,8 @@
     python samples/quality_table.py --pareto
 
 All methods of a row have the same dense steps: the first `--dense_steps`, then one in every `refresh_every`. With
-`--pareto`, settings of different attention work are listed, for comparing methods at equal work.
+`--pareto`, settings of different attention work are listed, for comparing methods at equal work. `error` is that of
+attention in the calls computed sparse, relative to exact attention on the same inputs, layer by layer.
 """
 
 import argparse
@@ -23,7 +24,10 @@ from rich.table import Table
 
 from dit_sparse import SparseConfig, sparsify
 from dit_sparse.calibration.metrics import psnr, ssim
+from dit_sparse.calibration.probe import Probe, put_in_place
 
+# Query rows of each call that are attended exactly, too.
+PROBED_ROWS = 64
 METHODS = ("none", "rectify", "reshape", "tail", "anchor", "anchor-fp8", "anchor-int4")
 
 
@@ -54,6 +58,17 @@ def pareto() -> dict[str, SparseConfig]:
     return found
 
 
+def layer_errors(probe: Probe) -> list[float | None]:
+    """Relative L2 error of the sparse calls of each layer over prompts, steps and heads; None for a dense layer."""
+    squares: dict[str, list[float]] = {}
+    for call in probe.calls:
+        totals = squares.setdefault(call.layer, [0.0, 0.0])
+        if call.phase == "sparse" and call.error is not None and call.exact is not None:
+            totals[0] += call.error.item()
+            totals[1] += call.exact.item()
+    return [(error / exact) ** 0.5 if exact else None for error, exact in squares.values()]
+
+
 def measure(pipe: WanPipeline, configs: dict[str, SparseConfig], scenes: tuple, settings) -> list[dict]:
     captions = [world.caption(scene) for scene in scenes]
     seeds = [check_prompts.HELD_OUT_SEED + index for index in range(len(scenes))]
@@ -61,8 +76,10 @@ def measure(pipe: WanPipeline, configs: dict[str, SparseConfig], scenes: tuple, 
     for label, config in {"dense": SparseConfig("dense"), **configs}.items():
         start = time.perf_counter()
         with sparsify(pipe, config) as session:
+            probe = put_in_place({"transformer": pipe.transformer}, session.generation, PROBED_ROWS)
             clips = check_prompts.generate(pipe, captions, seeds, settings)
             report = session.report()
+            errors = layer_errors(probe)
         dense = clips if dense is None else dense
         score = check_prompts.judge(clips, scenes)
         pairs = [(a.numpy(), b.numpy()) for a, b in zip(clips, dense, strict=True)]
@@ -75,11 +92,18 @@ def measure(pipe: WanPipeline, configs: dict[str, SparseConfig], scenes: tuple, 
                 "ssim": None if clips is dense else sum(ssim(a, b) for a, b in pairs) / len(pairs),
                 "colour_and_shape": score.colour_and_shape,
                 "direction": score.direction,
+                "error": errors,
                 "seconds": time.perf_counter() - start,
             }
         )
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def shown(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join("-" if x is None else f"{x:.2f}".lstrip("0") for x in value)
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.4g}"
 
 
 def main() -> None:
@@ -116,8 +140,8 @@ def main() -> None:
     for column in rows[0]:
         table.add_column(column, justify="left" if column == "setting" else "right")
     for row in rows:
-        table.add_row(*("-" if x is None else x if isinstance(x, str) else f"{x:.4g}" for x in row.values()))
-    Console(width=120).print(table)
+        table.add_row(*map(shown, row.values()))
+    Console(width=160).print(table)
     if args.output_file is not None:
         args.output_file.write_text(json.dumps(rows, indent=1) + "\n")
 
