@@ -18,7 +18,7 @@ from dit_sparse.kernels.permute import permute
 from dit_sparse.layout import Layout
 from dit_sparse.order import vision_first
 from dit_sparse.plan import Residual
-from dit_sparse.profile import LEARNERS, METHODS, ROUTINGS, STORAGES
+from dit_sparse.profile import ERRORS, LEARNERS, METHODS, ROUTINGS, STORAGES
 from dit_sparse.report import Mark
 from dit_sparse.residual import pack, unpack
 from dit_sparse.routing import Pooled, pool, route
@@ -28,6 +28,8 @@ from dit_sparse.state import Generation, Layer
 FLOOR = -60.0
 # Rows looked at in one query block: with fewer, more blocks are seen for the same work.
 ROWS_PER_BLOCK = 16
+# Random directions that errors of two branches are compared along: their angle is wanted to some per cent only.
+SKETCH = 16
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Plan:
             "stale": (len(LEARNERS), d, k),
             "coarse": (len(LEARNERS), len(STORAGES)),
             "drift": (d,),
+            "together": (len(ERRORS), k),
             "energy": (),
         }
 
@@ -96,6 +99,7 @@ class Recorder:
     inputs: tuple[Layer, Tensor, Tensor, Tensor] | None = None
     _marks: list[tuple[Mark, Mark, Mark]] = field(default_factory=list)
     _memory: dict[tuple[str, str, int], dict[int, Memory]] = field(default_factory=dict)
+    _first: dict[tuple[str, int], tuple[int, str, Tensor]] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -142,7 +146,14 @@ class Recorder:
             ]
             memory[step] = told[0][1]
             for name, whole in self.found[branch].items():
-                whole[self._rows[layer.name] + head, step] = torch.stack([found[name] for found, _ in told]).mean(0)
+                if name != "together":
+                    whole[self._rows[layer.name] + head, step] = torch.stack([t[0][name] for t in told]).mean(0)
+            before, of, sketch = self._first.get((layer.name, head), (-1, "", told[0][2]))
+            if before != step or of == branch:
+                self._first[layer.name, head] = (step, branch, told[0][2])
+                sketch = told[0][2]
+            # The dot product of two vectors of length 1: the cosine between the errors of this branch and the first.
+            self.found[branch]["together"][self._rows[layer.name] + head, step] = (sketch * told[0][2]).sum(-1)
 
     def _empty(self, device: torch.device) -> dict[str, Tensor]:
         moment, heads = self.generation.moment, 0
@@ -163,6 +174,8 @@ class Bank:
     def __init__(self, plan: Plan, layout: Layout, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None):
         self.plan, self.layout, self.q, self.k, self.v, self.text_mask = plan, layout, q, k, v, text_mask
         self.scale = q.shape[-1] ** -0.5
+        signs = torch.randint(0, 2, (v.shape[-1], SKETCH), generator=torch.Generator().manual_seed(0))
+        self.directions = (2.0 * signs - 1).to(q.device)
         per = min(layout.block, ROWS_PER_BLOCK)
         count = min(layout.blocks, max(1, plan.rows // per))
         device = q.device
@@ -201,8 +214,9 @@ class Bank:
 
     def look(
         self, b: int, h: int, root: Tensor | None, memory: dict[int, Memory], step: int
-    ) -> tuple[dict[str, Tensor], Memory]:
-        """The statistics of one head, and what it would remember of this step."""
+    ) -> tuple[dict[str, Tensor], Memory, Tensor]:
+        """The statistics of one head, what it would remember of this step, and its errors [ERRORS, K, ...] along some
+        random directions, each of length 1."""
         n, r = self.rows.shape
         blocks, size, vision = self.layout.blocks, self.layout.block, self.layout.grid.tokens
         q, k, v = self.q[b, h, self.rows.flatten()].float(), self.k[b, h].float(), self.v[b, h].float()
@@ -264,19 +278,21 @@ class Bank:
         added = self.compensable[b, h][:, None].masked_fill(by_mass, 0)
         rectified = (1 - added.sum(-1))[..., None, None] * alone + (added @ means)[:, :, None]
         tailed = with_tail(by_error)
+        errors = torch.stack([x - dense for x in (alone, rectified, tailed, weighed, out)])
         found = {
             "rho": bins,
             "recall": self._recall(by_mass, mass, held - text_mass),
             "kept": torch.stack([by_mass.float().mean((0, 2)), by_error.float().mean((0, 2))]),
-            "error": torch.stack([square(x - dense) for x in (alone, rectified, tailed, weighed, out)]),
+            "error": torch.stack([square(error) for error in errors]),
             "energy": square(dense)[0],
         }
         now = Memory(by_mass, by_error, (dense - tailed).bfloat16(), (dense - out).bfloat16(), held)
         found["coarse"] = torch.stack(
             [self._coarse(x[:, self.plan.middle].float()) for x in (now.anchor, now.reshape)]
         )
-        found |= self._aged(memory, step, dense, exact, with_tail, square)
-        return found, now
+        aged, learned = self._aged(memory, step, dense, exact, with_tail, square)
+        vectors = torch.cat([errors, learned]) @ self.directions
+        return found | aged, now, F.normalize(vectors.transpose(1, 2).flatten(2), dim=-1)
 
     def _recall(self, masks: Tensor, mass: Tensor, held: Tensor) -> Tensor:
         """[K]: mass found over what the best blocks of that number hold, the mean over query blocks."""
@@ -290,19 +306,23 @@ class Bank:
         stored: list[Residual] = [pack(residual, storage) for storage in STORAGES]  # type: ignore[arg-type]
         return torch.stack([((unpack(x) - residual).square().sum() / whole).sqrt() for x in stored])
 
-    def _aged(self, memory, step: int, dense: Tensor, exact, with_tail, square) -> dict[str, Tensor]:
-        """Errors of following a memory, and how far rho of its plan has moved, for each distance there is."""
+    def _aged(self, memory, step: int, dense: Tensor, exact, with_tail, square) -> tuple[dict[str, Tensor], Tensor]:
+        """Errors of following a memory, and how far rho of its plan has moved, for each distance there is; and the
+        errors [learners, n, K, r, D] at the second distance, or the longest below."""
         shape = (len(LEARNERS), len(self.plan.distances), len(self.plan.ladder))
         stale, drift = dense.new_full(shape, float("nan")), dense.new_full(shape[1:2], float("nan"))
         old = [(at, memory[step - back]) for at, back in enumerate(self.plan.distances) if step - back in memory]
+        learned = dense.new_full((len(LEARNERS), dense.shape[0], shape[2], *dense.shape[2:]), float("nan"))
         if not old:
-            return {"stale": stale, "drift": drift}
+            return {"stale": stale, "drift": drift}, learned
         k, middle = len(self.plan.ladder), self.plan.middle
         tails = with_tail(torch.cat([m.by_error for _, m in old], 1)).split(k, 1)
         held, out = (x.split(k, 1) for x in exact(torch.cat([m.by_mass for _, m in old], 1)))
         for i, (at, m) in enumerate(old):
-            stale[0, at] = square(tails[i] + m.anchor.float() - dense)
             scaled = out[i] * (m.rho / held[i].clamp(min=1e-20))[..., None]
-            stale[1, at] = square(scaled + m.reshape.float() - dense)
+            errors = torch.stack([tails[i] + m.anchor.float() - dense, scaled + m.reshape.float() - dense])
+            stale[:, at] = torch.stack([square(error) for error in errors])
+            if at <= 1:
+                learned = errors
             drift[at] = (held[i][:, middle] - m.rho[:, middle]).abs().mean()
-        return {"stale": stale, "drift": drift}
+        return {"stale": stale, "drift": drift}, learned
