@@ -174,9 +174,9 @@ class Bank:
     def __init__(self, plan: Plan, layout: Layout, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None):
         self.plan, self.layout, self.q, self.k, self.v, self.text_mask = plan, layout, q, k, v, text_mask
         self.scale = q.shape[-1] ** -0.5
-        signs = torch.randint(0, 2, (v.shape[-1], SKETCH), generator=torch.Generator().manual_seed(0))
-        self.directions = (2.0 * signs - 1).to(q.device)
         per = min(layout.block, ROWS_PER_BLOCK)
+        signs = torch.randint(0, 2, (per, v.shape[-1], SKETCH), generator=torch.Generator().manual_seed(0))
+        self.directions = (2.0 * signs - 1).to(q.device)
         count = min(layout.blocks, max(1, plan.rows // per))
         device = q.device
         self.blocks = torch.linspace(0, layout.blocks - 1, count, device=device).round().long()
@@ -291,8 +291,8 @@ class Bank:
             [self._coarse(x[:, self.plan.middle].float()) for x in (now.anchor, now.reshape)]
         )
         aged, learned = self._aged(memory, step, dense, exact, with_tail, square)
-        vectors = torch.cat([errors, learned]) @ self.directions
-        return found | aged, now, F.normalize(vectors.transpose(1, 2).flatten(2), dim=-1)
+        vectors = torch.einsum("enkrd,rds->eknrs", torch.cat([errors, learned]), self.directions)
+        return found | aged, now, F.normalize(vectors.flatten(2), dim=-1)
 
     def _recall(self, masks: Tensor, mass: Tensor, held: Tensor) -> Tensor:
         """[K]: mass found over what the best blocks of that number hold, the mean over query blocks."""
