@@ -56,7 +56,7 @@ def test_show_draws_errors_where_nothing_is_chosen(folder, capsys):
 
 def test_diff_says_what_differs(folder, capsys):
     out = said(capsys, "diff", "a.safetensors", "b.safetensors")
-    assert "psnr 25" in out and "speedup 1.6" in out and "share of choices" in out and "#" in out
+    assert "psnr 35" in out and "speedup 1.6" in out and "share of choices" in out and "#" in out
     assert "model" not in out
     same = said(capsys, "diff", "a.safetensors", "a.safetensors")
     assert "The headers say the same." in same and "0.0% of the choices of branch cond differ" in same
