@@ -27,6 +27,8 @@ KEPT: tuple[Storage, ...] = ("bf16", "fp8", "int4")
 Cost = Literal["seconds", "work"]
 # Cosines are measured on a sample of rows: branches are never taken to cancel further than this share of the squares.
 LEAST_LEFT = 0.02
+# How far from 1 the slope of measured over predicted error may well be, where prompts differ by a factor of e.
+SLOPE_WIDTH = 0.35
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Solution:
     """What heads do, x, in all branches.
 
     option  [x, steps] index into `Problem.options`; anchor [x, steps] bool, where a memory begins
-    direct  [steps] mean squared error that each step adds to the latents; error is that of the frames in the end
+    direct  [steps] mean squared error that each step adds to the latents; added is what they come to in the end, and
+            error that of the frames
     spent   [steps] seconds in attention; seconds are those of the whole transformers, state [steps] bytes
     work    attention work as a share of that of dense attention; cost is either of the two, as the problem counts
     """
@@ -74,6 +77,7 @@ class Solution:
     option: np.ndarray
     anchor: np.ndarray
     direct: np.ndarray
+    added: float
     error: float
     spent: np.ndarray
     seconds: float
@@ -152,23 +156,38 @@ class Problem:
 
     @cached_property
     def grown(self) -> np.ndarray:
-        """[t]: mean squared error of the frames for one of the latents after a step."""
-        trials = [trial for trial in self.header.effects["trials"] if sum(trial["direct"]) > 0]
+        """[t]: mean squared error of the latents at the end for one after a step."""
         levels = self.header.levels
-        runs = [Run(np.array(t["direct"]), np.array(t["found"], float)) for t in trials]
-        grown = lasting(levels, fit_slopes(levels, runs)) ** 2
-        if not trials:
-            return grown
-        # The mean of logarithms, because quality is told in decibels.
-        off = [
-            math.log(max(t["error"], 1e-20) / (run.direct * grown).sum()) for t, run in zip(trials, runs, strict=True)
-        ]
-        return grown * math.exp(sum(off) / len(off))
+        runs = [Run(np.array(t["direct"]), np.array(t["found"], float)) for t in self._trials]
+        return lasting(levels, fit_slopes(levels, runs)) ** 2
+
+    @property
+    def _trials(self) -> list[dict[str, Any]]:
+        return [trial for trial in self.header.effects["trials"] if sum(trial["direct"]) > 0]
+
+    @cached_property
+    def _seen(self) -> tuple[float, float, float]:
+        """Of the logarithms of errors in trials: mean as added up, mean as measured, and the slope of the second over
+        the first, which is 1 but for what several trials say. Means of logarithms, as quality is told in decibels."""
+        if not self._trials:
+            return 0.0, math.log(self.header.effects["scale"]), 1.0
+        x = np.log([(np.array(t["direct"]) * self.grown).sum() for t in self._trials])
+        y = np.log([max(t["error"], 1e-20) for t in self._trials])
+        dx, dy = x - x.mean(), y - y.mean()
+        # One prompt is about e times as easily changed as another, and slopes are within about a third of 1.
+        slope = (dx @ dy + 1 / SLOPE_WIDTH**2) / (dx @ dx + 1 / SLOPE_WIDTH**2)
+        return float(x.mean()), float(y.mean()), float(np.clip(slope, 0.3, 1.5))
+
+    def frames_error(self, added: float) -> float:
+        """Mean squared error of the frames, for errors of the latents that add up to this: what is small adds up to
+        more than it seems, since choices fall on what was measured too low, and what is large cannot grow on."""
+        before, after, slope = self._seen
+        return 0.0 if added <= 0 else math.exp(after + slope * (math.log(added) - before))
 
     @cached_property
     def weight(self) -> np.ndarray:
-        """[x, t]: mean squared error of the frames for a unit of squared error in one head's part of the attention
-        output at one step, of what guidance makes of the branches."""
+        """[x, t]: mean squared error of the latents at the end for a unit of squared error in one head's part of the
+        attention output at one step, of what guidance makes of the branches."""
         return self.gained * self.grown
 
     @cached_property
@@ -301,7 +320,7 @@ class Problem:
         return self.cheapest(0.0, np.zeros(self.steps), only_dense=True)
 
     def cheapest(self, price: float, rent: np.ndarray, only_dense: bool = False) -> Solution:
-        """The least of error + price * cost + sum over steps of rent * bytes, for each head by itself."""
+        """The least of added error + price * cost + sum over steps of rent * bytes, for each head by itself."""
         single_error, seconds, work = self.single
         f, counts = self.followed, self.by == "work"
         single_cost = work if counts else seconds
@@ -376,7 +395,8 @@ class Problem:
             option=chosen,
             anchor=anchor,
             direct=error.sum(0) / self.grown,
-            error=float(error.sum()),
+            error=self.frames_error(float(error.sum())),
+            added=float(error.sum()),
             spent=seconds.sum(0),
             seconds=whole,
             work=share,
@@ -428,7 +448,7 @@ def solve(problem: Problem, targets: Targets) -> Solution:
             return path
         if unit is None:
             # Where memory begins to cost what it saves: the error of a run per byte.
-            unit = max(path.error, 1e-12) / max(path.state.max(), 1.0) / problem.steps
+            unit = max(path.added, 1e-12) / max(path.state.max(), 1.0) / problem.steps
             rent = np.where(over > 1, unit * 1e-3, 0.0)
         else:
             rent = np.where(over > 1, np.maximum(rent, unit * 1e-3) * np.clip(over, 1.05, 2.0) ** 2, rent * 0.97)

@@ -26,8 +26,9 @@ from dit_sparse.state import Generation, Layer
 
 # Least logarithm of a share: what is below would be subnormal further on, where a CPU is many times slower.
 FLOOR = -60.0
-# Rows looked at in one query block: with fewer, more blocks are seen for the same work.
-ROWS_PER_BLOCK = 16
+# Rows looked at in one query block, until all blocks are. A few blocks hold most of an error: eight blocks of sixteen
+# rows miss them, and tell too little of it.
+ROWS_PER_BLOCK = 4
 # Random directions that errors of two branches are compared along: their angle is wanted to some per cent only.
 SKETCH = 16
 
@@ -174,7 +175,7 @@ class Bank:
     def __init__(self, plan: Plan, layout: Layout, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None):
         self.plan, self.layout, self.q, self.k, self.v, self.text_mask = plan, layout, q, k, v, text_mask
         self.scale = q.shape[-1] ** -0.5
-        per = min(layout.block, ROWS_PER_BLOCK)
+        per = min(layout.block, max(ROWS_PER_BLOCK, plan.rows // layout.blocks))
         signs = torch.randint(0, 2, (per, v.shape[-1], SKETCH), generator=torch.Generator().manual_seed(0))
         self.directions = (2.0 * signs - 1).to(q.device)
         count = min(layout.blocks, max(1, plan.rows // per))

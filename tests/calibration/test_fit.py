@@ -51,7 +51,7 @@ def test_each_head_takes_the_cheapest_of_all_ways(methods, price, rent, by):
             ("rho", "recall", "kept", "error", "stale", "together")}  # fmt: skip
     problem = Problem(replace(made, header=header, tensors=made.tensors | keep), methods, by)
     rent = np.array([0.0, 3.0, 1.0, 0.5]) * rent
-    best = min(everything(problem), key=lambda way: way.error + price * way.cost + (rent * way.state).sum())
+    best = min(everything(problem), key=lambda way: way.added + price * way.cost + (rent * way.state).sum())
     found = problem.cheapest(price, rent)
     assert np.array_equal(found.option, best.option) and np.array_equal(found.anchor, best.anchor)
     assert (found.error, found.seconds) == pytest.approx((best.error, best.seconds))
@@ -179,12 +179,26 @@ def test_what_branches_have_in_common_cancels():
 def test_predictions_of_a_trial_are_the_trial():
     problem = Problem(profiles.profile())
     tried = problem.header.effects["trials"][0]
-    assert (problem.grown * tried["direct"]).sum() == pytest.approx(tried["error"])
+    added = (problem.grown * tried["direct"]).sum()
+    assert problem.frames_error(added) == pytest.approx(tried["error"]) and problem.frames_error(0.0) == 0
+    assert problem.frames_error(3 * added) == pytest.approx(3 * tried["error"])
     # The mean of two is the mean of their decibels.
-    worse = profiles.trial(6, error=4 * tried["error"])
-    problem.header.effects["trials"].append(worse)
+    problem.header.effects["trials"].append(profiles.trial(6, error=4 * tried["error"]))
     both = Problem(problem.profile)
-    assert (both.grown * tried["direct"]).sum() == pytest.approx(2 * tried["error"])
+    assert both.frames_error(added) == pytest.approx(2 * tried["error"])
+
+
+def test_trials_far_apart_say_how_errors_add_up():
+    """Where a hundredth of the error was measured as a tenth, some of that is believed."""
+    made = profiles.profile()
+    [tried] = made.header.effects["trials"]
+    small = [0.01 * x for x in tried["direct"]]
+    made.header.effects["trials"].append(profiles.trial(6, direct=small, error=0.1 * tried["error"]))
+    problem = Problem(made)
+    added = (problem.grown * tried["direct"]).sum()
+    slope = math.log(problem.frames_error(added) / problem.frames_error(0.01 * added)) / math.log(100)
+    assert 0.5 < slope < 0.75
+    assert problem.frames_error(0.1 * added) == pytest.approx(0.1**0.5 * tried["error"])
 
 
 def test_a_soft_anchor_is_as_wrong_as_its_tail_and_stays_so():
@@ -262,7 +276,7 @@ def test_what_is_tried_is_what_is_asked_for():
     problem = Problem(made, by="work")
     path = solve(problem, Targets(psnr=20.0, by="work"))
     assert tried.fitted and told["work"] == path.work < 1
-    assert (problem.grown * told["direct"]).sum() == pytest.approx(path.error)
+    assert (problem.grown * told["direct"]).sum() == pytest.approx(path.added)
     start = told["start"]
     assert (path.option[:, :start] == 0).all() and (path.option[:, start] > 0).any()
     dense = (path.option[:, start:] == 0).sum() * 2.0 + 10 * (6 - start) / 6
