@@ -186,7 +186,7 @@ def _trial(job: Job, work: Path, number: int) -> None:
     file, known = _effects(work)
     said, left = f"trial {number + 1}", job.steps
     if number >= len(known["trials"]):
-        fitted, told = try_out(_profile(job, work), TRIED[number % len(TRIED)])
+        fitted, told = try_out(_profile(job, work, unseen=number), TRIED[number % len(TRIED)])
         fitted.save(work / "trial.safetensors")
         dense = load_file(work / f"dense-{number}.safetensors")
         tape = Tape.from_tensors(load_file(work / f"tape-{number}.safetensors"))
@@ -241,7 +241,8 @@ class _Latents:
         return [float(x) for x in (mine - dense).square().mean(-1)]
 
 
-def _profile(job: Job, work: Path) -> Profile:
+def _profile(job: Job, work: Path, unseen: int | None = None) -> Profile:
+    """What was measured on all prompts, or on all but one that is to be tried, where there are others."""
     told = [_told(work, number) for number in range(len(job.prompts))]
     first = told[0]
     branches, prompts = first["branches"], []
@@ -250,7 +251,8 @@ def _profile(job: Job, work: Path) -> Profile:
         prompts.append(
             {name: torch.stack([named[f"{branch}/{name}"] for branch in branches], 1) for name in job.plan.axes()}
         )
-    mean = {name: torch.stack([found[name] for found in prompts]).nanmean(0) for name in job.plan.axes()}
+    seen = [found for number, found in enumerate(prompts) if number != unseen] or prompts
+    mean = {name: torch.stack([found[name] for found in seen]).nanmean(0) for name in job.plan.axes()}
     layers = tuple((name, heads, dim) for name, heads, dim in first["layers"])
     seconds = {name: sum(t["seconds"][name] for t in told) / len(told) for name in first["seconds"]}
     known = json.loads((work / "effects.json").read_text(encoding="utf-8"))

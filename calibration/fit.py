@@ -1,9 +1,10 @@
 """From measurements to choices: what each head does at each step, for the least error in the time and memory allowed.
 
-An error inside attention counts by what it was measured to do to the video (see `Problem.weight`), errors add up as
-squares, and costs add up as they are. The branches of guidance do the same: what their errors have in common goes away
-when one is subtracted from the other. With a price on cost and on bytes at each step, every head is a shortest path of
-its own through the steps; the prices are then moved until the targets are met.
+An error inside attention counts by what it was measured to do to the video (see `Problem.weight`). Errors of different
+heads add up as squares; those of one head, at one step and the next, also have a part in common, which adds up as it
+is. The branches of guidance do the same: what their errors have in common goes away when one is subtracted from the
+other. With a price on cost and on bytes at each step, every head is a shortest path of its own through the steps; the
+prices are then moved until the targets are met.
 """
 
 import math
@@ -27,6 +28,14 @@ KEPT: tuple[Storage, ...] = ("bf16", "fp8", "int4")
 Cost = Literal["seconds", "work"]
 # Cosines are measured on a sample of rows: branches are never taken to cancel further than this share of the squares.
 LEAST_LEFT = 0.02
+# The most that errors of one head may add up to in a run over what they would by chance, where they stay the same from
+# step to step: a run has an end, and its first errors grow more than its last.
+STEADIEST = 8.0
+# Steps from one anchor to the next that soft anchors are taken to have between them.
+BETWEEN = 4
+# How much of an error that was added up is there in the end, until a trial says so: about what the demo model's trials
+# say. Errors of many layers and steps cancel in part, and cannot grow for ever.
+LEFT = 0.1
 # How far from 1 the slope of measured over predicted error may well be, where prompts differ by a factor of e.
 SLOPE_WIDTH = 0.35
 
@@ -137,6 +146,18 @@ class Problem:
         both = sum(2 * cosines[:, b] * sizes[:, 0] * sizes[:, b] for b in range(1, len(self.signed)))
         return np.maximum(squares + both, LEAST_LEFT * squares)
 
+    def _persist(self, kind: str) -> np.ndarray:
+        """[x, t, k]: cosine between a head's errors at a step and at the one before, the mean over branches."""
+        found = self.stats["persist"][..., ERRORS.index(kind), :]
+        known = ~np.isnan(found)
+        return np.where(known, found, 0.0).sum(1) / np.maximum(known.sum(1), 1)
+
+    def _steady(self, kind: str) -> np.ndarray:
+        """[x, k]: the same, the mean over steps."""
+        found = self.stats["persist"][..., ERRORS.index(kind), :]
+        known = ~np.isnan(found)
+        return np.clip(np.where(known, found, 0.0).sum((1, 2)) / np.maximum(known.sum((1, 2)), 1), 0.0, 1.0)
+
     @cached_property
     def gained(self) -> np.ndarray:
         """[x, t]: mean squared error in the latents for a unit of squared error in one head's part of the attention
@@ -170,7 +191,7 @@ class Problem:
         """Of the logarithms of errors in trials: mean as added up, mean as measured, and the slope of the second over
         the first, which is 1 but for what several trials say. Means of logarithms, as quality is told in decibels."""
         if not self._trials:
-            return 0.0, math.log(self.header.effects["scale"]), 1.0
+            return 0.0, math.log(LEFT * self.header.effects["scale"]), 1.0
         x = np.log([(np.array(t["direct"]) * self.grown).sum() for t in self._trials])
         y = np.log([max(t["error"], 1e-20) for t in self._trials])
         dx, dy = x - x.mean(), y - y.mean()
@@ -210,7 +231,7 @@ class Problem:
         for i, method in enumerate(self.at_once):
             at = slice(1 + i * self.rungs, 1 + (i + 1) * self.rungs)
             told = self.stats["error"][..., METHODS.index(method), :]
-            error[..., at] = self.weight[..., None] * self._joint(told, method)
+            error[..., at] = self.weight[..., None] * self._joint(told, method) * _piled(self._persist(method))
             seconds[..., at] = self._seconds(method, method)
             work[..., at] = self._work(method)
         seconds[~self.ran] = work[~self.ran] = 0
@@ -249,7 +270,7 @@ class Problem:
         ]
         if not parts:
             none = np.zeros((*self.ran.shape, 0))
-            return Followed(none[None], none, none, none, none, none, none, np.zeros(0))
+            return Followed(none[None], none, none, none[:, 0], none, none, none, none, np.zeros(0))
         size = np.array([self._bytes(choice) for choice in self.options[self.singles :]])
         told = {name: np.concatenate([part[name] for part in parts], -1) for name in parts[0]}
         return Followed(size=size, **told)
@@ -272,17 +293,19 @@ class Problem:
             at_error = self._joint(self.stats["error"][..., METHODS.index("tail"), :], "tail")[..., top, None]
             seconds_at = seconds_at - self.slower * dense[1][..., :1] + self._seconds("tail", "tail")[..., top, None]
             work_at = work + self._work("tail")[..., top, None]
-        # What the anchor got wrong is in every step after it, and what storage lost.
-        after = (coarse + at_error[..., None])[..., below, :].reshape(*self.ran.shape, -1)
+            # The next soft anchor is wrong in much the same way.
+            at_error = at_error * _piled(self._steady("tail")[:, None, top, None] ** BETWEEN)
+        lost = coarse[..., below, :].reshape(*self.ran.shape, -1)
 
         def each(x: np.ndarray) -> np.ndarray:
             """For each storage the same."""
             return np.repeat(x[..., below], len(KEPT), -1)
 
         return {
-            "aged": each(aged) * self.weight[..., None],
-            "carried": after,
-            "begun": np.repeat(at_error * self.weight[..., None], after.shape[-1], -1),
+            "aged": each(aged),
+            "lost": lost,
+            "begun": np.repeat(at_error, lost.shape[-1], -1),
+            "steady": each(self._steady(method)),
             "seconds": each(self._seconds(method, method)),
             "seconds_at": each(seconds_at),
             "work": each(work),
@@ -328,7 +351,7 @@ class Problem:
         if counts:
             price = price / float(work[..., 0].sum())
         x, steps = self.ran.shape
-        rows = np.arange(x)
+        rows, root = np.arange(x), np.sqrt(self.weight)
         ahead = np.zeros((steps + 1, x))
         option, length = np.zeros((steps, x), int), np.ones((steps, x), int)
         for t in reversed(range(steps)):
@@ -336,17 +359,14 @@ class Problem:
             option[t] = 0 if only_dense else value.argmin(1)
             best = value[rows, option[t]] + ahead[t + 1]
             if f.size.size and not only_dense:
-                sum_ = f.begun[:, t] + price * at[:, t] + rent[t] * f.size
+                memory = _Memory(f, t, root[:, t])
+                spent = price * at[:, t] + rent[t] * f.size
                 for age in range(1, min(self.longest, steps - 1 - t) + 1):
                     now = t + age
-                    sum_ = sum_ + (
-                        f.aged[age - 1][:, now]
-                        + self.weight[:, now, None] * f.carried[:, t]
-                        + price * after[:, now]
-                        + rent[now] * f.size
-                    )
+                    memory.follow(f.aged[age - 1][:, now], root[:, now])
+                    spent = spent + (price * after[:, now] + rent[now] * f.size)
                     # A component that does not run at a step can neither learn nor use anything there.
-                    total = np.where((self.ran[:, t] & self.ran[:, now])[:, None], sum_, np.inf)
+                    total = np.where((self.ran[:, t] & self.ran[:, now])[:, None], spent + memory.error, np.inf)
                     total = total + ahead[now + 1][:, None]
                     least = total.argmin(1)
                     better = total[rows, least] < best
@@ -383,10 +403,8 @@ class Problem:
         state = np.zeros(steps)
         if learns.any():
             q = np.where(learns, chosen - self.singles, 0)
-            age = np.where(learns, times - begin, 0)
-            old = f.aged[np.maximum(age, 1) - 1, rows, times, q] + self.weight * f.carried[rows, begin, q]
             here = (rows, times, q)
-            error = error + np.where(learns, np.where(anchor, f.begun[here], old), 0.0)
+            error = error + np.where(learns, self._remembered(q, begin), 0.0)
             seconds = seconds + np.where(learns, np.where(anchor, f.seconds_at[here], f.seconds[here]), 0.0)
             work = work + np.where(learns, np.where(anchor, f.work_at[here], f.work[here]), 0.0)
             state = np.where(learns, f.size[q], 0.0).sum(0)
@@ -403,6 +421,28 @@ class Problem:
             cost=share if self.by == "work" else whole,
             state=state,
         )
+
+    def _remembered(self, q: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """[x, t]: what each step adds to the error of the memory it goes by, if all go by one; q is its option."""
+        f, (x, steps) = self.followed, q.shape
+        rows, root, found = np.arange(x), np.sqrt(self.weight), np.zeros((x, steps))
+        lost, begun, steady = (np.zeros(x) for _ in range(3))
+        chance, straight, grown, since = (np.zeros(x) for _ in range(4))
+        before = np.zeros(x)
+        for t in range(steps):
+            new, now, age = begin[:, t] == t, q[:, t], np.maximum(t - begin[:, t], 1)
+            lost = np.where(new, f.lost[rows, t, now], lost)
+            begun = np.where(new, f.begun[rows, t, now], begun)
+            steady = np.where(new, f.steady[rows, now], steady)
+            wrong = np.where(new, 0.0, np.sqrt(f.aged[np.minimum(age, len(f.aged)) - 1, rows, t, now]) * root[:, t])
+            chance = np.where(new, 0.0, chance) + wrong**2
+            straight = np.where(new, 0.0, straight) + wrong
+            grown = np.where(new, 0.0, grown) + root[:, t]
+            since = np.where(new, 0.0, since + root[:, t])
+            whole = (1 - steady) * chance + steady * straight**2 + lost * since**2 + begun * grown**2
+            found[:, t] = whole - np.where(new, 0.0, before)
+            before = whole
+        return found
 
     def uniform(self, config: SparseConfig, k: int) -> Solution:
         """What a uniform config at rung k would do, staggering aside."""
@@ -422,18 +462,47 @@ class Problem:
 
 @dataclass(frozen=True)
 class Followed:
-    """The options that learn, q. After the anchor: error aged [age from 1, x, t, q] and, times the weight of the step,
-    carried [x, t of the anchor, q], what was wrong or lost at the anchor; seconds and work [x, t, q]. At the anchor:
-    begun, seconds_at and work_at. size [q] in bytes, of all branches."""
+    """The options that learn, q, without the weight of steps. aged [age from 1, x, t, q]: squared error; lost [x, t of
+    the anchor, q]: what storage adds to it; begun, likewise: what the anchor itself got wrong; steady [x, q]: cosine
+    between errors at one step and the next. seconds and work [x, t, q], at the anchor seconds_at and work_at; size [q]
+    in bytes, of all branches."""
 
     aged: np.ndarray
-    carried: np.ndarray
+    lost: np.ndarray
     begun: np.ndarray
+    steady: np.ndarray
     seconds: np.ndarray
     seconds_at: np.ndarray
     work: np.ndarray
     work_at: np.ndarray
     size: np.ndarray
+
+
+class _Memory:
+    """Errors [x, q] of all options that learned at one step, while they are followed. What was wrong or lost at the
+    anchor is the same at each step; what grows with age is partly so."""
+
+    def __init__(self, followed: Followed, t: int, root: np.ndarray):
+        self.lost, self.begun, self.steady = followed.lost[:, t], followed.begun[:, t], followed.steady
+        self.chance, self.straight = np.zeros_like(self.lost), np.zeros_like(self.lost)
+        self.since, self.grown = np.zeros_like(root), root
+
+    def follow(self, aged: np.ndarray, root: np.ndarray) -> None:
+        """One step, at which errors weigh root squared."""
+        wrong = np.sqrt(aged) * root[:, None]
+        self.chance, self.straight = self.chance + wrong**2, self.straight + wrong
+        self.since, self.grown = self.since + root, self.grown + root
+
+    @property
+    def error(self) -> np.ndarray:
+        same = self.lost * self.since[:, None] ** 2 + self.begun * self.grown[:, None] ** 2
+        return (1 - self.steady) * self.chance + self.steady * self.straight**2 + same
+
+
+def _piled(cosine: np.ndarray) -> np.ndarray:
+    """By what factor squared errors of a long row of steps add up, if each has this cosine with the one before."""
+    cosine = np.clip(cosine, 0.0, 0.99)
+    return np.minimum((1 + cosine) / (1 - cosine), STEADIEST)
 
 
 def solve(problem: Problem, targets: Targets) -> Solution:

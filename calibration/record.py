@@ -66,6 +66,7 @@ class Plan:
             "coarse": (len(LEARNERS), len(STORAGES)),
             "drift": (d,),
             "together": (len(ERRORS), k),
+            "persist": (len(ERRORS), k),
             "energy": (),
         }
 
@@ -101,6 +102,7 @@ class Recorder:
     _marks: list[tuple[Mark, Mark, Mark]] = field(default_factory=list)
     _memory: dict[tuple[str, str, int], dict[int, Memory]] = field(default_factory=dict)
     _first: dict[tuple[str, int], tuple[int, str, Tensor]] = field(default_factory=dict)
+    _last: dict[tuple[str, str, int], tuple[int, Tensor]] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -147,14 +149,24 @@ class Recorder:
             ]
             memory[step] = told[0][1]
             for name, whole in self.found[branch].items():
-                if name != "together":
+                if name not in ("together", "persist"):
                     whole[self._rows[layer.name] + head, step] = torch.stack([t[0][name] for t in told]).mean(0)
-            before, of, sketch = self._first.get((layer.name, head), (-1, "", told[0][2]))
-            if before != step or of == branch:
-                self._first[layer.name, head] = (step, branch, told[0][2])
-                sketch = told[0][2]
-            # The dot product of two vectors of length 1: the cosine between the errors of this branch and the first.
-            self.found[branch]["together"][self._rows[layer.name] + head, step] = (sketch * told[0][2]).sum(-1)
+            self._compare(layer, head, step, branch, told[0][2])
+
+    def _compare(self, layer: Layer, head: int, step: int, branch: str, sketch: Tensor) -> None:
+        """Cosines between the errors, of length 1, of this branch and the first, and of this step and the one before;
+        of methods that learn at the second distance, before at the first, of one memory."""
+        row, now = self._rows[layer.name] + head, sketch[: len(ERRORS)]
+        begun, of, first = self._first.get((layer.name, head), (-1, "", now))
+        if begun != step or of == branch:
+            self._first[layer.name, head] = (step, branch, now)
+            first = now
+        self.found[branch]["together"][row, step] = (first * now).sum(-1)
+        at, before = self._last.get((layer.name, branch, head), (-2, sketch))
+        if at == step - 1:
+            before = torch.cat([before[: len(METHODS)], before[len(ERRORS) :]])
+            self.found[branch]["persist"][row, step] = (before * now).sum(-1)
+        self._last[layer.name, branch, head] = (step, sketch)
 
     def _empty(self, device: torch.device) -> dict[str, Tensor]:
         moment, heads = self.generation.moment, 0
@@ -216,8 +228,8 @@ class Bank:
     def look(
         self, b: int, h: int, root: Tensor | None, memory: dict[int, Memory], step: int
     ) -> tuple[dict[str, Tensor], Memory, Tensor]:
-        """The statistics of one head, what it would remember of this step, and its errors [ERRORS, K, ...] along some
-        random directions, each of length 1."""
+        """The statistics of one head, what it would remember of this step, and its errors along random directions,
+        each of length 1: those of ERRORS, then of LEARNERS at the first distance."""
         n, r = self.rows.shape
         blocks, size, vision = self.layout.blocks, self.layout.block, self.layout.grid.tokens
         q, k, v = self.q[b, h, self.rows.flatten()].float(), self.k[b, h].float(), self.v[b, h].float()
@@ -309,13 +321,13 @@ class Bank:
 
     def _aged(self, memory, step: int, dense: Tensor, exact, with_tail, square) -> tuple[dict[str, Tensor], Tensor]:
         """Errors of following a memory, and how far rho of its plan has moved, for each distance there is; and the
-        errors [learners, n, K, r, D] at the second distance, or the longest below."""
+        errors [n, K, r, D] of all learners at the second distance and then at the first, NaN where there is none."""
         shape = (len(LEARNERS), len(self.plan.distances), len(self.plan.ladder))
         stale, drift = dense.new_full(shape, float("nan")), dense.new_full(shape[1:2], float("nan"))
         old = [(at, memory[step - back]) for at, back in enumerate(self.plan.distances) if step - back in memory]
-        learned = dense.new_full((len(LEARNERS), dense.shape[0], shape[2], *dense.shape[2:]), float("nan"))
+        learned = dense.new_full((2, len(LEARNERS), dense.shape[0], shape[2], *dense.shape[2:]), float("nan"))
         if not old:
-            return {"stale": stale, "drift": drift}, learned
+            return {"stale": stale, "drift": drift}, learned.flatten(0, 1)
         k, middle = len(self.plan.ladder), self.plan.middle
         tails = with_tail(torch.cat([m.by_error for _, m in old], 1)).split(k, 1)
         held, out = (x.split(k, 1) for x in exact(torch.cat([m.by_mass for _, m in old], 1)))
@@ -324,6 +336,6 @@ class Bank:
             errors = torch.stack([tails[i] + m.anchor.float() - dense, scaled + m.reshape.float() - dense])
             stale[:, at] = torch.stack([square(error) for error in errors])
             if at <= 1:
-                learned = errors
+                learned[1 - at] = errors
             drift[at] = (held[i][:, middle] - m.rho[:, middle]).abs().mean()
-        return {"stale": stale, "drift": drift}, learned
+        return {"stale": stale, "drift": drift}, learned.flatten(0, 1)

@@ -14,7 +14,7 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.profile import Profile
 from dit_sparse.video import check_place
 
-DISTANCES = (1, 2, 3, 5, 8)
+DISTANCES = (1, 2, 4, 8)
 BINS = 8
 # What the memory of sampled rows may take while recording; rows are halved until it fits.
 MEMORY_BYTES = 4 << 30

@@ -92,6 +92,7 @@ AXES = {
     "coarse": "hbtls",
     "drift": "hbtd",
     "together": "hbtek",
+    "persist": "hbtek",
     "energy": "hbt",
     "choice": "hbt",
     "anchor": "hbt",
@@ -116,6 +117,7 @@ class Profile:
     coarse  relative L2 error of the stored residual, by method and storage
     drift   mean change of rho, of the plan kept from an anchor, by distance, at the middle rung
     together  cosine between the errors of this branch and of the first one, which guidance subtracts
+    persist   cosine between the errors of this step and of the one before; of methods that learn, from one anchor
     energy  mean square of the output, after the output projection
     choice  uint8, index into the header's choices; anchor is 1 where a memory begins
     All but the last two are float16 or float32, and NaN where a component did not run. Errors are after the output

@@ -31,6 +31,7 @@ def statistics(heads: int, branches: int, steps: int, plan: Plan, seed: int = 0)
         "stale": (0.2 * each[..., None, None, None] * by_learner * by_age[:, None] * by_rung).half(),
         "coarse": torch.tensor([0.03, 0.12]).expand(*shape, 2, 2).half().contiguous(),
         "drift": by_age.expand(*shape, d).half().contiguous(),
+        "persist": torch.full((*shape, 7, k), 0.5).half(),
         "together": torch.tensor([1.0, 0.6])[:branches, None, None, None].expand(*shape, 7, k).half().contiguous(),
         "energy": torch.rand(*shape, generator=random) + 0.5,
     }  # fmt: skip

@@ -85,7 +85,7 @@ def test_a_profile_holds_what_was_measured(calibrated):
     assert all(set(gain) == {"1", "3"} and min(gain.values()) > 0 for gain in h.effects["gain"].values())
     for name, x in made.tensors.items():
         assert x.shape[:3] == (4, 2, 5), name
-        assert name in ("stale", "drift", "together") or not x.isnan().any(), name
+        assert name in ("stale", "drift", "together", "persist") or not x.isnan().any(), name
     assert made.tensors["together"][:, :, 2:].isnan().sum() == 0
     assert made.tensors["stale"][:, :, 2:, :, 0].isnan().sum() == 0
     error = made.tensors["error"].float()

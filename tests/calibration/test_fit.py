@@ -48,7 +48,7 @@ def test_each_head_takes_the_cheapest_of_all_ways(methods, price, rent, by):
     made = profiles.profile(*ONE_HEAD, steps=4)
     header = replace(made.header, rungs=made.header.rungs[:1])
     keep = {name: x[..., :1, :] if name == "rho" else x[..., :1] for name, x in made.tensors.items() if name in
-            ("rho", "recall", "kept", "error", "stale", "together")}  # fmt: skip
+            ("rho", "recall", "kept", "error", "stale", "together", "persist")}  # fmt: skip
     problem = Problem(replace(made, header=header, tensors=made.tensors | keep), methods, by)
     rent = np.array([0.0, 3.0, 1.0, 0.5]) * rent
     best = min(everything(problem), key=lambda way: way.added + price * way.cost + (rent * way.state).sum())
@@ -203,16 +203,43 @@ def test_trials_far_apart_say_how_errors_add_up():
 
 def test_a_soft_anchor_is_as_wrong_as_its_tail_and_stays_so():
     made = profiles.profile()
+    made.tensors["persist"].zero_()
     problem = Problem(made, ("anchor", "tail"), "work")
     soft, hard = (problem.options.index(Choice("anchor", made.header.ladder[0], "bf16", x)) for x in (0.3, None))
     tail = problem.options.index(Choice("tail", made.header.ladder[2]))
-    f, t, q = problem.followed, 2, soft - problem.singles
-    assert np.allclose(f.begun[:, t, q], problem.single[0][:, t, tail])
-    assert np.allclose(f.carried[:, t, q] * problem.weight[:, t], problem.single[0][:, t, tail])
-    one = hard - problem.singles
-    assert (f.carried[..., one] == 0).all() and (f.begun[..., one] == 0).all()
-    assert np.allclose(f.work_at[..., one] - f.work_at[..., q], 2 - problem.single[2][:, :, tail])
+    f, t, q, one = problem.followed, 2, soft - problem.singles, hard - problem.singles
+    assert np.allclose(f.begun[..., q] * problem.weight, problem.single[0][..., tail])
+    assert (f.begun[..., one] == 0).all() and (f.lost[..., (one, q)] == 0).all()
+    assert np.allclose(f.work_at[..., one] - f.work_at[..., q], 2 - problem.single[2][..., tail])
     assert np.array_equal(f.aged[..., q], f.aged[..., one]) and np.array_equal(f.work[..., q], f.work[..., one])
+    # Followed for two steps, the same error is there three times, and adds up as it is.
+    ways = {}
+    for option in (soft, hard):
+        chosen = np.where((np.arange(6) >= t) & (np.arange(6) < t + 3), option, 0)[None].repeat(4, 0)
+        ways[option] = problem.account(
+            chosen, (np.arange(6) == t) & (chosen > 0), np.where(chosen > 0, t, np.arange(6))
+        )
+    more = f.begun[:, t, q] * np.sqrt(problem.weight[:, t : t + 3]).sum(1) ** 2
+    assert ways[soft].added - ways[hard].added == pytest.approx(more.sum())
+
+
+def test_errors_that_stay_the_same_add_up_faster():
+    made = profiles.profile()
+    alone, steady = made, replace(made, tensors=made.tensors | {"persist": 0 * made.tensors["persist"] + 1.0})
+    made.tensors["persist"].zero_()
+    option = Problem(made).options.index(Choice("tail", made.header.ladder[0]))
+    anchors = Problem(made).options.index(Choice("anchor", made.header.ladder[0], "bf16"))
+    none = np.zeros((4, 6), bool)
+    told = [
+        [
+            p.account(np.full((4, 6), option), none, np.arange(6)[None].repeat(4, 0)).added,
+            p.account(np.full((4, 6), anchors), none | (np.arange(6) == 0), np.zeros((4, 6), int)).added,
+        ]
+        for p in (Problem(alone), Problem(steady))
+    ]
+    assert told[1][0] == pytest.approx(8 * told[0][0])
+    # Five steps follow the anchor; errors grow with age, so all at once is less than five times as much.
+    assert 2 * told[0][1] < told[1][1] < 5 * told[0][1]
 
 
 def test_a_component_that_does_not_run_costs_nothing():

@@ -184,6 +184,19 @@ def test_together_is_the_angle_between_the_errors_of_two_branches():
             torch.testing.assert_close(got, cosine, atol=0.12, rtol=0)
 
 
+def test_persist_is_the_angle_between_the_errors_of_two_steps():
+    inputs = sequence(3)
+    found = recorded(inputs, plan()).found["cond"]["persist"]
+    assert found[:, 0].isnan().all() and found[:, 1, ERRORS.index("anchor")].isnan().all()
+    for k, rung in enumerate(LADDER):
+        for method in ("tail", "rectify", "anchor"):
+            more = {"refresh_every": 3, "residual": "bf16"} if method == "anchor" else {}
+            outs = engine(method, rung, inputs, **more)
+            errors = [seen(outs[i] - dense_attention(*inputs[i])[0])[0].flatten(1) for i in (1, 2)]
+            got = found[:, 2, ERRORS.index(method), k]
+            torch.testing.assert_close(got, torch.cosine_similarity(*errors), atol=0.12, rtol=0)
+
+
 def test_a_sample_of_rows_tells_about_the_same():
     inputs = sequence(2)
     whole, some = (recorded(inputs, plan(rows=rows)).found["cond"] for rows in (10_000, 64))
