@@ -28,11 +28,8 @@ KEPT: tuple[Storage, ...] = ("bf16", "fp8", "int4")
 Cost = Literal["seconds", "work"]
 # Cosines are measured on a sample of rows: branches are never taken to cancel further than this share of the squares.
 LEAST_LEFT = 0.02
-# The most that errors of one head may add up to in a run over what they would by chance, where they stay the same from
-# step to step: a run has an end, and its first errors grow more than its last.
-STEADIEST = 8.0
-# Steps from one anchor to the next that soft anchors are taken to have between them.
-BETWEEN = 4
+# Rounds of looking for the best way where what one step costs depends on the others; two where a way is at hand.
+ROUNDS = 6
 # How much of an error that was added up is there in the end, until a trial says so: about what the demo model's trials
 # say. Errors of many layers and steps cancel in part, and cannot grow for ever.
 LEFT = 0.1
@@ -79,6 +76,7 @@ class Solution:
     option  [x, steps] index into `Problem.options`; anchor [x, steps] bool, where a memory begins
     direct  [steps] mean squared error that each step adds to the latents; added is what they come to in the end, and
             error that of the frames
+    biased  [x] how much has added up of errors that are the same all through
     spent   [steps] seconds in attention; seconds are those of the whole transformers, state [steps] bytes
     work    attention work as a share of that of dense attention; cost is either of the two, as the problem counts
     """
@@ -87,6 +85,7 @@ class Solution:
     anchor: np.ndarray
     direct: np.ndarray
     added: float
+    biased: np.ndarray
     error: float
     spent: np.ndarray
     seconds: float
@@ -146,17 +145,16 @@ class Problem:
         both = sum(2 * cosines[:, b] * sizes[:, 0] * sizes[:, b] for b in range(1, len(self.signed)))
         return np.maximum(squares + both, LEAST_LEFT * squares)
 
-    def _persist(self, kind: str) -> np.ndarray:
-        """[x, t, k]: cosine between a head's errors at a step and at the one before, the mean over branches."""
-        found = self.stats["persist"][..., ERRORS.index(kind), :]
-        known = ~np.isnan(found)
-        return np.where(known, found, 0.0).sum(1) / np.maximum(known.sum(1), 1)
-
     def _steady(self, kind: str) -> np.ndarray:
-        """[x, k]: the same, the mean over steps."""
+        """[x, k]: cosine between a head's errors at a step and at the one before, the mean over branches and steps."""
         found = self.stats["persist"][..., ERRORS.index(kind), :]
         known = ~np.isnan(found)
         return np.clip(np.where(known, found, 0.0).sum((1, 2)) / np.maximum(known.sum((1, 2)), 1), 0.0, 1.0)
+
+    @cached_property
+    def bias(self) -> np.ndarray:
+        """[x]: how much of the error of what learns nothing is the same all through a run."""
+        return self._steady("tail").mean(1)
 
     @cached_property
     def gained(self) -> np.ndarray:
@@ -231,7 +229,7 @@ class Problem:
         for i, method in enumerate(self.at_once):
             at = slice(1 + i * self.rungs, 1 + (i + 1) * self.rungs)
             told = self.stats["error"][..., METHODS.index(method), :]
-            error[..., at] = self.weight[..., None] * self._joint(told, method) * _piled(self._persist(method))
+            error[..., at] = self.weight[..., None] * self._joint(told, method)
             seconds[..., at] = self._seconds(method, method)
             work[..., at] = self._work(method)
         seconds[~self.ran] = work[~self.ran] = 0
@@ -293,8 +291,6 @@ class Problem:
             at_error = self._joint(self.stats["error"][..., METHODS.index("tail"), :], "tail")[..., top, None]
             seconds_at = seconds_at - self.slower * dense[1][..., :1] + self._seconds("tail", "tail")[..., top, None]
             work_at = work + self._work("tail")[..., top, None]
-            # The next soft anchor is wrong in much the same way.
-            at_error = at_error * _piled(self._steady("tail")[:, None, top, None] ** BETWEEN)
         lost = coarse[..., below, :].reshape(*self.ran.shape, -1)
 
         def each(x: np.ndarray) -> np.ndarray:
@@ -342,16 +338,38 @@ class Problem:
     def dense(self) -> Solution:
         return self.cheapest(0.0, np.zeros(self.steps), only_dense=True)
 
-    def cheapest(self, price: float, rent: np.ndarray, only_dense: bool = False) -> Solution:
-        """The least of added error + price * cost + sum over steps of rent * bytes, for each head by itself."""
-        single_error, seconds, work = self.single
+    def cheapest(
+        self, price: float, rent: np.ndarray, only_dense: bool = False, biased: np.ndarray | None = None
+    ) -> Solution:
+        """The least of added error + price * cost + sum over steps of rent * bytes, for each head by itself.
+
+        What is the same all through a run adds up before it is squared, so one more step costs the more the more there
+        is: the best way is looked for with what the way before had, beginning with `biased` [x].
+        """
+        best, least, now = None, math.inf, biased
+        for turn in range(1 if only_dense else ROUNDS if biased is None else 2):
+            path = self._cheapest_at(price, rent, only_dense, np.zeros(len(self.ran)) if now is None else now)
+            value = path.added + price * path.cost + float((rent * path.state).sum())
+            if value < least:
+                best, least = path, value
+            if now is not None and np.allclose(now, path.biased, rtol=1e-3, atol=1e-12):
+                break
+            now = path.biased if now is None else now + (path.biased - now) / (2 + turn / 2)
+        assert best is not None
+        return best
+
+    def _cheapest_at(self, price: float, rent: np.ndarray, only_dense: bool, biased: np.ndarray) -> Solution:
+        """The same where one more step of bias adds in proportion to `biased`."""
         f, counts = self.followed, self.by == "work"
+        _, seconds, work = self.single
         single_cost = work if counts else seconds
         after, at = (f.work, f.work_at) if counts else (f.seconds, f.seconds_at)
         if counts:
             price = price / float(work[..., 0].sum())
         x, steps = self.ran.shape
         rows, root = np.arange(x), np.sqrt(self.weight)
+        fresh, slope = (1 - self.bias)[:, None], (2 * self.bias * biased)[:, None]
+        single_error = fresh[..., None] * self.single[0] + slope[..., None] * np.sqrt(self.single[0])
         ahead = np.zeros((steps + 1, x))
         option, length = np.zeros((steps, x), int), np.ones((steps, x), int)
         for t in reversed(range(steps)):
@@ -366,7 +384,9 @@ class Problem:
                     memory.follow(f.aged[age - 1][:, now], root[:, now])
                     spent = spent + (price * after[:, now] + rent[now] * f.size)
                     # A component that does not run at a step can neither learn nor use anything there.
-                    total = np.where((self.ran[:, t] & self.ran[:, now])[:, None], spent + memory.error, np.inf)
+                    total = np.where(
+                        (self.ran[:, t] & self.ran[:, now])[:, None], spent + memory.error(fresh, slope), np.inf
+                    )
                     total = total + ahead[now + 1][:, None]
                     least = total.argmin(1)
                     better = total[rows, least] < best
@@ -397,17 +417,23 @@ class Problem:
         rows, times = np.arange(x)[:, None], np.arange(steps)[None]
         learns = chosen >= self.singles
         plain = np.where(learns, 0, chosen)
-        error = np.where(learns, 0.0, single_error[rows, times, plain])
+        error = np.zeros((x, steps))
+        bias = np.sqrt(np.where(learns, 0.0, single_error[rows, times, plain]))
         seconds = np.where(learns, 0.0, single_seconds[rows, times, plain])
         work = np.where(learns, 0.0, single_work[rows, times, plain])
         state = np.zeros(steps)
         if learns.any():
             q = np.where(learns, chosen - self.singles, 0)
             here = (rows, times, q)
-            error = error + np.where(learns, self._remembered(q, begin), 0.0)
+            own, all_along = self._remembered(q, begin)
+            error, bias = np.where(learns, own, 0.0), np.where(learns, all_along, bias)
             seconds = seconds + np.where(learns, np.where(anchor, f.seconds_at[here], f.seconds[here]), 0.0)
             work = work + np.where(learns, np.where(anchor, f.work_at[here], f.work[here]), 0.0)
             state = np.where(learns, f.size[q], 0.0).sum(0)
+        # Of what is the same all through, each step has its part of the square of the sum.
+        biased, steady = bias.sum(1), self.bias[:, None]
+        chance = self._chance(bias, begin)
+        error = error + (1 - steady) * chance + steady * bias * biased[:, None]
         whole, share = float(seconds.sum() + self.header.costs["other"]), float(work.sum() / single_work[..., 0].sum())
         return Solution(
             option=chosen,
@@ -415,6 +441,7 @@ class Problem:
             direct=error.sum(0) / self.grown,
             error=self.frames_error(float(error.sum())),
             added=float(error.sum()),
+            biased=biased,
             spent=seconds.sum(0),
             seconds=whole,
             work=share,
@@ -422,13 +449,22 @@ class Problem:
             state=state,
         )
 
-    def _remembered(self, q: np.ndarray, begin: np.ndarray) -> np.ndarray:
-        """[x, t]: what each step adds to the error of the memory it goes by, if all go by one; q is its option."""
+    def _chance(self, bias: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """[x, t]: what each step adds to the squares of biases, which are sums only over the steps of one memory."""
+        found, so_far = np.zeros_like(bias), np.zeros(len(bias))
+        for t in range(bias.shape[1]):
+            so_far = np.where(begin[:, t] == t, 0.0, so_far)
+            found[:, t] = (so_far + bias[:, t]) ** 2 - so_far**2
+            so_far = so_far + bias[:, t]
+        return found
+
+    def _remembered(self, q: np.ndarray, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[x, t] if all go by a memory of option q: what each step adds to its own error, and the bias from its
+        anchor."""
         f, (x, steps) = self.followed, q.shape
-        rows, root, found = np.arange(x), np.sqrt(self.weight), np.zeros((x, steps))
-        lost, begun, steady = (np.zeros(x) for _ in range(3))
-        chance, straight, grown, since = (np.zeros(x) for _ in range(4))
-        before = np.zeros(x)
+        rows, root = np.arange(x), np.sqrt(self.weight)
+        found, biases = np.zeros((x, steps)), np.zeros((x, steps))
+        lost, begun, steady, chance, straight, since, before = (np.zeros(x) for _ in range(7))
         for t in range(steps):
             new, now, age = begin[:, t] == t, q[:, t], np.maximum(t - begin[:, t], 1)
             lost = np.where(new, f.lost[rows, t, now], lost)
@@ -437,12 +473,12 @@ class Problem:
             wrong = np.where(new, 0.0, np.sqrt(f.aged[np.minimum(age, len(f.aged)) - 1, rows, t, now]) * root[:, t])
             chance = np.where(new, 0.0, chance) + wrong**2
             straight = np.where(new, 0.0, straight) + wrong
-            grown = np.where(new, 0.0, grown) + root[:, t]
             since = np.where(new, 0.0, since + root[:, t])
-            whole = (1 - steady) * chance + steady * straight**2 + lost * since**2 + begun * grown**2
+            whole = (1 - steady) * chance + steady * straight**2 + lost * since**2
             found[:, t] = whole - np.where(new, 0.0, before)
+            biases[:, t] = np.sqrt(begun) * root[:, t]
             before = whole
-        return found
+        return found, biases
 
     def uniform(self, config: SparseConfig, k: int) -> Solution:
         """What a uniform config at rung k would do, staggering aside."""
@@ -493,16 +529,12 @@ class _Memory:
         self.chance, self.straight = self.chance + wrong**2, self.straight + wrong
         self.since, self.grown = self.since + root, self.grown + root
 
-    @property
-    def error(self) -> np.ndarray:
-        same = self.lost * self.since[:, None] ** 2 + self.begun * self.grown[:, None] ** 2
-        return (1 - self.steady) * self.chance + self.steady * self.straight**2 + same
-
-
-def _piled(cosine: np.ndarray) -> np.ndarray:
-    """By what factor squared errors of a long row of steps add up, if each has this cosine with the one before."""
-    cosine = np.clip(cosine, 0.0, 0.99)
-    return np.minimum((1 + cosine) / (1 - cosine), STEADIEST)
+    def error(self, fresh: np.ndarray, slope: np.ndarray) -> np.ndarray:
+        """What an anchor got wrong is a bias like that of what learns nothing: fresh is how much of it is not, slope
+        what one more step of the rest adds."""
+        own = (1 - self.steady) * self.chance + self.steady * self.straight**2 + self.lost * self.since[:, None] ** 2
+        all_along = np.sqrt(self.begun) * self.grown[:, None]
+        return own + fresh * all_along**2 + slope * all_along
 
 
 def solve(problem: Problem, targets: Targets) -> Solution:
@@ -561,9 +593,11 @@ def _search(problem: Problem, rent: np.ndarray, enough, last_false: bool = False
         return least
     if not enough(most):
         return most
-    for _ in range(45):
+    before = most.biased
+    while high - low > 1e-4:
         middle = (low + high) / 2
-        path = problem.cheapest(math.exp(middle), rent)
+        path = problem.cheapest(math.exp(middle), rent, biased=before)
+        before = path.biased
         if enough(path):
             high, most = middle, path
         else:
