@@ -7,28 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from dit_sparse.profile import Profile
 from dit_sparse.video import read_video
-from tests.families import FAMILIES
-from tests.tiny import WORDS, tiny_wan, word_tokenizer
+from tests.tiny import tiny_wan
+from tests.worded import worded
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 WAN = ("--height", "16", "--width", "32", "--num_frames", "5", "--num_inference_steps", "6")
-
-
-def t5(width: int) -> T5EncoderModel:
-    config = T5Config(vocab_size=len(WORDS) + 3, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    return T5EncoderModel(config).eval()
-
-
-def clip(width: int) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(WORDS) + 3, hidden_size=width, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=77, pad_token_id=0, bos_token_id=2, eos_token_id=1,
-    )  # fmt: skip
-    return CLIPTextModel(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +61,7 @@ def test_generate_wan(run, wan, tmp_path):
 
 
 def test_generate_cogvideox(run, tmp_path):
-    pipe = FAMILIES["cogvideox-2b"].make()
-    pipe.register_modules(tokenizer=word_tokenizer(), text_encoder=t5(16))
-    # As long a text as the pipeline pads prompts to.
-    pipe.transformer = type(pipe.transformer).from_config(dict(pipe.transformer.config) | {"max_text_seq_length": 226})
-    pipe.save_pretrained(tmp_path / "tiny")
+    worded("cogvideox-2b").save_pretrained(tmp_path / "tiny")
     size = ("--height", "160", "--width", "160", "--num_frames", "25", "--num_inference_steps", "6")
     said = run("generate_cogvideox", "--model_id", "tiny", "--prompt", "a red ball", *size, "--output_file", "a.gif")
     assert "a.gif: 2 dense, 1 anchor, 3 sparse steps" in said
@@ -88,12 +70,7 @@ def test_generate_cogvideox(run, tmp_path):
 
 
 def test_generate_flux(run, tmp_path):
-    pipe = FAMILIES["flux"].make()
-    pipe.register_modules(
-        tokenizer=word_tokenizer(77), text_encoder=clip(8), tokenizer_2=word_tokenizer(), text_encoder_2=t5(16)
-    )
-    pipe.vae.register_to_config(shift_factor=0.0)
-    pipe.save_pretrained(tmp_path / "tiny")
+    worded("flux").save_pretrained(tmp_path / "tiny")
     size = ("--height", "224", "--width", "240", "--num_inference_steps", "4")
     said = run("generate_flux", "--model_id", "tiny", "--prompt", "a red ball", *size)
     assert said.startswith("210 tokens, attention is ") and "Sparse attention does not pay at this size" in said
