@@ -15,11 +15,12 @@ from dit_sparse.config import SparseConfig
 USAGE = """\
 dit-sparse: training-free sparse attention for diffusion transformers, on stock diffusers.
 
-  dit-sparse generate   make a video, with the demo model if no other is given
+  dit-sparse generate   make a video or an image, with the demo model if no other is given
   dit-sparse calibrate  measure a model in a dense run, and write a profile
   dit-sparse fit        choose from a profile what each head does at each step, to a quality, a speed or a memory
   dit-sparse profile    show or compare profiles, or draw what was measured
   dit-sparse compare    make videos dense and with several methods, score and time them, and report on one page
+  dit-sparse visualize  draw which blocks the heads of a layer keep at a step, and where in the frames these lie
   dit-sparse metrics    score a video file against another: PSNR, SSIM, MS-SSIM, LPIPS, flicker
   dit-sparse plan       say from shapes alone what sparse attention can gain for a model and a size
   dit-sparse info       show the device, the kernels chosen for it, and the models known
@@ -118,6 +119,10 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             from dit_sparse import compare
 
             return compare.run(options.parse(compare.CompareOptions, arguments, "dit-sparse compare"))
+        case "visualize":
+            from dit_sparse import visualize
+
+            return visualize.run(options.parse(visualize.VisualizeOptions, arguments, "dit-sparse visualize"))
         case "metrics":
             from dit_sparse import measure
 
@@ -128,7 +133,9 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return info(options.parse(InfoOptions, arguments, "dit-sparse info"))
         case "bench":
             return _bench(arguments)
-    known = ("generate", "calibrate", "fit", "profile", "compare", "metrics", "plan", "info", "bench")
+    known = (
+        "generate", "calibrate", "fit", "profile", "compare", "visualize", "metrics", "plan", "info", "bench",
+    )  # fmt: skip
     near = get_close_matches(command, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}."
     raise ValueError(f"Unknown command {command!r}: {hint}")
