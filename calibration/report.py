@@ -260,15 +260,15 @@ def _kept(maps: Maps) -> str:
     frame, row, column = maps.query
     drawn = "".join(
         f'<figure><img alt="{html.escape(f"what {name} keeps")}" data-map="kept" data-setting="{html.escape(name)}" '
-        f'src="{_data_uri(overlay(maps, kept))}"><figcaption>{html.escape(name)}, step {maps.step[name] + 1}, keeps '
+        f'src="{_data_uri(overlay(maps, kept))}"><figcaption>{html.escape(name)}, step {maps.step[name]}, keeps '
         f"{', '.join(f'{share:.1%}' for share in kept.mean((1, 2, 3)))} of the tokens shown</figcaption></figure>"
         for name, kept in maps.kept.items()
     )
     return (
         "<section><h2>What heads attend to</h2><p class='note'>Tokens whose keys are attended to exactly (orange) by "
-        f"the query token at frame {frame + 1}, row {row + 1}, column {column + 1} (blue), over the dense video of "
-        f"the first prompt. Each row is a head of {html.escape(maps.layer)}, each column a frame of tokens: "
-        f"{', '.join(str(f + 1) for f in maps.frames)}.</p><div class='kept'>{drawn}</div></section>"
+        f"the query token at frame {frame}, row {row}, column {column} (blue), over the dense video of the first "
+        f"prompt. Each row is a head of {html.escape(maps.layer)}, each column a frame of tokens: "
+        f"{', '.join(map(str, maps.frames))}. All counted from 0.</p><div class='kept'>{drawn}</div></section>"
     )
 
 

@@ -232,7 +232,7 @@ class Maker:
             return Made(pixels, facts, [])
         look = probe.look
         assert look is not None
-        return Made(pixels, facts, probe.maps(), look.found, look.found and (look.layer, look.at))
+        return Made(pixels, facts, probe.maps(), look.found, (look.layer, look.at) if look.found else None)
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def test_what_heads_attend_to_is_drawn_over_the_frames(page):
     asks = np.argwhere((drawn == report.ASKS).all(-1)).tolist()
     assert asks == [[1, 7], [5, 7]]
     text = page.read_text(encoding="utf-8")
-    assert "frame 2, row 2, column 3 (blue)" in text and "step 2, keeps 100.0%, 33.3% of the tokens shown" in text
+    assert "frame 1, row 1, column 2 (blue)" in text and "step 1, keeps 100.0%, 33.3% of the tokens shown" in text
 
 
 def test_images_are_shown_as_images(still):
