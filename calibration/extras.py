@@ -158,7 +158,11 @@ class MagRatios:
     def see(self) -> None:
         hooks = (getattr(module, "_diffusers_hook", None) for module in self.transformer.modules())
         hook = next(h for r in hooks if r is not None and (h := r.get_hook(_HOOKS["magcache"])) is not None)
-        self.found = list(next(iter(hook.state_manager._state_cache.values())).calibration_ratios)
+        states = hook.state_manager._state_cache
+        if "inference" in states:
+            # What diffusers calls it where nobody gave a name.
+            raise ValueError("This pipeline does not name its branches of guidance, and magcache would mix them up.")
+        self.found = list(next(iter(states.values())).calibration_ratios)
 
 
 @contextmanager

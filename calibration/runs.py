@@ -200,10 +200,11 @@ class Maker:
         try:
             frames = self._frames(job, done)
         except Exception as error:
-            if not setting.compiled or not _is_compilers(error):
+            if not setting.extras or isinstance(error, ValueError | OSError | torch.OutOfMemoryError):
                 raise
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{setting.name} cannot be compiled here: {said}") from error
+            # Not every cache, and not every compiler, can take every model, and each has errors of its own.
+            said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+            raise ValueError(f"{setting.name} fails with this model: {type(error).__name__}, {said}.") from error
         seconds = time.perf_counter() - start
         if not np.isfinite(frames).all():
             raise ValueError(f"{setting.name} made NaN or Inf of {job.prompt!r} at seed {job.seed}.")
@@ -241,10 +242,6 @@ class _On:
 
     session: Session
     probe: Probe | None
-
-
-def _is_compilers(error: Exception) -> bool:
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def _read(path: Path) -> Made | None:

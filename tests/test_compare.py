@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from dit_sparse import compare, generate, models
-from dit_sparse.calibration import metrics, table
+from dit_sparse.calibration import metrics, probe, runs, table
 from dit_sparse.calibration.maps import read_maps
 from dit_sparse.cli import main
 from dit_sparse.config import SparseConfig
@@ -210,6 +211,63 @@ def test_what_is_on_beside_a_method(command, tmp_path, model, monkeypatch):
     weights = fresh.transformer.state_dict()
     for name, x in pipe.transformer.state_dict().items():
         assert x.dtype == torch.float32 and torch.equal(x, weights[name])
+
+
+def test_what_a_model_cannot_take_is_said_in_one_sentence(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "frames_of", lambda *_: pytest.fail("made a video"))
+    worded("pixart-sigma").save_pretrained("pixart")
+    command = ["compare", "--model_id", "pixart", "--prompt", "a", "--height", "224", "--width", "240"]
+    said = refused(capsys, *command, "--methods", "tail,tail+firstblock")
+    assert "PixArtTransformer2DModel takes none of diffusers' caches, so not firstblock." in said
+
+
+def test_an_error_of_somebody_elses_is_one_sentence_only_where_theirs_is_on(command, monkeypatch, capsys):
+    original = generate.frames_of
+
+    def fails(pipe, *given):
+        if cached and not pipe.transformer.is_cache_enabled:
+            return original(pipe, *given)
+        raise TypeError("lists are not tensors.\nmore")
+
+    monkeypatch.setattr(generate, "frames_of", fails)
+    cached = False
+    with pytest.raises(TypeError, match="lists are not tensors"):
+        main([*command, "--methods", "tail"])
+    cached = True
+    assert main([*command, "--methods", "dense+firstblock", "--no_maps"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "dit-sparse: dense +firstblock fails with this model: TypeError, lists are not tensors."
+
+
+def test_the_probes_own_time_is_in_no_time(command, tmp_path, monkeypatch):
+    measured = []
+    original = probe._error
+
+    def slow(*given):
+        time.sleep(0.1)
+        measured.append(1)
+        return original(*given)
+
+    monkeypatch.setattr(probe, "_error", slow)
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    assert main([*command, "--methods", "dense"]) == 0
+    row = table.read_rows(tmp_path / "compare" / "results.csv")[0]
+    # Two layers, two branches, five steps.
+    assert len(measured) == 20 and row["attention_seconds"] < row["dit_seconds"] < row["seconds"] < 0.1 * 20
+
+
+def test_on_a_gpu_nothing_compiled_at_first_use_is_in_a_time(command, tmp_path, monkeypatch):
+    """There the maps have a run of their own, which comes first; without maps, a run is made that counts nowhere."""
+    made = []
+    original = runs.Maker._run
+    monkeypatch.setattr(runs.Maker, "on_gpu", True)
+    monkeypatch.setattr(runs.Maker, "_run", lambda self, on, setting, job, done: made.append((job.number, job.probed))
+                        or original(self, on, setting, job, done))  # fmt: skip
+    assert main([*command, "--methods", "dense"]) == 0
+    assert made == [(0, True), (0, False), (1, False)]
+    assert main([*command, "--methods", "dense", "--no_maps", "--output_dir", "other"]) == 0
+    assert made[3:] == [(0, False), (0, False), (1, False)]
+    assert len(table.read_rows(tmp_path / "other" / "results.csv")) == 2
 
 
 @pytest.mark.slow
