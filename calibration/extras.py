@@ -109,6 +109,8 @@ def _copies(pipe: Any, parts: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         for part, original in originals.items():
+            # Both do not always fit on one device.
+            getattr(pipe, part).to("meta")
             setattr(pipe, part, original.to(device[part]))
 
 
