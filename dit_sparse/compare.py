@@ -179,8 +179,8 @@ def _settings(options: CompareOptions, request: generate.Request, files: models.
     for name in named:
         bare, *beside = name.split("+")
         extras.check(name, beside)
-        more = {"extras": tuple(beside)}
         plus = "".join(f" +{extra}" for extra in beside)
+        setting: dict[str, Any] = {"name": bare + plus, "extras": tuple(beside)}
         if {"compile", "fp8"} & set(beside) and options.offload != "none":
             raise ValueError(
                 f"{name!r} takes weights that stay on their device, and offload {options.offload!r} moves them: leave "
@@ -188,14 +188,12 @@ def _settings(options: CompareOptions, request: generate.Request, files: models.
             )
         method, colon, backend = bare.partition(":")
         if method == "dense":
-            label = bare + plus
-            backend_of = {"backend": backend if colon else None}
-            found[label] = {"name": label, "config": SparseConfig("dense")} | backend_of | more
+            setting |= {"config": SparseConfig("dense"), "backend": backend if colon else None}
+            found[setting["name"]] = setting
         elif bare == "profile":
             if options.profile is None:
                 raise ValueError("Method profile needs --profile, a file written by dit-sparse fit.")
-            label = bare + plus
-            found[label] = {"name": label, "config": SparseConfig(profile=str(options.profile))} | more
+            found[setting["name"]] = setting | {"config": SparseConfig(profile=str(options.profile))}
         elif bare not in get_args(Method):
             known = ", ".join((*get_args(Method), "dense:BACKEND", "profile"))
             raise ValueError(f"Unknown method {bare!r}: choose from {known}.")
@@ -208,7 +206,7 @@ def _settings(options: CompareOptions, request: generate.Request, files: models.
                 if options.equal_work and bare != leader:
                     config = _as_much_work(config, _config(options, leader, density), request, files)
                 label = f"{bare} {density:g}{plus}"
-                found[label] = {"name": label, "config": config, "density": density} | more
+                found[label] = setting | {"name": label, "config": config, "density": density}
     if options.refresh_every is not None and not any(values["config"].learns for values in found.values()):
         raise ValueError("refresh_every only means something to methods that remember, and none was asked for.")
     return list(found.values())
@@ -297,6 +295,7 @@ def _make(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any, list[str]]:
     """Rows of results.csv and of layers.csv, what maps.npz holds, and what could not be measured; the videos are
     written on the way."""
+    from dit_sparse.calibration import extras
     from dit_sparse.calibration.maps import error_map
     from dit_sparse.calibration.perceptual import lpips_or_reason
     from dit_sparse.calibration.prompt_score import prompt_score
@@ -337,7 +336,7 @@ def _make(
                     "prompt": job.prompt,
                     "seed": job.seed,
                     "run": maker.key(setting, job),
-                } | _relative(result.facts, reference.facts, bool(setting.extras))
+                } | _relative(result.facts, reference.facts, extras.cache_of(setting.extras) is not None)
                 if setting.name == "dense":
                     row |= dict.fromkeys(("psnr_db", "ssim", "ms_ssim", "lpips", "flicker"))
                 else:
