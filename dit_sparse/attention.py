@@ -32,6 +32,7 @@ def sparse_attention(
     """
     if generation.config.strict:
         _check_finite(layer, q=q, k=k, v=v)
+    generation.attending(len(q))
     before = generation.text[0] if layer.joint else 0
     key_mask = None if text_mask is None else _key_mask(text_mask, k.shape[2], before)
     generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None)

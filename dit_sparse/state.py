@@ -78,6 +78,7 @@ class Generation:
     layers: list[Layer] = field(default_factory=list)
     profile: Profile | None = None
     branches: int = 1  # separate forwards a step, as far as anybody told: more are counted when they come
+    rows: int = 0  # of the batch, in the present call
     grid: TokenGrid | None = None
     text: tuple[int, int | None] = (0, None)  # tokens before and behind the vision tokens; None is all that follow
     moment: Moment | None = None
@@ -91,7 +92,8 @@ class Generation:
     dense: Callable[[Layer, Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None = None
     _run: object = None
     _batch: int = 0
-    _batches: dict[str, int] = field(default_factory=dict)  # rows of the batch, by branch
+    _batches: dict[str, int] = field(default_factory=dict)  # rows of the batch, by what is remembered of a branch
+    _memory: str = ""  # under which name the present call remembers
     _parts: set[str] = field(default_factory=set)  # transformers that have run at the present step
     _device: torch.device = torch.device("cpu")
     _first: int = 0  # the step that the run began at
@@ -131,9 +133,10 @@ class Generation:
         remember more than it may.
         """
         last, self.text = self.moment, text
-        # Branches with names may differ in it: some guidance runs beside a batch of both others.
+        # Branches with names may differ in it: some guidance runs beside a batch of both others. Where a run is known,
+        # it may change, too: guidance may end, and FasterCache leaves half of the batch out.
         known = self._batch if branch is None else self._batches.get(branch, batch)
-        same = last is not None and run is self._run and grid == self.grid and batch == known
+        same = last is not None and run is self._run and grid == self.grid and (batch == known or run is not None)
         ahead = last is None or (timestep != last.timestep if step is None else step != last.step)
         name = branch if branch is not None else self._branch(prompt, ahead)
         if last is not None and same:
@@ -157,8 +160,8 @@ class Generation:
             self._at_step = []
         self._at_step.append(name)
         self._take_turns(part, ahead)
-        self._count(name, batch)
         self.moment = Moment(step, name, timestep, total)
+        self.attending(batch)
         self.tally.marks.append((step, Mark(device), None))
 
     def _branch(self, prompt: object, ahead: bool) -> str:
@@ -186,11 +189,17 @@ class Generation:
             self._parts.add(part)
             self._store_again()
 
-    def _count(self, branch: str, batch: int) -> None:
-        """Note a branch; one more than was told of may be one more than there is memory for."""
-        new = branch not in self._batches
-        self._batches[branch] = batch
-        if new and (len(self._batches) > self.branches or batch != self._batch):
+    def attending(self, rows: int) -> None:
+        """An attention call has so many rows of the batch; other rows than the branch had are remembered apart."""
+        if self.moment is None:
+            return
+        self.rows, branch = rows, self.moment.branch
+        self._memory = branch if self._batches.get(branch, rows) == rows else f"{branch} of {rows}"
+        if self._memory in self._batches:
+            return
+        self._batches[self._memory] = rows
+        # One more than was told of may be one more than there is memory for.
+        if len(self._batches) > self.branches or rows != self._batch:
             self._store_again()
 
     def _store_again(self) -> None:
@@ -283,8 +292,7 @@ class Generation:
                 # The user wants this step in full, whatever anchors are otherwise.
                 config = replace(config, anchor_density=None)
             return (Part(layer, None, phase, config, self.storage),)
-        branch = self.moment.branch
-        groups = self._table.at(layer.name, branch, self.moment.step)
+        groups, branch = self._table.at(layer.name, self.moment.branch, self.moment.step), self._memory
         live = {group.name for group in groups}
         for key in [key for key in self.learned if key[1] == branch and key[0].startswith(f"{layer.name}[")]:
             if key[0] not in live:
@@ -321,7 +329,7 @@ class Generation:
         planned = self.phase_at(moment.step, moment.total, offset)
         if planned == "dense" or not config.learns:
             return planned
-        learned = self.learned.get((layer.name, moment.branch))
+        learned = self.recall(layer)
         # Nothing to go by: the anchor was skipped, or this is another transformer or branch than at the steps before.
         if learned is None:
             return "anchor"
@@ -383,12 +391,12 @@ class Generation:
 
     def record(self, layer: Layer, learned: Learned | HeadKinds) -> None:
         assert self.moment is not None
-        self.learned[layer.name, self.moment.branch] = learned
+        self.learned[layer.name, self._memory] = learned
         self.peak_state_bytes = max(self.peak_state_bytes, sum(_size(x) for x in self.learned.values()))
 
     def recall(self, layer: Layer) -> Learned | HeadKinds | None:
         assert self.moment is not None
-        return self.learned.get((layer.name, self.moment.branch))
+        return self.learned.get((layer.name, self._memory))
 
     @property
     def device(self) -> torch.device:

@@ -78,6 +78,7 @@ class Family:
     is_joint           by module name: self-attention that has text among its tokens
     one_forward        whether both branches of guidance come in one batch
     heads              (attention module) -> heads, and channels of each
+    on_host            arguments that `forward` reads: it is given them on the CPU
     """
 
     name: str
@@ -90,3 +91,4 @@ class Family:
     is_joint: Callable[[str], bool] = lambda _: False
     one_forward: bool = False
     heads: Callable[[Any], tuple[int, int]] = lambda module: (module.heads, module.inner_dim // module.heads)
+    on_host: tuple[str, ...] = ()

@@ -5,10 +5,11 @@ from functools import lru_cache, wraps
 from typing import Any
 
 import torch
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from dit_sparse.pipelines.family import Attend
 
@@ -49,6 +50,12 @@ def _swapping(stock: type) -> type:
     return SparseProcessor
 
 
+def carry(old: Any, new: Any) -> None:
+    """Take over what diffusers' set_attention_backend and enable_parallelism wrote on a processor."""
+    for name in ("_attention_backend", "_parallel_config"):
+        setattr(new, name, getattr(old, name, None))
+
+
 class _Swap(TorchFunctionMode):
     """While it is on, `scaled_dot_product_attention` is `attend`."""
 
@@ -81,7 +88,10 @@ class _Swap(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         reason = None
-        if query.shape != key.shape:
+        if any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack()):
+            # The call below finds the guidance that is waiting for it.
+            reason = "perturbed attention guidance replaces attention"
+        elif query.shape != key.shape:
             reason = "self-attention was used as cross-attention"
         elif dropout_p or is_causal or scale not in (None, query.shape[-1] ** -0.5):
             reason = "attention was asked for dropout, causality or another scale"
