@@ -125,6 +125,8 @@ class Placement:
 
     def restore(self) -> None:
         """Every module has what it had, or what fuse_qkv_projections gave it since."""
+        for transformer in self._places:
+            self.follow(transformer)
         for module, before in self._before.items():
             set_processor(module, self._took.get(module.processor, before))
         for transformer in self._transformers.values():
