@@ -328,7 +328,7 @@ def address(generation: Generation, layer: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, where: Tensor) -> Tensor:
     """`sparse_attention` of the layer at `where` (see `address`); q, k, v [B, H, L, D] -> [B, H, L, D].
 
-    key_mask [B, L] bool is False for padding, which only text has. Outside of its transformer a layer is dense.
+    key_mask [B, L] bool is False for padding, which only text has. Outside of its transformer a layer is dense, and counted.
     Under autocast it runs in autocast's dtype, like torch's own attention, and returns q's.
     """
     number, index = where.tolist()
@@ -338,6 +338,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, where: Tens
     # Pooling and routing are in float32 whatever the model runs in.
     with torch.autocast(device, enabled=False):
         layer = generation.layers[index]
+        if generation.moment is None:
+            generation.fall_back("attention ran outside of its transformer's forward")
         if key_mask is not None and generation.moment is None:
             out = dense_attention(q, k, v, key_mask=key_mask)[0]
         else:

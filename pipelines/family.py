@@ -19,6 +19,13 @@ class Attend(Protocol):
 
     def fall_back(self, reason: str, pairs: float) -> None: ...
 
+    def unshardable(self, shards: int) -> str | None:
+        """Why this layer cannot be sparse on one of so many processes, if it cannot; 0 are those of a ring."""
+
+    def sharded(self, shards: int) -> "Attend":
+        """The same call for tokens that lie part behind part, each with its share of text and of vision."""
+        ...
+
 
 @dataclass(frozen=True)
 class Forward:

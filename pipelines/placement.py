@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from torch import Tensor, nn
 
 from dit_sparse.attention import address, attend
 from dit_sparse.pipelines.registry import family_of, processor_of, set_processor, unwrap
 from dit_sparse.pipelines.sparse_processor import SparseAttnProcessor
-from dit_sparse.pipelines.swap import carry
+from dit_sparse.pipelines.swap import carry, shards_of
 from dit_sparse.state import Generation, Layer
 
 
@@ -28,11 +29,43 @@ class Attention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         return attend(q, k, v, key_mask, self.where)
 
+    def unshardable(self, shards: int) -> str | None:
+        if not shards:
+            return (
+                "context parallelism passes keys around, or cuts the sequence unevenly, which block plans do not know"
+            )
+        if self.generation.profile is not None:
+            return "context parallelism gives each process some of the heads, and a profile is for all of them"
+        before, after = self.generation.text
+        if self.joint and (after is None or after and not before):
+            return "context parallelism cuts a sequence whose text comes last"
+        return None
+
+    def sharded(self, shards: int) -> "Sharded":
+        return Sharded(self, shards)
+
     def fall_back(self, reason: str, pairs: float) -> None:
         """Count a call of `pairs` query-key pairs that somebody else computes. Raises ValueError under strict."""
         generation = self.generation
         generation.fall_back(reason)
         generation.tally.dense(generation.moment.step if generation.moment else 0, pairs)
+
+
+class Sharded:
+    """The attention call of a layer whose tokens come from several processes, part behind part."""
+
+    def __init__(self, attend: Attention, shards: int):
+        self.attend, self.shards, self.joint = attend, shards, attend.joint
+        self.fall_back, self.unshardable, self.sharded = attend.fall_back, attend.unshardable, attend.sharded
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        # Of text before the vision tokens; `unshardable` refuses text behind them.
+        text = self.attend.generation.text[0] // self.shards if self.joint else 0
+        parts = torch.arange(q.shape[2], device=q.device).unflatten(0, (self.shards, -1))
+        take = torch.cat([parts[:, :text].flatten(), parts[:, text:].flatten()])
+        q, k, v = (x.index_select(2, take) for x in (q, k, v))
+        out = self.attend(q, k, v, None if key_mask is None else key_mask.index_select(1, take))
+        return torch.empty_like(out).index_copy_(2, take, out)
 
 
 class Placement:
@@ -71,6 +104,8 @@ class Placement:
             self._places[transformer] = [len(layers) + i for i in range(len(ours))]
             for index, (name, module) in enumerate(ours):
                 heads, head_dim = family.heads(module)
+                # One of several processes has some of the heads.
+                heads //= max(1, shards_of(module.processor))
                 layers.append(Layer(f"{part}.{name}", index, len(ours), heads, head_dim, family.is_joint(name)))
                 self._modules.append(module)
                 self._named[layers[-1].name] = module
@@ -104,6 +139,18 @@ class Placement:
             module = self._modules[index]
             if module.processor not in self._took and type(module.processor) in kinds:
                 self._place(transformer, module, index, module.processor)
+
+    def check_parallel(self, transformer: nn.Module) -> None:
+        """Raises ValueError where context parallelism cuts the sequence and attention never hears of it."""
+        config = getattr(transformer, "_parallel_config", None)
+        if config is None or config.context_parallel_config is None:
+            return
+        for took in self._took.values():
+            if not hasattr(took, "_parallel_config"):
+                raise ValueError(
+                    f"Context parallelism cuts the sequence, but {type(took).__name__} of diffusers attends to a part "
+                    "of it only: use a family whose attention diffusers dispatches, as Wan's or Flux's."
+                )
 
     def strangers(self, transformer: nn.Module) -> Iterator[tuple[int, Any]]:
         """Layers whose processor is not ours, and that processor."""

@@ -125,9 +125,14 @@ class Session:
     def restore(self) -> None:
         """Undo everything: processors, hooks and the pipeline's method are as they were. Safe to call twice."""
         self._placement.restore()
-        for transformer in self._transformers.values():
-            registry = HookRegistry.check_if_exists_or_initialize(unwrap(transformer))
+        for transformer in map(unwrap, self._transformers.values()):
+            registry = HookRegistry.check_if_exists_or_initialize(transformer)
+            forward, hook = transformer.forward, registry.get_hook(HOOK)
+            last = registry._hook_order[-1] == HOOK
             registry.remove_hook(HOOK, recurse=False)
+            if last and forward is not hook.forward:
+                # What diffusers puts back is older than what accelerate has put there since.
+                transformer.forward = forward
         self._transformers, self._read = {}, {}
         if self._binds:
             del self._pipe.set_attn_processor
@@ -154,6 +159,7 @@ class Session:
         # Every run of a pipeline makes a new tensor of timesteps.
         run = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         self._placement.follow(transformer)
+        self._placement.check_parallel(transformer)
         now = family.forward(transformer, self._on_host(family, call, run))
         step = said.step_index if said else None
         # Pipelines put a new tensor here at every step, and None outside of their loops.
@@ -228,6 +234,7 @@ class Session:
         for transformer in map(unwrap, self._transformers.values()):
             hook = GenerationHook(self, family_of(transformer))
             HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, HOOK)
+            hook.forward = transformer.forward
 
     def _install(self) -> None:
         self._placement.install()
@@ -250,7 +257,8 @@ def _dispatch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: A
         *(x.transpose(1, 2) for x in (q, k, v)),
         attn_mask=mask,
         backend=processor._attention_backend,
-        parallel_config=processor._parallel_config,
+        # The sequence is whole here, whoever holds its parts elsewhere.
+        parallel_config=None,
     )
     return out.transpose(1, 2)
 
@@ -263,7 +271,11 @@ class _Context(StateManager):
 
 
 class GenerationHook(ModelHook):
-    """Tells the generation where it is, before each forward of a transformer."""
+    """Tells the generation where it is, before each forward of a transformer.
+
+    In diffusers' registry it hears what the pipeline says. It acts from hooks of torch, which see the whole batch and
+    the whole sequence whatever other hooks of diffusers split, and stay when accelerate takes its own away.
+    """
 
     _is_stateful = True
 
@@ -272,26 +284,34 @@ class GenerationHook(ModelHook):
         self.said, self.session, self.family = _Context(), session, family
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        self.module = module
+        # A number, which a deep copy keeps.
+        self.module = id(module)
         self.names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.handles = [
+            module.register_forward_pre_hook(self.begin, with_kwargs=True),
+            module.register_forward_hook(self.end),
+        ]
+        return module
+
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+        for handle in self.handles:
+            handle.remove()
         return module
 
     # Bookkeeping, which torch.compile would trace anew at every step.
     @torch.compiler.disable
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if module is not self.module:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) != self.module:
             raise ValueError(
                 "This transformer is a deep copy of a sparse one, and diffusers' hooks would run the original in its "
                 "place: copy before sparsify(), or after restore()."
             )
         call = dict(zip(self.names, args, strict=False)) | kwargs
         self.session._forward_begins(module, self.family, call, self.said._context)
-        return args, kwargs
 
     @torch.compiler.disable
-    def post_forward(self, module: nn.Module, output: Any) -> Any:  # noqa: ARG002  (diffusers' signature)
+    def end(self, *_: object) -> None:
         self.session.generation.leave()
-        return output
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.session._run_ends()

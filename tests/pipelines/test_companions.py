@@ -206,6 +206,17 @@ def test_a_processor_that_took_our_place_is_counted(caplog):
             generate("wan", pipe)
 
 
+def test_attention_outside_of_its_transformer_is_counted():
+    pipe = make("wan")
+    with sparsify(pipe, ANCHOR) as session:
+        generate("wan", pipe)
+        x = torch.randn(1, 20, 64)
+        with torch.no_grad():
+            ours = pipe.transformer.blocks[0].attn1(x)
+            torch.testing.assert_close(ours, WanAttnProcessor()(pipe.transformer.blocks[0].attn1, x))
+        assert session.report().fallbacks == {"attention ran outside of its transformer's forward": 1}
+
+
 # ---- perturbed attention, skipped layers ----
 
 
@@ -386,3 +397,173 @@ def test_a_cache_skips_and_anchors_come_when_due(name, cache, order):
         torch.testing.assert_close(generate(name, pipe, steps=STEPS), stock, atol=2e-3, rtol=2e-3)
     with cached(pipe, cache):
         assert torch.equal(generate(name, pipe, steps=STEPS), stock)
+
+
+# ---- weights that are elsewhere, in other dtypes, or adapted ----
+
+
+def lora(pipe, scale=1.0):
+    """Random weights of a LoRA on the projections of self-attention, with diffusers' names."""
+    random, weights = torch.Generator().manual_seed(3), {}
+    for name, module in attentions(pipe).items():
+        for layer in ("to_q", "to_k", "to_v"):
+            linear = getattr(module, layer)
+            prefix = f"transformer.{name}.{layer}"
+            weights[f"{prefix}.lora_A.weight"] = torch.randn(4, linear.in_features, generator=random)
+            weights[f"{prefix}.lora_B.weight"] = scale * torch.randn(linear.out_features, 4, generator=random)
+    return weights
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox-1.5", "flux"])
+def test_a_lora_loaded_fused_and_unloaded_in_a_session(name):
+    pytest.importorskip("peft")
+    with_lora = make(name)
+    with_lora.load_lora_weights(lora(with_lora))
+    with sparsify(with_lora, ANCHOR):
+        expected = generate(name, with_lora)
+    pipe = make(name)
+    with sparsify(pipe, ANCHOR) as session:
+        plain = generate(name, pipe)
+        pipe.load_lora_weights(lora(pipe))
+        assert torch.equal(generate(name, pipe), expected)
+        assert not torch.allclose(expected, plain, atol=1e-2)
+        pipe.fuse_lora()
+        assert_like(generate(name, pipe), expected, session)
+        pipe.unfuse_lora()
+        assert_like(generate(name, pipe), expected, session)
+        pipe.unload_lora_weights()
+        assert_like(generate(name, pipe), plain, session)
+        assert is_sparse(pipe)
+
+
+def test_a_lora_loaded_in_the_middle_of_a_run():
+    pytest.importorskip("peft")
+    pipe = make("wan")
+
+    def load(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe.load_lora_weights(lora(pipe, 0.1))
+        return {}
+
+    outs = []
+    for config in (SparseConfig("anchor", density=1.0, dense_steps=0), None):
+        with sparsify(pipe, config) if config else nullcontext():
+            outs.append(generate("wan", pipe, callback_on_step_end=load))
+        pipe.unload_lora_weights()
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-3, rtol=1e-3)
+
+
+def group_offload(level, disk):
+    def how(pipe, folder):
+        pipe.transformer.enable_group_offload(
+            onload_device=torch.device("cpu"),
+            offload_device=torch.device("cpu"),
+            offload_type=level,
+            num_blocks_per_group=1 if level == "block_level" else None,
+            offload_to_disk_path=str(folder) if disk else None,
+        )
+
+    return how
+
+
+def layerwise_casting(pipe, folder):
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def quantised(pipe, folder):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(pipe.transformer, torchao.Int8WeightOnlyConfig(version=2))
+
+
+ELSEWHERE = {
+    "blocks": group_offload("block_level", False),
+    "blocks on disk": group_offload("block_level", True),
+    "leaves": group_offload("leaf_level", False),
+    "leaves on disk": group_offload("leaf_level", True),
+    "fp8 storage": layerwise_casting,
+    "torchao int8": quantised,
+}
+
+
+@pytest.mark.parametrize("order", ["sparse first", "sparse last"])
+@pytest.mark.parametrize("how", ELSEWHERE)
+@pytest.mark.parametrize("name", ["wan", "cogvideox-1.5", "flux", "mochi"])
+def test_weights_that_are_not_where_they_seem(name, how, order, tmp_path):
+    """A processor that read `.weight` would find garbage there: it calls the layers."""
+    stock = make(name)
+    ELSEWHERE[how](stock, tmp_path / "stock")
+    expected = generate(name, stock)
+    pipe = make(name)
+    if order == "sparse last":
+        ELSEWHERE[how](pipe, tmp_path / "ours")
+    with sparsify(pipe, "anchor", density=1.0, dense_steps=0) as session:
+        if order == "sparse first":
+            ELSEWHERE[how](pipe, tmp_path / "ours")
+        torch.testing.assert_close(generate(name, pipe), expected, atol=2e-3, rtol=2e-3)
+        pipe.set_attn_processor(ANCHOR)
+        sparse = generate(name, pipe)
+        assert torch.equal(generate(name, pipe), sparse) and sparse.isfinite().all()
+        assert session.report().density < 0.35 and not session.report().fallbacks
+    torch.testing.assert_close(generate(name, pipe), expected)
+
+
+def test_models_that_go_to_the_device_in_turn():
+    """enable_model_cpu_offload, with the CPU for a device; after each run it puts modules' own forwards back."""
+    pipe = make("wan")
+    stock = generate("wan", pipe)
+    with sparsify(pipe, ANCHOR):
+        expected = generate("wan", pipe)
+    for order in ("before", "after"):
+        pipe = make("wan")
+        if order == "before":
+            pipe.enable_model_cpu_offload(device="cpu")
+        with sparsify(pipe, ANCHOR) as session:
+            if order == "after":
+                pipe.enable_model_cpu_offload(device="cpu")
+            for _ in range(2):
+                assert torch.equal(generate("wan", pipe), expected)
+                assert session.report().density < 0.35
+        # Its hook is there still, and ours is not.
+        assert "add_hook_to_module" in pipe.transformer.forward.func.__qualname__
+        assert torch.equal(generate("wan", pipe), stock)
+
+
+# ---- the rest of a pipeline ----
+
+
+def test_a_vae_that_works_in_tiles():
+    pipe = make("wan")
+    pipe.vae.enable_tiling()
+    video = generate_wan(pipe, size=32)
+    with sparsify(pipe, "anchor", density=1.0, dense_steps=0):
+        torch.testing.assert_close(generate_wan(pipe, size=32), video, atol=1e-3, rtol=1e-3)
+
+
+def change_guidance(at, name):
+    """What diffusers' documentation calls dynamic guidance: none from a step on."""
+
+    def callback(pipe, step, timestep, tensors):
+        if step == at:
+            pipe._guidance_scale = 1.0
+            if name != "wan" and "prompt_embeds" in tensors:
+                tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+                return {"prompt_embeds": tensors["prompt_embeds"]}
+        return {}
+
+    if name == "wan":
+        return dict(callback_on_step_end=callback)
+    return dict(callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+
+
+def test_guidance_that_ends_in_the_middle_of_a_run():
+    pipe, steps = make("wan"), 8
+    options = change_guidance(2, "wan")
+    stock = generate("wan", pipe, steps=steps, **options)
+    with sparsify(pipe, ANCHOR) as session:
+        with watched(session) as seen:
+            generate("wan", pipe, steps=steps, **options)
+        assert [m for m in seen.moments if m[1] == "cond"] == [(step, "cond") for step in range(steps)]
+        assert [m for m in seen.moments if m[1] == "uncond"] == [(step, "uncond") for step in range(3)]
+        seen.assert_anchors_are_due(1, 3)
+        pipe.set_attn_processor(SparseConfig("anchor", density=1.0, dense_steps=0))
+        torch.testing.assert_close(generate("wan", pipe, steps=steps, **options), stock, atol=1e-3, rtol=1e-3)
