@@ -30,16 +30,15 @@ class Attention:
         return attend(q, k, v, key_mask, self.where)
 
     def unshardable(self, shards: int) -> str | None:
-        if not shards:
-            return (
-                "context parallelism passes keys around, or cuts the sequence unevenly, which block plans do not know"
-            )
-        if self.generation.profile is not None:
-            return "context parallelism gives each process some of the heads, and a profile is for all of them"
         before, after = self.generation.text
-        if self.joint and (after is None or after and not before):
-            return "context parallelism cuts a sequence whose text comes last"
-        return None
+        reason = None
+        if not shards:
+            reason = "passes keys around or cuts the sequence unevenly, which plans know nothing of"
+        elif self.generation.profile is not None:
+            reason = "gives each process some of the heads, and a profile is for all of them"
+        elif self.joint and (after is None or (after and not before)):
+            reason = "cuts a sequence whose text comes last"
+        return reason and f"context parallelism {reason}"
 
     def sharded(self, shards: int) -> "Sharded":
         return Sharded(self, shards)

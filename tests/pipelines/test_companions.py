@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from diffusers import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
     FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
+    SmoothedEnergyGuidance,
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import HookRegistry
@@ -567,3 +570,36 @@ def test_guidance_that_ends_in_the_middle_of_a_run():
         seen.assert_anchors_are_due(1, 3)
         pipe.set_attn_processor(SparseConfig("anchor", density=1.0, dense_steps=0))
         torch.testing.assert_close(generate("wan", pipe, steps=steps, **options), stock, atol=1e-3, rtol=1e-3)
+
+
+# ---- guiders ----
+
+GUIDERS = {
+    "cfg": (lambda: ClassifierFreeGuidance(guidance_scale=3.0), 2),
+    "adaptive": (lambda: AdaptiveProjectedGuidance(guidance_scale=3.0), 2),
+    "cfg, ended early": (lambda: ClassifierFreeGuidance(guidance_scale=3.0, stop=0.5), 2),
+    "smoothed energy": (lambda: SmoothedEnergyGuidance(guidance_scale=3.0, seg_guidance_layers=[1], **SMOOTH), 3),
+}
+SMOOTH = dict(seg_guidance_start=0.0, seg_guidance_stop=1.0)
+
+
+@pytest.mark.parametrize("guider", GUIDERS)
+def test_a_guider_runs_its_own_forwards(guider):
+    name, steps = "hunyuan-video-1.5", 6
+    make_guider, branches = GUIDERS[guider]
+    pipe = make(name)
+    pipe.guider = make_guider()
+    stock = generate(name, pipe, steps=steps)
+    with sparsify(pipe, ANCHOR) as session:
+        with watched(session) as seen:
+            generate(name, pipe, steps=steps)
+        assert len({branch for _, branch in seen.moments}) == branches
+        per_branch = {}
+        for step, branch in seen.moments:
+            per_branch.setdefault(branch, []).append(step)
+        assert max(per_branch.values(), key=len) == list(range(steps))
+        assert all(told == sorted(set(told)) for told in per_branch.values())
+        seen.assert_anchors_are_due(1, 3)
+        assert not session.report().fallbacks and session.report().density < 0.35
+        pipe.set_attn_processor(SparseConfig("anchor", density=1.0, dense_steps=0))
+        torch.testing.assert_close(generate(name, pipe, steps=steps), stock, atol=1e-3, rtol=1e-3)
