@@ -328,8 +328,8 @@ def address(generation: Generation, layer: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, where: Tensor) -> Tensor:
     """`sparse_attention` of the layer at `where` (see `address`); q, k, v [B, H, L, D] -> [B, H, L, D].
 
-    key_mask [B, L] bool is False for padding, which only text has. Outside of its transformer a layer is dense, and counted.
-    Under autocast it runs in autocast's dtype, like torch's own attention, and returns q's.
+    key_mask [B, L] bool is False for padding, which only text has. Outside of its transformer a layer is dense,
+    and counted. Under autocast it runs in autocast's dtype, like torch's own attention, and returns q's.
     """
     number, index = where.tolist()
     generation, device, like = _generations[number], q.device.type, q

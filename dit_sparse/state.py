@@ -168,8 +168,8 @@ class Generation:
         """The branch whose prompt this is; `ahead` if it is the first forward of a step."""
         places = [i for i, known in enumerate(self._prompts) if known is prompt]
         if not places:
-            # A copy made at each step is the same prompt; two branches may have equal ones, but not at one step, unless
-            # the sampler looks at it for a second time, which it does not at the first.
+            # A copy made at each step is the same prompt; two branches may have equal ones, but not at one step, but
+            # where the sampler looks at it for a second time, which it does not at the first.
             seen = [] if ahead else self._at_step
             equal = [i for i, known in enumerate(self._prompts) if _equal(known, prompt)]
             first = self.moment is None or self.moment.step == self._first

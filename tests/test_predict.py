@@ -91,6 +91,11 @@ def test_no_attention_is_the_ceiling():
         (dict(method="anchor", dense_steps=4), (4 + 4 + 16 * (0.125 + 1 / 16)) / 20),
         (dict(method="anchor", dense_steps=4, refresh_every=8), (4 + 2 + 16 * (0.125 + 1 / 16)) / 20),
         (dict(method="anchor", dense_steps=4, anchor_density=0.5), (4 + 1 + 3 * 0.5 + 16 * (0.125 + 1 / 16)) / 20),
+        # Step 10 in the middle is dense, and an anchor for that.
+        (
+            dict(method="anchor", dense_steps="0-3,10", anchor_density=0.5),
+            (4 + 1 + 1 + 3 * 0.5 + 16 * (0.125 + 1 / 16)) / 20,
+        ),
         (dict(method="reshape", dense_steps=0), (4 + 20 * 0.125) / 20),
         (dict(method="rectify", dense_steps=0, refresh_every=5), (4 + 16 * 0.125) / 20),
     ],

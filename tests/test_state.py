@@ -110,6 +110,20 @@ def test_named_branches_of_other_batches_are_one_generation():
     assert not g.learned
 
 
+@pytest.mark.parametrize("where", ["forward", "attention"])
+def test_rows_that_are_left_out_in_a_run_are_remembered_apart(where):
+    """As FasterCache does with half of a batch; some see it before the transformer, some in its attention."""
+    g = generation(dense_steps=0, refresh_every=9)
+    for step, rows in enumerate([2, 1, 2, 1]):
+        enter(g, step, "cond_uncond", batch=rows if where == "forward" else 2, run=ONE)
+        g.attending(rows)
+        assert g.phase(g.layers[0]) == ("anchor" if step < 2 else "sparse")
+        if step < 2:
+            remember(g)
+        assert len(g.learned) == min(step + 1, 2) and g.moment.branch == "cond_uncond"
+    assert len(g.tally.marks) == 4
+
+
 @pytest.mark.parametrize("told", ["named", "prompts", "copied prompts"])
 @pytest.mark.parametrize("steps", ["given", "inferred"])
 @pytest.mark.parametrize("run", [ONE, None], ids=["run", "no run"])

@@ -33,11 +33,11 @@ def two(tmp_path, name, method="anchor", order="before", degree="ulysses_degree"
 
 SLOW = pytest.mark.slow
 CASES = [
-    ("wan", "anchor", "before"),
     ("flux", "anchor", "after"),
     *(
         pytest.param(*case, marks=SLOW)
         for case in (
+            ("wan", "anchor", "before"),
             ("wan", "rectify", "after"),
             ("wan", "svg", "before"),
             ("wan", "dense", "before"),
