@@ -5,13 +5,17 @@
     python samples/quality_table.py --pareto
 
 All methods of a row have the same dense steps: the first `--dense_steps`, then one in every `refresh_every`. With
-`--pareto`, settings of different attention work are listed, for comparing methods at equal work.
+`--pareto`, settings of different attention work are listed, for comparing methods at equal work. `error` is that of
+attention in the calls computed sparse, relative to exact attention on the same inputs, layer by layer.
 """
 
 import argparse
 import json
+import os
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import check_prompts
@@ -23,7 +27,10 @@ from rich.table import Table
 
 from dit_sparse import SparseConfig, sparsify
 from dit_sparse.calibration.metrics import psnr, ssim
+from dit_sparse.calibration.probe import Probe, put_in_place
 
+# Query rows of each call that are attended exactly, too.
+PROBED_ROWS = 64
 METHODS = ("none", "rectify", "reshape", "tail", "anchor", "anchor-fp8", "anchor-int4")
 
 
@@ -54,32 +61,63 @@ def pareto() -> dict[str, SparseConfig]:
     return found
 
 
-def measure(pipe: WanPipeline, configs: dict[str, SparseConfig], scenes: tuple, settings) -> list[dict]:
+def layer_errors(probe: Probe) -> list[float | None]:
+    """Relative L2 error of the sparse calls of each layer over prompts, steps and heads; None for a dense layer."""
+    squares: dict[str, list[float]] = {}
+    for call in probe.calls:
+        totals = squares.setdefault(call.layer, [0.0, 0.0])
+        if call.phase == "sparse" and call.error is not None and call.exact is not None:
+            totals[0] += call.error.item()
+            totals[1] += call.exact.item()
+    return [(error / exact) ** 0.5 if exact else None for error, exact in squares.values()]
+
+
+def scores(clips: torch.Tensor, dense: torch.Tensor, scenes: tuple[world.Scene, ...]) -> dict[str, float]:
+    """Clips [N, T, H, W, 3] in [0, 1] against dense ones, and against what was asked for."""
+    torch.set_num_threads(1)
+    asked = check_prompts.judge(clips, scenes)
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(clips, dense, strict=True)]
+    return {
+        "psnr_db": sum(psnr(a, b) for a, b in pairs) / len(pairs),
+        "ssim": sum(ssim(a, b) for a, b in pairs) / len(pairs),
+        "colour_and_shape": asked.colour_and_shape,
+        "direction": asked.direction,
+    }
+
+
+def measure(
+    pipe: WanPipeline,
+    configs: dict[str, SparseConfig],
+    scenes: tuple[world.Scene, ...],
+    settings: check_prompts.Settings,
+    workers: int = 1,
+) -> list[dict]:
+    """A row for each setting, after one for dense; `workers` processes score clips while the next ones are made."""
     captions = [world.caption(scene) for scene in scenes]
     seeds = [check_prompts.HELD_OUT_SEED + index for index in range(len(scenes))]
-    rows, dense = [], None
-    for label, config in {"dense": SparseConfig("dense"), **configs}.items():
-        start = time.perf_counter()
-        with sparsify(pipe, config) as session:
-            clips = check_prompts.generate(pipe, captions, seeds, settings)
-            report = session.report()
-        dense = clips if dense is None else dense
-        score = check_prompts.judge(clips, scenes)
-        pairs = [(a.numpy(), b.numpy()) for a, b in zip(clips, dense, strict=True)]
-        rows.append(
-            {
-                "setting": label,
-                "work": report.work,
-                "density": report.density,
-                "psnr_db": None if clips is dense else sum(psnr(a, b) for a, b in pairs) / len(pairs),
-                "ssim": None if clips is dense else sum(ssim(a, b) for a, b in pairs) / len(pairs),
-                "colour_and_shape": score.colour_and_shape,
-                "direction": score.direction,
-                "seconds": time.perf_counter() - start,
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+    rows: list[dict] = []
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        scored: list[Future[dict[str, float]]] = []
+        for label, config in {"dense": SparseConfig("dense"), **configs}.items():
+            start = time.perf_counter()
+            with sparsify(pipe, config) as session:
+                probe = put_in_place({"transformer": pipe.transformer}, session.generation, PROBED_ROWS)
+                clips = check_prompts.generate(pipe, captions, seeds, settings)
+                report = session.report()
+                errors = layer_errors(probe)
+            if not rows:
+                dense = clips
+            told = {"work": report.work, "density": report.density, "error": errors}
+            rows.append({"setting": label, **told, "seconds": time.perf_counter() - start})
+            scored.append(pool.submit(scores, clips, dense, scenes))
+            print(json.dumps(rows[-1]), flush=True)
+        return [row | future.result() for row, future in zip(rows, scored, strict=True)]
+
+
+def shown(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join("-" if x is None else f"{x:.2f}".lstrip("0") for x in value)
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.4g}"
 
 
 def main() -> None:
@@ -109,15 +147,16 @@ def main() -> None:
         for density in args.density
         for method in args.methods.split(",")
     }  # fmt: skip
-    rows = measure(pipe, configs, check_prompts.held_out(args.num_prompts).scenes, settings)
+    workers = (os.cpu_count() or 1) - 2 if gpu else 1
+    rows = measure(pipe, configs, check_prompts.held_out(args.num_prompts).scenes, settings, max(workers, 1))
     table = Table(
         title=f"{args.num_prompts} prompts, {settings.steps} steps, {args.device}, torch {torch.__version__}"
     )
     for column in rows[0]:
         table.add_column(column, justify="left" if column == "setting" else "right")
     for row in rows:
-        table.add_row(*("-" if x is None else x if isinstance(x, str) else f"{x:.4g}" for x in row.values()))
-    Console(width=120).print(table)
+        table.add_row(*map(shown, row.values()))
+    Console(width=160).print(table)
     if args.output_file is not None:
         args.output_file.write_text(json.dumps(rows, indent=1) + "\n")
 
