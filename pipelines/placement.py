@@ -176,8 +176,8 @@ class Placement:
         for module, before in self._before.items():
             set_processor(module, self._took.get(module.processor, before))
         for transformer in self._transformers.values():
-            kept = getattr(transformer, "original_attn_processors", None)
-            for name, processor in (kept or {}).items():
+            kept: dict[str, Any] = getattr(transformer, "original_attn_processors", None) or {}
+            for name, processor in kept.items():
                 kept[name] = self._took.get(processor, processor)
         self._before, self._took = {}, {}
         self._modules, self._named, self._places = [], {}, {}

@@ -127,10 +127,10 @@ class Session:
         self._placement.restore()
         for transformer in map(unwrap, self._transformers.values()):
             registry = HookRegistry.check_if_exists_or_initialize(transformer)
-            forward, hook = transformer.forward, registry.get_hook(HOOK)
+            forward, hook = transformer.forward, _hook_on(transformer)
             last = registry._hook_order[-1] == HOOK
             registry.remove_hook(HOOK, recurse=False)
-            if last and forward is not hook.forward:
+            if last and forward is not hook.wrapped:
                 # What diffusers puts back is older than what accelerate has put there since.
                 transformer.forward = forward
         self._transformers, self._read = {}, {}
@@ -200,12 +200,14 @@ class Session:
         here = {}
         for name in family.on_host:
             x = call[name]
-            known, version, of, copy = self._read.get(name, (None, 0, None, None))
-            same = x is known and x._version == version
-            if not same and not (run is not None and run is of and known is not None and x.shape == known.shape):
-                copy = x.cpu()
-                self._read[name] = x, x._version, run, copy
-            here[name] = copy
+            if name in self._read:
+                known, version, of, copy = self._read[name]
+                same = x is known and x._version == version
+                if same or (run is not None and run is of and x.shape == known.shape):
+                    here[name] = copy
+                    continue
+            here[name] = x.cpu()
+            self._read[name] = x, x._version, run, here[name]
         return {**call, **here}
 
     def _count_strangers(self, transformer: nn.Module) -> None:
@@ -234,7 +236,7 @@ class Session:
         for transformer in map(unwrap, self._transformers.values()):
             hook = GenerationHook(self, family_of(transformer))
             HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, HOOK)
-            hook.forward = transformer.forward
+            hook.wrapped = transformer.forward
 
     def _install(self) -> None:
         self._placement.install()
@@ -282,6 +284,8 @@ class GenerationHook(ModelHook):
     def __init__(self, session: Session, family: Family):
         super().__init__()
         self.said, self.session, self.family = _Context(), session, family
+        # The forward that diffusers made of the model's when it took this hook in.
+        self.wrapped: Any = None
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         # A number, which a deep copy keeps.
@@ -331,8 +335,12 @@ def _check_processors(part: str, transformer: nn.Module) -> None:
 
 
 def session_on(transformer: nn.Module) -> Session | None:
-    hook = HookRegistry.check_if_exists_or_initialize(unwrap(transformer)).get_hook(HOOK)
+    hook = _hook_on(unwrap(transformer))
     return None if hook is None else hook.session
+
+
+def _hook_on(transformer: nn.Module) -> Any:
+    return HookRegistry.check_if_exists_or_initialize(transformer).get_hook(HOOK)
 
 
 def taken(part: str) -> ValueError:
