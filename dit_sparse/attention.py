@@ -32,6 +32,7 @@ def sparse_attention(
     """
     if generation.config.strict:
         _check_finite(layer, q=q, k=k, v=v)
+    generation.attending(len(q))
     before = generation.text[0] if layer.joint else 0
     key_mask = None if text_mask is None else _key_mask(text_mask, k.shape[2], before)
     generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None)
@@ -327,8 +328,8 @@ def address(generation: Generation, layer: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, where: Tensor) -> Tensor:
     """`sparse_attention` of the layer at `where` (see `address`); q, k, v [B, H, L, D] -> [B, H, L, D].
 
-    key_mask [B, L] bool is False for padding, which only text has. Outside of its transformer a layer is dense.
-    Under autocast it runs in autocast's dtype, like torch's own attention, and returns q's.
+    key_mask [B, L] bool is False for padding, which only text has. Outside of its transformer a layer is dense,
+    and counted. Under autocast it runs in autocast's dtype, like torch's own attention, and returns q's.
     """
     number, index = where.tolist()
     generation, device, like = _generations[number], q.device.type, q
@@ -337,6 +338,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, where: Tens
     # Pooling and routing are in float32 whatever the model runs in.
     with torch.autocast(device, enabled=False):
         layer = generation.layers[index]
+        if generation.moment is None:
+            generation.fall_back("attention ran outside of its transformer's forward")
         if key_mask is not None and generation.moment is None:
             out = dense_attention(q, k, v, key_mask=key_mask)[0]
         else:

@@ -203,7 +203,7 @@ def plan(chosen: PlanOptions) -> int:
     height, width, num_frames = chosen.height, chosen.width, chosen.num_frames
     if chosen.family is not None:
         model = models.published(chosen.family)
-        class_name, transformer, vae, count = model.class_name, model.transformer, model.vae, model.transformers
+        class_name, transformer, vae = model.class_name, model.transformer, model.vae
         height = model.height if height is None else height
         width = model.width if width is None else width
         num_frames = model.num_frames if num_frames is None else num_frames
@@ -211,7 +211,7 @@ def plan(chosen: PlanOptions) -> int:
         files = models.find(chosen.model_id)
         models.check_known(files, FAMILIES)
         class_name, transformer = next(iter(files.transformers.values()))
-        vae, count = files.vae, len(files.transformers)
+        vae = files.vae
     family = FAMILIES[class_name]
     size = family.size(transformer, vae)
     if size.frames is None and num_frames is None:
@@ -224,7 +224,7 @@ def plan(chosen: PlanOptions) -> int:
 
     def at(height: int, width: int) -> predict.ModelShape:
         shape = family.shape(transformer, height, width, num_frames, vae)
-        return replace(shape, branches=branches, transformers=count)
+        return replace(shape, branches=branches)
 
     said = predict.predict(at(height, width), chosen.sparse, chosen.num_inference_steps)
     print("\n".join(_told(chosen, at(height, width), said)))
