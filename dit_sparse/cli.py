@@ -171,16 +171,19 @@ def _one_line(error: Exception) -> str:
 def info(_options: InfoOptions) -> int:
     import torch
 
+    from dit_sparse.kernels.block_attention import chosen_impl
     from dit_sparse.kernels.dense_attention import dense_backend
-    from dit_sparse.kernels.implementation import resolve
     from dit_sparse.pipelines.session import FAMILIES
+    from dit_sparse.plan import BlockPlan
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"dit-sparse {__version__}, torch {torch.__version__}")
     print(f"device            {device.type} ({name})")
-    print(f"sparse kernel     {resolve('auto', torch.empty(0, device=device, dtype=dtype))} for {dtype}")
+    row = torch.empty(1, 1, 1, 128, device=device, dtype=dtype)
+    kernel = chosen_impl("auto", row, row, row, BlockPlan.full(1, 1, 1, 1, device), 128, None)
+    print(f"sparse kernel     {kernel} for {dtype}, 128 channels a head, blocks of 128")
     print(f"dense kernel      {dense_backend(device, dtype, 128)} for {dtype}, 128 channels a head")
     print(f"transformers      {', '.join(sorted(FAMILIES))}")
     print(f"plan --family     {', '.join(models.PUBLISHED)}")
