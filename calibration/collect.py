@@ -1,4 +1,4 @@
-"""A calibration from start to end: dense runs that record, probes and pilots, and the profile made of them.
+"""A calibration from start to end: dense runs that record, probes, trials, and the profile made of them.
 
 Every part is on disk when it is finished, in a directory beside the output file, and is not done again.
 """
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_sparse.calibration import costs, effects
-from dit_sparse.calibration.fit import middling
+from dit_sparse.calibration.fit import try_out
 from dit_sparse.calibration.metrics import psnr
 from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
@@ -29,18 +29,24 @@ from dit_sparse.profile import METHODS, Header, Profile, fingerprint
 from dit_sparse.video import whole, write_record
 
 Tick = Callable[[str, int], None]
+# Is called after each step with its latents, or with nothing by pipelines that do not tell them.
+Done = Callable[[Tensor | None], None]
+# Qualities in dB that trials aim at, one after the other: what comes of them is right where targets are.
+TRIED = (30.0, 33.0, 27.0, 36.0)
+# Numbers of the latents that are looked at after each step.
+LATENTS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Job:
     """One calibration.
 
-    run     (prompt, seed, done) -> frames [F, H, W, 3] from 0 to 1; done() is called after each step
+    run     (prompt, seed, done) -> frames [F, H, W, 3] from 0 to 1; done(latents) is called after each step
     facts   what goes into the header as it is: model_id, size, guidance_scale, created, device, dtype, versions
     """
 
     pipe: Any
-    run: Callable[[str, int, Callable[[], None]], np.ndarray]
+    run: Callable[[str, int, Done], np.ndarray]
     prompts: tuple[str, ...]
     seed: int
     steps: int
@@ -68,8 +74,7 @@ class Job:
     def forwards(self) -> int:
         """Ticks of the whole calibration: a tick is a step of a run, or a probe."""
         layers = sum(len(_layers(part, module)) for part, module in self.transformers.items())
-        pilots = sum(self.steps - start for start in effects.pilot_starts(self.steps))
-        return len(self.prompts) * self.steps + layers * len(effects.probe_steps(self.steps)) + pilots + self.steps
+        return 2 * len(self.prompts) * self.steps + layers * len(effects.probe_steps(self.steps))
 
 
 def collect(job: Job, work: Path) -> Profile:
@@ -77,8 +82,9 @@ def collect(job: Job, work: Path) -> Profile:
     _begin(job, work)
     for number in range(len(job.prompts)):
         _dense(job, work, number)
-    _effects(job, work)
-    _trial(job, work)
+    _probes(job, work)
+    for number in range(len(job.prompts)):
+        _trial(job, work, number)
     return _profile(job, work)
 
 
@@ -104,7 +110,7 @@ def _begin(job: Job, work: Path) -> None:
 
 
 def _dense(job: Job, work: Path, number: int) -> None:
-    """One prompt, dense and recorded; the first also leaves the tape that probes and pilots need."""
+    """One prompt, dense and recorded, with the tape that trials need, and probes of the first prompt."""
     file = work / f"dense-{number}.safetensors"
     if _whole(file):
         job.tick(f"prompt {number + 1}, recorded before", job.steps)
@@ -114,8 +120,6 @@ def _dense(job: Job, work: Path, number: int) -> None:
     keep = frozenset(effects.probe_steps(job.steps)) if number == 0 else frozenset()
 
     def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if number:
-            return original(*args, **kwargs)
         return tape.record(found[0].generation, keep)(part, original, *args, **kwargs)
 
     metric: dict[str, Tensor] = {}
@@ -125,7 +129,8 @@ def _dense(job: Job, work: Path, number: int) -> None:
         found.append(session)
         recorder = Recorder(job.plan, session.generation, job.steps, metric)
         session.generation.dense = recorder
-        frames = job.run(job.prompts[number], job.seed + number, lambda: job.tick(f"prompt {number + 1}, dense", 1))
+        latents = _Latents(partial(job.tick, f"prompt {number + 1}, dense", 1))
+        frames = job.run(job.prompts[number], job.seed + number, latents)
         report, grid = session.report(), session.generation.grid
         if report.fallbacks:
             raise ValueError(f"This model cannot be calibrated: {'; '.join(report.fallbacks)}.")
@@ -148,19 +153,18 @@ def _dense(job: Job, work: Path, number: int) -> None:
             layer, q, k, v = recorder.inputs
             with torch.no_grad():
                 told["costs"] = costs.measure(layer, (q, k, v), grid, job.plan.ladder, job.plan.base)
-            _save(tape.tensors(), work / "tape.safetensors")
     stats = {f"{branch}/{name}": x.cpu() for branch, named in recorder.found.items() for name, x in named.items()} | {
-        "frames": torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32))
+        "frames": torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)),
+        "latents": latents.seen(),
     }
+    _save(tape.tensors(), work / f"tape-{number}.safetensors")
     _save(stats, file, {"told": json.dumps(told)})
 
 
-def _effects(job: Job, work: Path) -> None:
-    """Probes of each layer and pilots of the first prompt, each written down as it is finished."""
-    file = work / "effects.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"probes": {}, "pilots": {}}
-    tape = Tape.from_tensors(load_file(work / "tape.safetensors"))
-    first = load_file(work / "dense-0.safetensors")["frames"].numpy()
+def _probes(job: Job, work: Path) -> None:
+    """Each layer of the first prompt, written down as it is finished."""
+    file, known = _effects(work)
+    tape = Tape.from_tensors(load_file(work / "tape-0.safetensors"))
     branch = _told(work, 0)["branches"][0]
     config = Choice("tail", job.plan.ladder[job.plan.middle]).config(job.plan.base)
     for part, module in job.transformers.items():
@@ -174,51 +178,71 @@ def _effects(job: Job, work: Path) -> None:
                     known["probes"][key] = effects.probe(part, module, tape, step, branch, index, len(layers), config)
                     write_record(file, known)
                 job.tick("probes", 1)
-    for start in effects.pilot_starts(job.steps):
-        if str(start) not in known["pilots"]:
-            done = _Steps(partial(job.tick, f"pilot from step {start}", 1), start)
-            run = partial(job.run, job.prompts[0], job.seed, done)
-            known["pilots"][str(start)] = effects.pilot(job.pipe, job.transformers, tape, start, config, run, first)
-            write_record(file, known)
-        else:
-            job.tick(f"pilot from step {start}", job.steps - start)
 
 
-def _trial(job: Job, work: Path) -> None:
-    """A fitted choice on the first prompt: how far predictions are off."""
+def _trial(job: Job, work: Path, number: int) -> None:
+    """What would be chosen by all that is known, on one prompt: how its error grows from step to step, and by how much
+    predictions are off."""
+    file, known = _effects(work)
+    said, left = f"trial {number + 1}", job.steps
+    if number >= len(known["trials"]):
+        fitted, told = try_out(_profile(job, work, unseen=number), TRIED[number % len(TRIED)])
+        fitted.save(work / "trial.safetensors")
+        dense = load_file(work / f"dense-{number}.safetensors")
+        tape = Tape.from_tensors(load_file(work / f"tape-{number}.safetensors"))
+        found: list[Session] = []
+
+        def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return tape.play(found[0].generation, told["start"])(part, original, *args, **kwargs)
+
+        with forwards(job.transformers, wrap), sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
+            found.append(session)
+            clock = session.generation.dense = costs.Clock()
+            latents = _Latents(partial(job.tick, said, 1))
+            frames = job.run(job.prompts[number], job.seed + number, latents)
+            seconds = sum(step.seconds for step in session.report().steps if step.step >= told["start"])
+        if clock.per_head:
+            # The machine may have been busier or freer than in the dense run.
+            seconds *= fitted.header.costs["dense"] / clock.per_head
+        error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
+        known["trials"].append(told | {"error": error, "seconds": seconds, "found": latents.off(dense["latents"])})
+        write_record(file, known)
+        left -= latents.steps
+    job.tick(said, left)
+
+
+def _effects(work: Path) -> tuple[Path, dict[str, Any]]:
     file = work / "effects.json"
-    known = json.loads(file.read_text(encoding="utf-8"))
-    if "trial" in known:
-        job.tick("trial", job.steps)
-        return
-    fitted, told = middling(_profile(job, work))
-    fitted.save(work / "trial.safetensors")
-    dense = load_file(work / "dense-0.safetensors")["frames"].numpy()
-    with sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
-        clock = session.generation.dense = costs.Clock()
-        frames = job.run(job.prompts[0], job.seed, partial(job.tick, "trial", 1))
-        seconds = sum(step.seconds for step in session.report().steps)
-    if clock.per_head:
-        # The machine may have been busier or freer than in the dense run.
-        seconds *= fitted.header.costs["dense"] / clock.per_head
-    known["trial"] = told | {"error": 10 ** (-psnr(frames, dense) / 10), "seconds": seconds}
-    write_record(file, known)
+    return file, json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"probes": {}, "trials": []}
 
 
-class _Steps:
-    """Calls `tick` after each step but the first `skip`."""
+class _Latents:
+    """Some numbers of the latents after each step of a run; calls `tick` after each."""
 
-    def __init__(self, tick: Callable[[], None], skip: int):
-        self.tick, self.left = tick, skip
+    def __init__(self, tick: Callable[[], None]):
+        self.tick, self._seen, self.steps = tick, [], 0
 
-    def __call__(self) -> None:
-        if self.left:
-            self.left -= 1
-        else:
-            self.tick()
+    def __call__(self, latents: Tensor | None) -> None:
+        if latents is not None:
+            flat = latents.detach().flatten()
+            self._seen.append(flat[:: max(1, flat.numel() // LATENTS)].float().cpu())
+        self.steps += 1
+        self.tick()
+
+    def seen(self) -> Tensor:
+        """[steps, numbers]."""
+        return torch.stack(self._seen) if self._seen else torch.zeros(0)
+
+    def off(self, dense: Tensor) -> list[float | None]:
+        """Mean squared error after each step; None where it is not known."""
+        mine = self.seen()
+        if mine.shape != dense.shape:
+            return [None] * self.steps
+        return [float(x) for x in (mine - dense).square().mean(-1)]
 
 
-def _profile(job: Job, work: Path) -> Profile:
+def _profile(job: Job, work: Path, unseen: int | None = None) -> Profile:
+    """What was measured on all prompts, or on all but one that is to be tried, where there are others."""
     told = [_told(work, number) for number in range(len(job.prompts))]
     first = told[0]
     branches, prompts = first["branches"], []
@@ -227,7 +251,8 @@ def _profile(job: Job, work: Path) -> Profile:
         prompts.append(
             {name: torch.stack([named[f"{branch}/{name}"] for branch in branches], 1) for name in job.plan.axes()}
         )
-    mean = {name: torch.stack([found[name] for found in prompts]).nanmean(0) for name in job.plan.axes()}
+    seen = [found for number, found in enumerate(prompts) if number != unseen] or prompts
+    mean = {name: torch.stack([found[name] for found in seen]).nanmean(0) for name in job.plan.axes()}
     layers = tuple((name, heads, dim) for name, heads, dim in first["layers"])
     seconds = {name: sum(t["seconds"][name] for t in told) / len(told) for name in first["seconds"]}
     known = json.loads((work / "effects.json").read_text(encoding="utf-8"))
@@ -248,7 +273,7 @@ def _profile(job: Job, work: Path) -> Profile:
         prompts=job.prompts,
         seconds=seconds,
         costs=_in_run(first["costs"], seconds, layers, len(branches) * len(first["levels"])),
-        effects=_felt(known, layers, prompts[0], job.plan),
+        effects=_felt(known, layers, prompts[0], job.plan) | {"scale": _scale(work)},
         **job.facts,
     )
     return Profile(header, _relative(mean))
@@ -257,8 +282,8 @@ def _profile(job: Job, work: Path) -> Profile:
 def _felt(
     known: Mapping[str, Any], layers: Sequence[tuple[str, int, int]], stats: Mapping[str, Tensor], plan: Plan
 ) -> dict[str, Any]:
-    """gain: layer -> step -> how much a unit of its squared error changes the transformer's output; pilots: start ->
-    mean squared error of the frames."""
+    """gain: layer -> step -> how much a unit of its squared error changes the transformer's output; trials: see
+    dit_sparse.calibration.fit.try_out, and what was measured."""
     tail, start = METHODS.index("tail"), 0
     gains: dict[str, dict[str, float]] = {}
     for name, heads, _ in layers:
@@ -269,9 +294,15 @@ def _felt(
                 error = stats["error"][start : start + heads, 0, int(step), tail, plan.middle].sum().item()
                 gains[name][step] = change / max(error, 1e-30)
         start += heads
-    pilots = {begin: mse for begin, (mse, _) in known["pilots"].items()}
-    trial = {"trial": known["trial"]} if "trial" in known else {}
-    return trial | {"gain": gains, "pilots": pilots, "pilot_seconds": {s: t for s, (_, t) in known["pilots"].items()}}
+    return {"gain": gains, "trials": known["trials"]}
+
+
+def _scale(work: Path) -> float:
+    """Variance of the first prompt's frames over that of its latents: how much of an error the decoder leaves, until
+    there is a trial."""
+    dense = load_file(work / "dense-0.safetensors")
+    latents = dense["latents"][-1].var() if dense["latents"].numel() else torch.tensor(1.0)
+    return float(dense["frames"].var() / latents.clamp(min=1e-12))
 
 
 def _in_run(

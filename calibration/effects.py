@@ -1,15 +1,9 @@
-"""How much an error inside attention is felt at the end, measured: by layer, one forward each, and by step, by runs
-that are dense up to a step and sparse after it."""
+"""How much an error inside attention is felt in a transformer's output, measured: one forward for each layer."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import numpy as np
 import torch
 from torch import nn
 
-from dit_sparse.calibration.metrics import psnr
-from dit_sparse.calibration.replay import Tape, forward_once, forwards
+from dit_sparse.calibration.replay import Tape, forward_once
 from dit_sparse.config import SparseConfig
 from dit_sparse.pipelines.session import FAMILIES, sparsify
 
@@ -17,11 +11,6 @@ from dit_sparse.pipelines.session import FAMILIES, sparsify
 def probe_steps(steps: int) -> tuple[int, ...]:
     """The steps whose layers are probed: one early and one late, where there are two."""
     return tuple(sorted({round(0.2 * (steps - 1)), round(0.75 * (steps - 1))}))
-
-
-def pilot_starts(steps: int) -> tuple[int, ...]:
-    """The steps at which pilot runs turn sparse, the earliest first."""
-    return tuple(sorted({0, steps // 6, steps // 2, max(steps - 2, 0)}))
 
 
 def probe(
@@ -36,30 +25,6 @@ def probe(
     with sparsify(transformer, probed):
         out = forward_once(transformer, call, device)
     return float((out - tape.outputs[part, step, branch].float()).square().mean())
-
-
-def pilot(
-    pipe: Any,
-    transformers: Mapping[str, nn.Module],
-    tape: Tape,
-    start: int,
-    config: SparseConfig,
-    run: Callable[[], np.ndarray],
-    dense: np.ndarray,
-) -> tuple[float, float]:
-    """A run that is dense before step `start` and as in `config` from there: mean squared error of its frames against
-    the dense ones, and seconds in the transformers for each sparse step."""
-    uniform = SparseConfig.from_dict(config.to_dict() | {"dense_steps": 0})
-    found: list[Any] = []
-
-    def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return tape.play(found[0].generation, start)(part, original, *args, **kwargs)
-
-    with forwards(transformers, wrap), sparsify(pipe, uniform) as session:
-        found.append(session)
-        frames = run()
-        steps = [record.seconds for record in session.report().steps if record.step >= start]
-    return 10 ** (-psnr(frames, dense) / 10), sum(steps) / max(len(steps), 1)
 
 
 def output_metric(transformer: nn.Module, part: str) -> dict[str, torch.Tensor]:

@@ -1,81 +1,97 @@
 """From measurements to choices: what each head does at each step, for the least error in the time and memory allowed.
 
-An error inside attention counts by what it was measured to do to the output (see `Problem.weight`), errors add up as
-squares, and costs add up as they are. With a price on seconds and on bytes at each step, every head of each branch is
-a shortest path of its own through the steps; the prices are then moved until the targets are met.
+An error inside attention counts by what it was measured to do to the video (see `Problem.weight`). Errors of different
+heads add up as squares; those of one head, at one step and the next, also have a part in common, which adds up as it
+is. The branches of guidance do the same: what their errors have in common goes away when one is subtracted from the
+other. With a price on cost and on bytes at each step, every head is a shortest path of its own through the steps; the
+prices are then moved until the targets are met.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from dit_sparse.calibration.growth import Run, fit_slopes, lasting
 from dit_sparse.choices import DENSE, LEARNING, Choice, ChoiceMethod
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.layout import TokenGrid
-from dit_sparse.profile import LEARNERS, METHODS, ROUTINGS, STORAGES, Profile
+from dit_sparse.profile import ERRORS, LEARNERS, METHODS, ROUTINGS, STORAGES, Profile
 from dit_sparse.state import GIB, Generation, Layer
 
 AT_ONCE: tuple[ChoiceMethod, ...] = ("none", "rectify", "tail", "calibrated")
 KEPT: tuple[Storage, ...] = ("bf16", "fp8", "int4")
-# Of the error that pilots find, the least that is put down to a range of steps: differences of runs are noisy.
-LEAST_SHARE = 0.05
+Cost = Literal["seconds", "work"]
+# Cosines are measured on a sample of rows: branches are never taken to cancel further than this share of the squares.
+LEAST_LEFT = 0.02
+# The most that errors of one head may add up to in a run over what they would by chance, where they stay the same from
+# step to step: a run has an end, and its first errors grow more than its last.
+STEADIEST = 8.0
+# Steps from one anchor to the next that soft anchors are taken to have between them.
+BETWEEN = 4
+# How much of an error that was added up is there in the end, until a trial says so: about what the demo model's trials
+# say. Errors of many layers and steps cancel in part, and cannot grow for ever.
+LEFT = 0.1
+# How far from 1 the slope of measured over predicted error may well be, where prompts differ by a factor of e.
+SLOPE_WIDTH = 0.35
 
 
 @dataclass(frozen=True)
 class Targets:
-    """At least this PSNR in dB and this speed-up of the transformers against dense, with at most this much memory."""
+    """At least this PSNR in dB and this speed-up of the transformers against dense, at most this share of the work of
+    dense attention and this much memory. by: what is spent as little of as possible, or up to the limit."""
 
     psnr: float | None = None
     speedup: float | None = None
+    work: float | None = None
     max_state_gib: float | None = None
+    by: Cost = "seconds"
 
     def __post_init__(self) -> None:
-        for name in ("psnr", "speedup", "max_state_gib"):
+        for name in ("psnr", "speedup", "work", "max_state_gib"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"target_{name} is a positive number, not {value!r}.".replace("target_max", "max"))
-        if self.psnr is None and self.speedup is None and self.max_state_gib is None:
-            raise ValueError("Give a target: --target_psnr, --target_speedup or --max_state_gib, or several.")
+        if self.psnr is None and self.speedup is None and self.work is None and self.max_state_gib is None:
+            raise ValueError(
+                "Give a target: --target_psnr, --target_speedup, --target_work or --max_state_gib, or several."
+            )
+        if self.speedup is not None and self.counts_work:
+            raise ValueError("target_speedup is about seconds: leave out target_work, or count by seconds.")
+
+    @property
+    def counts_work(self) -> bool:
+        return self.by == "work" or self.work is not None
 
     def to_dict(self) -> dict[str, float]:
-        told = {"psnr": self.psnr, "speedup": self.speedup, "max_state_gib": self.max_state_gib}
-        return {name: value for name, value in told.items() if value is not None}
-
-
-def _lasting(by_step: np.ndarray, starts: Sequence[int], shares: Sequence[float]) -> np.ndarray:
-    """[t]: the logarithm of how much of a step's own error is in the frames at the end. From one start of a pilot to
-    the next it is linear in the step, after the last one constant; the steps in between make up their share of the
-    error that the pilots found."""
-    found = np.full(len(by_step), math.log(shares[-1] / max(by_step[starts[-1] :].sum(), 1e-30)))
-    for start, end, share in reversed(list(zip(starts[:-1], starts[1:], shares[:-1], strict=True))):
-        way = 1 - np.arange(end - start) / (end - start)
-        low, high = -60.0, 60.0
-        for _ in range(60):
-            slope = (low + high) / 2
-            if (np.exp(found[end] + slope * way) * by_step[start:end]).sum() < share:
-                low = slope
-            else:
-                high = slope
-        found[start:end] = found[end] + low * way
-    return found
+        named = ("psnr", "speedup", "work", "max_state_gib")
+        return {name: getattr(self, name) for name in named if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
 class Solution:
-    """One solution; heads and branches are one axis, x.
+    """What heads do, x, in all branches.
 
     option  [x, steps] index into `Problem.options`; anchor [x, steps] bool, where a memory begins
-    error   mean squared error of the frames; seconds in the transformers; state [steps] bytes
+    direct  [steps] mean squared error that each step adds to the latents; added is what they come to in the end, and
+            error that of the frames
+    spent   [steps] seconds in attention; seconds are those of the whole transformers, state [steps] bytes
+    work    attention work as a share of that of dense attention; cost is either of the two, as the problem counts
     """
 
     option: np.ndarray
     anchor: np.ndarray
+    direct: np.ndarray
+    added: float
     error: float
+    spent: np.ndarray
     seconds: float
+    work: float
+    cost: float
     state: np.ndarray
 
     @property
@@ -86,129 +102,218 @@ class Solution:
 class Problem:
     """Error, cost and memory of every option, from a profile. methods: which may be chosen, besides dense."""
 
-    def __init__(self, profile: Profile, methods: Sequence[ChoiceMethod] = (*AT_ONCE, *LEARNING)):
-        self.profile, self.header = profile, profile.header
+    def __init__(
+        self, profile: Profile, methods: Sequence[ChoiceMethod] = (*AT_ONCE, *LEARNING), by: Cost = "seconds"
+    ):
+        self.profile, self.header, self.by = profile, profile.header, by
         h = self.header
         self.steps, self.rungs = len(h.levels), len(h.ladder)
-        flat = {
-            name: np.nan_to_num(x.float().numpy().reshape(-1, *x.shape[2:]), nan=np.nan)
-            for name, x in profile.tensors.items()
-            if name not in ("choice", "anchor", "rho")
+        self.stats = {
+            name: x.float().numpy() for name, x in profile.tensors.items() if name not in ("choice", "anchor", "rho")
         }
-        self.ran = ~np.isnan(flat["energy"])
-        self.energy = np.where(self.ran, flat["energy"], 0.0)
-        self.stats = flat
+        self.energy = np.nan_to_num(self.stats["energy"])
+        self.ran = ~np.isnan(self.stats["energy"]).all(1)
         self.at_once: list[ChoiceMethod] = [m for m in AT_ONCE if m in methods]
         self.learners: list[ChoiceMethod] = [m for m in LEARNING if m in methods]
         self.options: list[Choice] = [DENSE]
         self.options += [Choice(m, rung) for m in self.at_once for rung in h.ladder]
         self.singles = len(self.options)
-        self.options += [Choice(m, rung, s) for m in self.learners for rung in h.ladder for s in KEPT]
+        for method in self.learners:
+            for soft in self._soft(method):
+                below = [rung for rung in h.ladder if soft is None or rung.density < soft]
+                self.options += [Choice(method, rung, kept, soft) for rung in below for kept in KEPT]
         self.longest = min(h.distances[-1], self.steps - 1)
 
-    @cached_property
-    def trial(self) -> tuple[float, float]:
-        """By how much a fitted choice did worse than predicted, in squared error and in the seconds of what is not
-        dense: a choice falls on what was measured too well, and errors of layers are not independent."""
-        tried = self.header.effects.get("trial")
-        if tried is None or tried["predicted_error"] <= 0:
-            return 1.0, 1.0
-        known = tried["seconds_known"]
-        slower = (tried["seconds"] - known) / max(tried["predicted_seconds"] - known, 1e-9)
-        return max(tried["error"] / tried["predicted_error"], 1e-3), min(max(slower, 0.5), 2.0)
+    def _soft(self, method: ChoiceMethod) -> tuple[float | None, ...]:
+        """Densities of anchors: dense, and the densest rung."""
+        plain = [rung.density for rung in self.header.ladder if not rung.top_p]
+        return (None, plain[-1]) if method == "anchor" and len(plain) > 1 else (None,)
 
     @cached_property
-    def weight(self) -> np.ndarray:
-        """[x, t]: mean squared error of the frames for a unit of squared error in one head's part of the attention
-        output at one step."""
-        before, after = self._gained(), self.header.effects["pilots"]
-        middle = self.rungs // 2
-        tail = self.stats["error"][..., METHODS.index("tail"), middle] ** 2
-        by_step = np.nansum(before * tail * self.energy, 0)
-        starts = sorted(int(start) for start in after)
-        shares = [
-            max(after[str(start)] - after.get(str(end), 0.0), LEAST_SHARE * after[str(start)])
-            for start, end in zip(starts, [*starts[1:], self.steps], strict=True)
-        ]
-        return before * np.exp(_lasting(by_step, starts, shares)) * self.trial[0]
+    def signed(self) -> np.ndarray:
+        """[branches]: how guidance weighs what each branch says."""
+        h = self.header
+        guided = h.guidance_scale > 1 and len(h.branches) > 1
+        scale = {"cond": h.guidance_scale, "uncond": 1 - h.guidance_scale} if guided else {}
+        return np.array([scale.get(name, 1.0) for name in h.branches])
 
-    def _gained(self) -> np.ndarray:
-        """[x, t]: what a unit of squared error does to the latents in that step alone: probes, guidance, step size."""
+    def _joint(self, relative: np.ndarray, kind: str) -> np.ndarray:
+        """[x, t, k]: mean squared error of what guidance makes of relative errors [x, b, t, k]; kind is one of ERRORS,
+        whose errors in the first branch and in another are at a measured angle."""
+        sizes = np.nan_to_num(relative) * np.sqrt(self.energy)[..., None] * self.signed[:, None, None]
+        squares = np.square(sizes).sum(1)
+        cosines = np.nan_to_num(self.stats["together"][..., ERRORS.index(kind), :])
+        both = sum(2 * cosines[:, b] * sizes[:, 0] * sizes[:, b] for b in range(1, len(self.signed)))
+        return np.maximum(squares + both, LEAST_LEFT * squares)
+
+    def _persist(self, kind: str) -> np.ndarray:
+        """[x, t, k]: cosine between a head's errors at a step and at the one before, the mean over branches."""
+        found = self.stats["persist"][..., ERRORS.index(kind), :]
+        known = ~np.isnan(found)
+        return np.where(known, found, 0.0).sum(1) / np.maximum(known.sum(1), 1)
+
+    def _steady(self, kind: str) -> np.ndarray:
+        """[x, k]: the same, the mean over steps."""
+        found = self.stats["persist"][..., ERRORS.index(kind), :]
+        known = ~np.isnan(found)
+        return np.clip(np.where(known, found, 0.0).sum((1, 2)) / np.maximum(known.sum((1, 2)), 1), 0.0, 1.0)
+
+    @cached_property
+    def gained(self) -> np.ndarray:
+        """[x, t]: mean squared error in the latents for a unit of squared error in one head's part of the attention
+        output: by probes, between which its logarithm is linear in the step, and by the size of the step."""
         h = self.header
         levels = np.array(h.levels)
         sizes = levels - np.append(levels[1:], 0.0)
-        guided = h.guidance_scale > 1 and len(h.branches) > 1
-        scale = {"cond": h.guidance_scale**2, "uncond": (h.guidance_scale - 1) ** 2} if guided else {}
-        branch = np.array([scale.get(name, 1.0) for name in h.branches])
         gains = []
         for name, heads, _ in h.layers:
             known = h.effects["gain"][name]
-            probed = sorted((levels[int(step)], math.log(max(gain, 1e-30))) for step, gain in known.items())
+            probed = sorted((int(step), math.log(max(gain, 1e-30))) for step, gain in known.items())
             if not probed:
                 raise ValueError(f"{self.profile.source} has no probe of {name}: calibrate again.")
             at, value = zip(*probed, strict=True)
-            gains += [np.exp(np.interp(levels, at, value))] * heads
-        return (np.stack(gains)[:, None] * branch[:, None] * sizes**2).reshape(-1, self.steps)
+            gains += [np.exp(np.interp(np.arange(self.steps), at, value))] * heads
+        return np.stack(gains) * sizes**2
 
     @cached_property
-    def single(self) -> tuple[np.ndarray, np.ndarray]:
-        """Error and seconds of each option that learns nothing, [x, t, options]."""
-        error = np.zeros((*self.energy.shape, self.singles))
-        cost = np.zeros_like(error)
-        cost[..., 0] = self.header.costs["dense"]
+    def grown(self) -> np.ndarray:
+        """[t]: mean squared error of the latents at the end for one after a step."""
+        levels = self.header.levels
+        runs = [Run(np.array(t["direct"]), np.array(t["found"], float)) for t in self._trials]
+        return lasting(levels, fit_slopes(levels, runs)) ** 2
+
+    @property
+    def _trials(self) -> list[dict[str, Any]]:
+        return [trial for trial in self.header.effects["trials"] if sum(trial["direct"]) > 0]
+
+    @cached_property
+    def _seen(self) -> tuple[float, float, float]:
+        """Of the logarithms of errors in trials: mean as added up, mean as measured, and the slope of the second over
+        the first, which is 1 but for what several trials say. Means of logarithms, as quality is told in decibels."""
+        if not self._trials:
+            return 0.0, math.log(LEFT * self.header.effects["scale"]), 1.0
+        x = np.log([(np.array(t["direct"]) * self.grown).sum() for t in self._trials])
+        y = np.log([max(t["error"], 1e-20) for t in self._trials])
+        dx, dy = x - x.mean(), y - y.mean()
+        # One prompt is about e times as easily changed as another, and slopes are within about a third of 1.
+        slope = (dx @ dy + 1 / SLOPE_WIDTH**2) / (dx @ dx + 1 / SLOPE_WIDTH**2)
+        return float(x.mean()), float(y.mean()), float(np.clip(slope, 0.3, 1.5))
+
+    def frames_error(self, added: float) -> float:
+        """Mean squared error of the frames, for errors of the latents that add up to this: what is small adds up to
+        more than it seems, since choices fall on what was measured too low, and what is large cannot grow on."""
+        before, after, slope = self._seen
+        return 0.0 if added <= 0 else math.exp(after + slope * (math.log(added) - before))
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """[x, t]: mean squared error of the latents at the end for a unit of squared error in one head's part of the
+        attention output at one step, of what guidance makes of the branches."""
+        return self.gained * self.grown
+
+    @cached_property
+    def slower(self) -> float:
+        """By how much what is not dense took longer in the trials than its parts when they were timed alone."""
+        found = [
+            (t["seconds"] - t["seconds_known"]) / (t["predicted_seconds"] - t["seconds_known"])
+            for t in self.header.effects["trials"]
+            if t["predicted_seconds"] - t["seconds_known"] > 0.02 * t["predicted_seconds"]
+        ]
+        return float(np.clip(np.median(found), 0.5, 2.0)) if found else 1.0
+
+    @cached_property
+    def single(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Error, seconds and work of each option that learns nothing, [x, t, options]."""
+        error = np.zeros((*self.ran.shape, self.singles))
+        seconds, work = np.zeros_like(error), np.zeros_like(error)
+        branches = len(self.signed)
+        seconds[..., 0], work[..., 0] = branches * self.header.costs["dense"], branches
         for i, method in enumerate(self.at_once):
             at = slice(1 + i * self.rungs, 1 + (i + 1) * self.rungs)
             told = self.stats["error"][..., METHODS.index(method), :]
-            error[..., at] = (self.weight * self.energy)[..., None] * np.nan_to_num(told) ** 2
-            cost[..., at] = self._cost(method, method)
-        cost[~self.ran] = 0
-        return error, cost
+            error[..., at] = self.weight[..., None] * self._joint(told, method) * _piled(self._persist(method))
+            seconds[..., at] = self._seconds(method, method)
+            work[..., at] = self._work(method)
+        seconds[~self.ran] = work[~self.ran] = 0
+        return error, seconds, work
 
-    def _cost(self, name: str, method: ChoiceMethod) -> np.ndarray:
-        """[x, t, k] seconds, by the share of blocks that each head kept: a rung with top_p costs more where it kept
-        more. Between the rungs that were timed it is linear."""
-        rungs = self.header.ladder
+    def _kept(self, method: ChoiceMethod) -> np.ndarray:
+        """[x, b, t, k]: share of blocks in each head's plan."""
         routing = ROUTINGS.index("error" if method in ("tail", "anchor") else "mass")
-        kept = np.nan_to_num(self.stats["kept"][..., routing, :])
+        return np.nan_to_num(self.stats["kept"][..., routing, :])
+
+    def _work(self, method: ChoiceMethod) -> np.ndarray:
+        """[x, t, k]: in units of one head's dense attention; what is pooled counts as a key for each block."""
+        pooled = 1 / SparseConfig.from_dict(self.header.config).block_size(TokenGrid(*self.header.grid).tokens)
+        return (self._kept(method) + (pooled if method in ("tail", "calibrated", "anchor") else 0.0)).sum(1)
+
+    def _seconds(self, name: str, method: ChoiceMethod) -> np.ndarray:
+        """[x, t, k], by the share of blocks that each head kept: a rung with top_p costs more where it kept more.
+        Between the rungs that were timed it is linear."""
+        rungs, kept = self.header.ladder, self._kept(method)
         plain = sorted((rung.density, self.header.costs[name][k]) for k, rung in enumerate(rungs) if not rung.top_p)
         shares, seconds = (np.array(x) for x in zip(*plain, strict=True))
         if len(plain) == 1:
-            return np.full(kept.shape, seconds[0] * self.trial[1])
+            return np.full(kept.shape, seconds[0] * self.slower).sum(1)
         slopes = np.diff(seconds) / np.diff(shares)
         place = np.clip(np.searchsorted(shares, kept) - 1, 0, len(slopes) - 1)
-        return np.maximum(seconds[place] + slopes[place] * (kept - shares[place]), seconds[0] * 0.5) * self.trial[1]
+        timed = np.maximum(seconds[place] + slopes[place] * (kept - shares[place]), seconds[0] * 0.5)
+        return (timed * self.slower).sum(1)
 
     @cached_property
-    def followed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """For the options that learn, q: error at age 1, 2, ... [age, x, t, q] without that of storage; squared error
-        of storage [x, t, q], by the step of the anchor; seconds after an anchor and at it [x, t, q]; bytes [q]."""
-        k = self.rungs
-        error, coarse, after, at = [], [], [], []
-        for method in self.learners:
-            m = LEARNERS.index(method)
-            aged = np.stack([self._aged(m, age) for age in range(1, self.longest + 1)])
-            error.append(np.nan_to_num(aged) ** 2 * (self.weight * self.energy)[..., None])
-            lacks = self.stats["error"][..., METHODS.index("tail" if method == "anchor" else "remainder"), :]
-            lacks = np.nan_to_num(lacks) ** 2 * self.energy[..., None]
-            stored = [np.zeros((*self.energy.shape, k))]
-            for s in range(len(STORAGES)):
-                stored.append(lacks * np.nan_to_num(self.stats["coarse"][..., m, s])[..., None] ** 2)
-            coarse.append(np.stack(stored, -1).reshape(*self.energy.shape, -1))
-            after.append(np.repeat(self._cost(method, method), len(KEPT), -1))
-            at.append(np.repeat(self._cost(f"{method} at anchor", method), len(KEPT), -1))
-        if not self.learners:
-            none = np.zeros((*self.energy.shape, 0))
-            return none[None], none, none, none, np.zeros(0)
-        return (
-            np.repeat(np.concatenate(error, -1), len(KEPT), -1),
-            np.concatenate(coarse, -1),
-            np.concatenate(after, -1),
-            np.concatenate(at, -1),
-            np.array([self._bytes(choice) for choice in self.options[self.singles :]]),
-        )
+    def followed(self) -> "Followed":
+        parts = [
+            self._followed(method, soft)
+            for method in self.learners
+            for soft in self._soft(method)
+            if any(soft is None or rung.density < soft for rung in self.header.ladder)
+        ]
+        if not parts:
+            none = np.zeros((*self.ran.shape, 0))
+            return Followed(none[None], none, none, none[:, 0], none, none, none, none, np.zeros(0))
+        size = np.array([self._bytes(choice) for choice in self.options[self.singles :]])
+        told = {name: np.concatenate([part[name] for part in parts], -1) for name in parts[0]}
+        return Followed(size=size, **told)
+
+    def _followed(self, method: ChoiceMethod, soft: float | None) -> dict[str, np.ndarray]:
+        """All of `Followed` but size, for one method and density of its anchors."""
+        m, ladder = LEARNERS.index(method), self.header.ladder
+        below = [k for k, rung in enumerate(ladder) if soft is None or rung.density < soft]
+        aged = np.stack([self._joint(self._aged(m, age), method) for age in range(1, self.longest + 1)])
+        lacking = self.stats["error"][..., METHODS.index("tail" if method == "anchor" else "remainder"), :]
+        lacks = np.square(np.nan_to_num(lacking)) * self.energy[..., None] * np.square(self.signed)[:, None, None]
+        stored = [np.zeros((*self.ran.shape, self.rungs))]
+        for s in range(len(STORAGES)):
+            stored.append((lacks * np.square(np.nan_to_num(self.stats["coarse"][..., m, s]))[..., None]).sum(1))
+        coarse = np.stack(stored, -1)
+        seconds_at, work, dense = self._seconds(f"{method} at anchor", method), self._work(method), self.single
+        work_at, at_error = work + dense[2][..., :1], np.zeros((*self.ran.shape, 1))
+        if soft is not None:
+            top = next(k for k, rung in enumerate(ladder) if rung.density == soft and not rung.top_p)
+            at_error = self._joint(self.stats["error"][..., METHODS.index("tail"), :], "tail")[..., top, None]
+            seconds_at = seconds_at - self.slower * dense[1][..., :1] + self._seconds("tail", "tail")[..., top, None]
+            work_at = work + self._work("tail")[..., top, None]
+            # The next soft anchor is wrong in much the same way.
+            at_error = at_error * _piled(self._steady("tail")[:, None, top, None] ** BETWEEN)
+        lost = coarse[..., below, :].reshape(*self.ran.shape, -1)
+
+        def each(x: np.ndarray) -> np.ndarray:
+            """For each storage the same."""
+            return np.repeat(x[..., below], len(KEPT), -1)
+
+        return {
+            "aged": each(aged),
+            "lost": lost,
+            "begun": np.repeat(at_error, lost.shape[-1], -1),
+            "steady": each(self._steady(method)),
+            "seconds": each(self._seconds(method, method)),
+            "seconds_at": each(seconds_at),
+            "work": each(work),
+            "work_at": each(work_at),
+        }
 
     def _aged(self, m: int, age: int) -> np.ndarray:
-        """[x, t, k] relative error at an age between those measured: it grows linearly from one to the next."""
+        """[x, b, t, k] relative error at an age between those measured: it grows linearly from one to the next."""
         distances = self.header.distances
         stale = self.stats["stale"][..., m, :, :]
         above = next(i for i, distance in enumerate(distances) if distance >= age)
@@ -230,35 +335,38 @@ class Problem:
         )
         _, _, dim = self.header.layers[0]
         base = SparseConfig.from_dict(self.header.config)
-        return generation.state_bytes(Layer("", 0, 1, 1, dim), choice.residual, choice.config(base), branches=1)
+        return generation.state_bytes(
+            Layer("", 0, 1, 1, dim), choice.residual, choice.config(base), branches=len(self.header.branches)
+        )
 
     def dense(self) -> Solution:
         return self.cheapest(0.0, np.zeros(self.steps), only_dense=True)
 
     def cheapest(self, price: float, rent: np.ndarray, only_dense: bool = False) -> Solution:
-        """The least of error + price * seconds + sum over steps of rent * bytes, for each head by itself."""
-        single_error, single_cost = self.single
-        aged, coarse, after, at, size = self.followed
-        x, steps = self.energy.shape
-        rows = np.arange(x)
+        """The least of added error + price * cost + sum over steps of rent * bytes, for each head by itself."""
+        single_error, seconds, work = self.single
+        f, counts = self.followed, self.by == "work"
+        single_cost = work if counts else seconds
+        after, at = (f.work, f.work_at) if counts else (f.seconds, f.seconds_at)
+        if counts:
+            price = price / float(work[..., 0].sum())
+        x, steps = self.ran.shape
+        rows, root = np.arange(x), np.sqrt(self.weight)
         ahead = np.zeros((steps + 1, x))
         option, length = np.zeros((steps, x), int), np.ones((steps, x), int)
         for t in reversed(range(steps)):
             value = single_error[:, t] + price * single_cost[:, t]
             option[t] = 0 if only_dense else value.argmin(1)
             best = value[rows, option[t]] + ahead[t + 1]
-            if size.size and not only_dense:
-                sum_ = price * at[:, t] + rent[t] * size
+            if f.size.size and not only_dense:
+                memory = _Memory(f, t, root[:, t])
+                spent = price * at[:, t] + rent[t] * f.size
                 for age in range(1, min(self.longest, steps - 1 - t) + 1):
                     now = t + age
-                    sum_ = sum_ + (
-                        aged[age - 1][:, now]
-                        + self.weight[:, now, None] * coarse[:, t]
-                        + price * after[:, now]
-                        + rent[now] * size
-                    )
+                    memory.follow(f.aged[age - 1][:, now], root[:, now])
+                    spent = spent + (price * after[:, now] + rent[now] * f.size)
                     # A component that does not run at a step can neither learn nor use anything there.
-                    total = np.where((self.ran[:, t] & self.ran[:, now])[:, None], sum_, np.inf)
+                    total = np.where((self.ran[:, t] & self.ran[:, now])[:, None], spent + memory.error, np.inf)
                     total = total + ahead[now + 1][:, None]
                     least = total.argmin(1)
                     better = total[rows, least] < best
@@ -270,7 +378,7 @@ class Problem:
 
     def _walk(self, option: np.ndarray, length: np.ndarray) -> Solution:
         """Follow each head from its first step, and add up."""
-        x, steps = self.energy.shape
+        x, steps = self.ran.shape
         chosen, anchor = np.zeros((x, steps), int), np.zeros((x, steps), bool)
         begin = np.zeros((x, steps), int)
         here = np.zeros(x, int)
@@ -283,31 +391,65 @@ class Problem:
         return self.account(chosen, anchor, begin)
 
     def account(self, chosen: np.ndarray, anchor: np.ndarray, begin: np.ndarray) -> Solution:
-        """Error, seconds and memory of given options; begin [x, t] is the step that each memory is from."""
-        single_error, single_cost = self.single
-        aged, coarse, after, at, size = self.followed
-        x, steps = chosen.shape
+        """Error, cost and memory of given options; begin [x, t] is the step that each memory is from."""
+        single_error, single_seconds, single_work = self.single
+        f, (x, steps) = self.followed, chosen.shape
         rows, times = np.arange(x)[:, None], np.arange(steps)[None]
         learns = chosen >= self.singles
         plain = np.where(learns, 0, chosen)
         error = np.where(learns, 0.0, single_error[rows, times, plain])
-        cost = np.where(learns, 0.0, single_cost[rows, times, plain])
+        seconds = np.where(learns, 0.0, single_seconds[rows, times, plain])
+        work = np.where(learns, 0.0, single_work[rows, times, plain])
         state = np.zeros(steps)
         if learns.any():
             q = np.where(learns, chosen - self.singles, 0)
-            age = np.where(learns, times - begin, 0)
-            old = aged[np.maximum(age, 1) - 1, rows, times, q] + self.weight * coarse[rows, begin, q]
-            error = error + np.where(learns & ~anchor, old, 0.0)
-            cost = cost + np.where(learns, np.where(anchor, at[rows, times, q], after[rows, times, q]), 0.0)
-            state = np.where(learns, size[q], 0.0).sum(0)
-        return Solution(chosen, anchor, float(error.sum()), float(cost.sum() + self.header.costs["other"]), state)
+            here = (rows, times, q)
+            error = error + np.where(learns, self._remembered(q, begin), 0.0)
+            seconds = seconds + np.where(learns, np.where(anchor, f.seconds_at[here], f.seconds[here]), 0.0)
+            work = work + np.where(learns, np.where(anchor, f.work_at[here], f.work[here]), 0.0)
+            state = np.where(learns, f.size[q], 0.0).sum(0)
+        whole, share = float(seconds.sum() + self.header.costs["other"]), float(work.sum() / single_work[..., 0].sum())
+        return Solution(
+            option=chosen,
+            anchor=anchor,
+            direct=error.sum(0) / self.grown,
+            error=self.frames_error(float(error.sum())),
+            added=float(error.sum()),
+            spent=seconds.sum(0),
+            seconds=whole,
+            work=share,
+            cost=share if self.by == "work" else whole,
+            state=state,
+        )
+
+    def _remembered(self, q: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """[x, t]: what each step adds to the error of the memory it goes by, if all go by one; q is its option."""
+        f, (x, steps) = self.followed, q.shape
+        rows, root, found = np.arange(x), np.sqrt(self.weight), np.zeros((x, steps))
+        lost, begun, steady = (np.zeros(x) for _ in range(3))
+        chance, straight, grown, since = (np.zeros(x) for _ in range(4))
+        before = np.zeros(x)
+        for t in range(steps):
+            new, now, age = begin[:, t] == t, q[:, t], np.maximum(t - begin[:, t], 1)
+            lost = np.where(new, f.lost[rows, t, now], lost)
+            begun = np.where(new, f.begun[rows, t, now], begun)
+            steady = np.where(new, f.steady[rows, now], steady)
+            wrong = np.where(new, 0.0, np.sqrt(f.aged[np.minimum(age, len(f.aged)) - 1, rows, t, now]) * root[:, t])
+            chance = np.where(new, 0.0, chance) + wrong**2
+            straight = np.where(new, 0.0, straight) + wrong
+            grown = np.where(new, 0.0, grown) + root[:, t]
+            since = np.where(new, 0.0, since + root[:, t])
+            whole = (1 - steady) * chance + steady * straight**2 + lost * since**2 + begun * grown**2
+            found[:, t] = whole - np.where(new, 0.0, before)
+            before = whole
+        return found
 
     def uniform(self, config: SparseConfig, k: int) -> Solution:
         """What a uniform config at rung k would do, staggering aside."""
-        x, steps = self.energy.shape
+        x, steps = self.ran.shape
         phases = [Generation(config).phase_at(step, steps) for step in range(steps)]
-        storage = "bf16" if config.residual == "auto" else config.residual
-        choice = Choice(config.method, self.header.ladder[k], storage if config.learns else None)
+        storage: Storage = "bf16" if config.residual == "auto" else config.residual
+        choice = Choice(config.method, self.header.ladder[k], storage if config.learns else None)  # type: ignore[arg-type]
         index, begin, last = self.options.index(choice), np.zeros(steps, int), 0
         for step, phase in enumerate(phases):
             last = step if phase == "anchor" or not config.learns else last
@@ -316,6 +458,51 @@ class Problem:
         anchor = np.array([phase == "anchor" for phase in phases])
         spread = [np.broadcast_to(row, (x, steps)) for row in (chosen, anchor, begin)]
         return self.account(*spread)
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The options that learn, q, without the weight of steps. aged [age from 1, x, t, q]: squared error; lost [x, t of
+    the anchor, q]: what storage adds to it; begun, likewise: what the anchor itself got wrong; steady [x, q]: cosine
+    between errors at one step and the next. seconds and work [x, t, q], at the anchor seconds_at and work_at; size [q]
+    in bytes, of all branches."""
+
+    aged: np.ndarray
+    lost: np.ndarray
+    begun: np.ndarray
+    steady: np.ndarray
+    seconds: np.ndarray
+    seconds_at: np.ndarray
+    work: np.ndarray
+    work_at: np.ndarray
+    size: np.ndarray
+
+
+class _Memory:
+    """Errors [x, q] of all options that learned at one step, while they are followed. What was wrong or lost at the
+    anchor is the same at each step; what grows with age is partly so."""
+
+    def __init__(self, followed: Followed, t: int, root: np.ndarray):
+        self.lost, self.begun, self.steady = followed.lost[:, t], followed.begun[:, t], followed.steady
+        self.chance, self.straight = np.zeros_like(self.lost), np.zeros_like(self.lost)
+        self.since, self.grown = np.zeros_like(root), root
+
+    def follow(self, aged: np.ndarray, root: np.ndarray) -> None:
+        """One step, at which errors weigh root squared."""
+        wrong = np.sqrt(aged) * root[:, None]
+        self.chance, self.straight = self.chance + wrong**2, self.straight + wrong
+        self.since, self.grown = self.since + root, self.grown + root
+
+    @property
+    def error(self) -> np.ndarray:
+        same = self.lost * self.since[:, None] ** 2 + self.begun * self.grown[:, None] ** 2
+        return (1 - self.steady) * self.chance + self.steady * self.straight**2 + same
+
+
+def _piled(cosine: np.ndarray) -> np.ndarray:
+    """By what factor squared errors of a long row of steps add up, if each has this cosine with the one before."""
+    cosine = np.clip(cosine, 0.0, 0.99)
+    return np.minimum((1 + cosine) / (1 - cosine), STEADIEST)
 
 
 def solve(problem: Problem, targets: Targets) -> Solution:
@@ -330,7 +517,7 @@ def solve(problem: Problem, targets: Targets) -> Solution:
             return path
         if unit is None:
             # Where memory begins to cost what it saves: the error of a run per byte.
-            unit = max(path.error, 1e-12) / max(path.state.max(), 1.0) / problem.steps
+            unit = max(path.added, 1e-12) / max(path.state.max(), 1.0) / problem.steps
             rent = np.where(over > 1, unit * 1e-3, 0.0)
         else:
             rent = np.where(over > 1, np.maximum(rent, unit * 1e-3) * np.clip(over, 1.05, 2.0) ** 2, rent * 0.97)
@@ -338,42 +525,43 @@ def solve(problem: Problem, targets: Targets) -> Solution:
 
 
 def _solve_at(problem: Problem, targets: Targets, rent: np.ndarray) -> Solution:
-    """For given rents: the least error at the speed asked for, else the least time at the quality asked for."""
+    """For given rents: the least error at the cost asked for, else the least cost at the quality asked for."""
     whole = problem.header.seconds["transformers"]
+
+    def told(path: Solution) -> str:
+        return f"{path.work:.3f} of dense work" if targets.counts_work else f"{whole / path.seconds:.2f} times dense"
+
+    # Rounding must not put dense itself out of reach.
+    allowed = None if targets.work is None else targets.work * (1 + 1e-9)
+    asked = f"target_work {targets.work}"
+    if not targets.counts_work and (targets.speedup is not None or targets.psnr is None):
+        speedup = targets.speedup or default_speedup(problem)
+        allowed, asked = whole / speedup * (1 + 1e-9), f"target_speedup {speedup:g}"
+    if allowed is None:
+        assert targets.psnr is not None
+        return _search(problem, rent, lambda path: path.psnr < targets.psnr, last_false=True)
     fastest = problem.cheapest(1e9, rent)
-    speedup = targets.speedup
-    if speedup is None and targets.psnr is None:
-        speedup = default_speedup(problem)
-    if speedup is not None:
-        # Rounding must not put dense itself out of reach.
-        allowed = whole / speedup * (1 + 1e-9)
-        if fastest.seconds > allowed:
-            raise ValueError(
-                f"target_speedup {speedup:g} is out of reach: {whole / fastest.seconds:.2f} is the most, at "
-                f"{fastest.psnr:.1f} dB."
-            )
-        path = _search(problem, rent, lambda path: path.seconds <= allowed)
-        if targets.psnr is not None and path.psnr < targets.psnr:
-            slower = _search(problem, rent, lambda path: path.psnr < targets.psnr, last_false=True)
-            raise ValueError(
-                f"target_psnr {targets.psnr:g} and target_speedup {speedup:g} are out of reach together: "
-                f"{path.psnr:.1f} dB is the best at that speed, and {whole / slower.seconds:.2f} the most at that "
-                "quality."
-            )
-        return path
-    assert targets.psnr is not None
-    return _search(problem, rent, lambda path: path.psnr < targets.psnr, last_false=True)
+    if fastest.cost > allowed:
+        raise ValueError(f"{asked} is out of reach: {told(fastest)} is the most, at {fastest.psnr:.1f} dB.")
+    path = _search(problem, rent, lambda path: path.cost <= allowed)
+    if targets.psnr is not None and path.psnr < targets.psnr:
+        slower = _search(problem, rent, lambda path: path.psnr < targets.psnr, last_false=True)
+        raise ValueError(
+            f"target_psnr {targets.psnr:g} and {asked} are out of reach together: {path.psnr:.1f} dB is the best "
+            f"there, and {told(slower)} the most at that quality."
+        )
+    return path
 
 
 def _search(problem: Problem, rent: np.ndarray, enough, last_false: bool = False) -> Solution:
-    """The path at the least price of a second for which `enough` holds, or the last before that."""
-    low, high = -40.0, 10.0
+    """The path at the least price of cost for which `enough` holds, or the last before that."""
+    low, high = -40.0, 20.0
     least, most = problem.cheapest(math.exp(low), rent), problem.cheapest(math.exp(high), rent)
     if enough(least):
         return least
     if not enough(most):
         return most
-    for _ in range(40):
+    for _ in range(45):
         middle = (low + high) / 2
         path = problem.cheapest(math.exp(middle), rent)
         if enough(path):
@@ -392,39 +580,49 @@ def default_speedup(problem: Problem) -> float:
     return problem.header.seconds["transformers"] / every.uniform(SparseConfig(), k).seconds
 
 
-def middling(profile: Profile) -> tuple[Profile, dict[str, float]]:
-    """Choices halfway between dense and the fastest, to be tried out, and what is predicted of them: the mean squared
-    error of the frames, the seconds, and how many of these are not of sparse attention."""
-    problem = Problem(profile)
-    whole = profile.header.seconds["transformers"]
-    fastest = problem.cheapest(1e9, np.zeros(problem.steps)).seconds
-    halfway = Targets(speedup=whole / ((whole + fastest) / 2))
-    found = solve(problem, halfway)
-    dense = np.where(problem.ran & (found.option == 0), problem.header.costs["dense"], 0.0).sum()
-    known = float(dense + problem.header.costs["other"])
-    told = {"predicted_error": found.error, "predicted_seconds": found.seconds, "seconds_known": known}
-    return fit(profile, halfway), told
+def try_out(profile: Profile, psnr: float) -> tuple[Profile, dict[str, Any]]:
+    """Choices of the least work for `psnr`, or of the least there is, to be tried, and what is predicted of them: the
+    error that each step adds, the step of the first that is not dense, and from it on the seconds, and how many of
+    these are not of sparse attention."""
+    problem = Problem(profile, by="work")
+    targets = Targets(psnr=psnr, by="work")
+    path = solve(problem, targets)
+    sparse = (path.option > 0).any(0)
+    start = int(sparse.argmax()) if sparse.any() else problem.steps - 1
+    other = problem.header.costs["other"] * (problem.steps - start) / problem.steps
+    dense = float(np.where(problem.ran & (path.option == 0), problem.single[1][..., 0], 0.0)[:, start:].sum())
+    told = {
+        "work": path.work,
+        "direct": path.direct.tolist(),
+        "start": start,
+        "predicted_seconds": (float(path.spent[start:].sum()) - dense) / problem.slower + dense + other,
+        "seconds_known": dense + other,
+    }
+    return _written(profile, problem, path, targets), told
 
 
 def fit(profile: Profile, targets: Targets, methods: Sequence[ChoiceMethod] = (*AT_ONCE, *LEARNING)) -> Profile:
     """The profile with choices for these targets, and what is predicted of them."""
-    problem = Problem(profile, methods)
-    path = solve(problem, targets)
-    whole = profile.header.seconds["transformers"]
+    problem = Problem(profile, methods, "work" if targets.counts_work else "seconds")
+    return _written(profile, problem, solve(problem, targets), targets)
+
+
+def _written(profile: Profile, problem: Problem, path: Solution, targets: Targets) -> Profile:
     used = sorted(set(path.option.flatten().tolist()) | {0})
     index = np.zeros(len(problem.options), np.uint8)
     index[used] = np.arange(len(used))
-    shape = profile.tensors["energy"].shape
+    branches = len(profile.header.branches)
+
+    def spread(x: np.ndarray) -> torch.Tensor:
+        """In every branch the same."""
+        return torch.from_numpy(np.repeat(x[:, None].astype(np.uint8), branches, 1))
+
     predicted = {
         "psnr_db": min(path.psnr, 200.0),
-        "speedup": whole / path.seconds,
+        "speedup": profile.header.seconds["transformers"] / path.seconds,
+        "work": path.work,
         "seconds": path.seconds,
         "state_gib": float(path.state.max()) / GIB,
     }
-    return profile.with_choices(
-        torch.from_numpy(index[path.option].reshape(shape)),
-        torch.from_numpy(path.anchor.astype(np.uint8).reshape(shape)),
-        [problem.options[i] for i in used],
-        targets.to_dict(),
-        predicted,
-    )
+    chosen, choices = spread(index[path.option]), [problem.options[i] for i in used]
+    return profile.with_choices(chosen, spread(path.anchor), choices, targets.to_dict(), predicted)

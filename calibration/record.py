@@ -18,7 +18,7 @@ from dit_sparse.kernels.permute import permute
 from dit_sparse.layout import Layout
 from dit_sparse.order import vision_first
 from dit_sparse.plan import Residual
-from dit_sparse.profile import LEARNERS, METHODS, ROUTINGS, STORAGES
+from dit_sparse.profile import ERRORS, LEARNERS, METHODS, ROUTINGS, STORAGES
 from dit_sparse.report import Mark
 from dit_sparse.residual import pack, unpack
 from dit_sparse.routing import Pooled, pool, route
@@ -26,8 +26,11 @@ from dit_sparse.state import Generation, Layer
 
 # Least logarithm of a share: what is below would be subnormal further on, where a CPU is many times slower.
 FLOOR = -60.0
-# Rows looked at in one query block: with fewer, more blocks are seen for the same work.
-ROWS_PER_BLOCK = 16
+# Rows looked at in one query block, until all blocks are. A few blocks hold most of an error: eight blocks of sixteen
+# rows miss them, and tell too little of it.
+ROWS_PER_BLOCK = 4
+# Random directions that errors of two branches are compared along: their angle is wanted to some per cent only.
+SKETCH = 16
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Plan:
             "stale": (len(LEARNERS), d, k),
             "coarse": (len(LEARNERS), len(STORAGES)),
             "drift": (d,),
+            "together": (len(ERRORS), k),
+            "persist": (len(ERRORS), k),
             "energy": (),
         }
 
@@ -96,6 +101,8 @@ class Recorder:
     inputs: tuple[Layer, Tensor, Tensor, Tensor] | None = None
     _marks: list[tuple[Mark, Mark, Mark]] = field(default_factory=list)
     _memory: dict[tuple[str, str, int], dict[int, Memory]] = field(default_factory=dict)
+    _first: dict[tuple[str, int], tuple[int, str, Tensor]] = field(default_factory=dict)
+    _last: dict[tuple[str, str, int], tuple[int, Tensor]] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -142,7 +149,24 @@ class Recorder:
             ]
             memory[step] = told[0][1]
             for name, whole in self.found[branch].items():
-                whole[self._rows[layer.name] + head, step] = torch.stack([found[name] for found, _ in told]).mean(0)
+                if name not in ("together", "persist"):
+                    whole[self._rows[layer.name] + head, step] = torch.stack([t[0][name] for t in told]).mean(0)
+            self._compare(layer, head, step, branch, told[0][2])
+
+    def _compare(self, layer: Layer, head: int, step: int, branch: str, sketch: Tensor) -> None:
+        """Cosines between the errors, of length 1, of this branch and the first, and of this step and the one before;
+        of methods that learn at the second distance, before at the first, of one memory."""
+        row, now = self._rows[layer.name] + head, sketch[: len(ERRORS)]
+        begun, of, first = self._first.get((layer.name, head), (-1, "", now))
+        if begun != step or of == branch:
+            self._first[layer.name, head] = (step, branch, now)
+            first = now
+        self.found[branch]["together"][row, step] = (first * now).sum(-1)
+        at, before = self._last.get((layer.name, branch, head), (-2, sketch))
+        if at == step - 1:
+            before = torch.cat([before[: len(METHODS)], before[len(ERRORS) :]])
+            self.found[branch]["persist"][row, step] = (before * now).sum(-1)
+        self._last[layer.name, branch, head] = (step, sketch)
 
     def _empty(self, device: torch.device) -> dict[str, Tensor]:
         moment, heads = self.generation.moment, 0
@@ -163,7 +187,9 @@ class Bank:
     def __init__(self, plan: Plan, layout: Layout, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None):
         self.plan, self.layout, self.q, self.k, self.v, self.text_mask = plan, layout, q, k, v, text_mask
         self.scale = q.shape[-1] ** -0.5
-        per = min(layout.block, ROWS_PER_BLOCK)
+        per = min(layout.block, max(ROWS_PER_BLOCK, plan.rows // layout.blocks))
+        signs = torch.randint(0, 2, (per, v.shape[-1], SKETCH), generator=torch.Generator().manual_seed(0))
+        self.directions = (2.0 * signs - 1).to(q.device)
         count = min(layout.blocks, max(1, plan.rows // per))
         device = q.device
         self.blocks = torch.linspace(0, layout.blocks - 1, count, device=device).round().long()
@@ -201,8 +227,9 @@ class Bank:
 
     def look(
         self, b: int, h: int, root: Tensor | None, memory: dict[int, Memory], step: int
-    ) -> tuple[dict[str, Tensor], Memory]:
-        """The statistics of one head, and what it would remember of this step."""
+    ) -> tuple[dict[str, Tensor], Memory, Tensor]:
+        """The statistics of one head, what it would remember of this step, and its errors along random directions,
+        each of length 1: those of ERRORS, then of LEARNERS at the first distance."""
         n, r = self.rows.shape
         blocks, size, vision = self.layout.blocks, self.layout.block, self.layout.grid.tokens
         q, k, v = self.q[b, h, self.rows.flatten()].float(), self.k[b, h].float(), self.v[b, h].float()
@@ -264,19 +291,21 @@ class Bank:
         added = self.compensable[b, h][:, None].masked_fill(by_mass, 0)
         rectified = (1 - added.sum(-1))[..., None, None] * alone + (added @ means)[:, :, None]
         tailed = with_tail(by_error)
+        errors = torch.stack([x - dense for x in (alone, rectified, tailed, weighed, out)])
         found = {
             "rho": bins,
             "recall": self._recall(by_mass, mass, held - text_mass),
             "kept": torch.stack([by_mass.float().mean((0, 2)), by_error.float().mean((0, 2))]),
-            "error": torch.stack([square(x - dense) for x in (alone, rectified, tailed, weighed, out)]),
+            "error": torch.stack([square(error) for error in errors]),
             "energy": square(dense)[0],
         }
         now = Memory(by_mass, by_error, (dense - tailed).bfloat16(), (dense - out).bfloat16(), held)
         found["coarse"] = torch.stack(
             [self._coarse(x[:, self.plan.middle].float()) for x in (now.anchor, now.reshape)]
         )
-        found |= self._aged(memory, step, dense, exact, with_tail, square)
-        return found, now
+        aged, learned = self._aged(memory, step, dense, exact, with_tail, square)
+        vectors = torch.einsum("enkrd,rds->eknrs", torch.cat([errors, learned]), self.directions)
+        return found | aged, now, F.normalize(vectors.flatten(2), dim=-1)
 
     def _recall(self, masks: Tensor, mass: Tensor, held: Tensor) -> Tensor:
         """[K]: mass found over what the best blocks of that number hold, the mean over query blocks."""
@@ -290,19 +319,23 @@ class Bank:
         stored: list[Residual] = [pack(residual, storage) for storage in STORAGES]  # type: ignore[arg-type]
         return torch.stack([((unpack(x) - residual).square().sum() / whole).sqrt() for x in stored])
 
-    def _aged(self, memory, step: int, dense: Tensor, exact, with_tail, square) -> dict[str, Tensor]:
-        """Errors of following a memory, and how far rho of its plan has moved, for each distance there is."""
+    def _aged(self, memory, step: int, dense: Tensor, exact, with_tail, square) -> tuple[dict[str, Tensor], Tensor]:
+        """Errors of following a memory, and how far rho of its plan has moved, for each distance there is; and the
+        errors [n, K, r, D] of all learners at the second distance and then at the first, NaN where there is none."""
         shape = (len(LEARNERS), len(self.plan.distances), len(self.plan.ladder))
         stale, drift = dense.new_full(shape, float("nan")), dense.new_full(shape[1:2], float("nan"))
         old = [(at, memory[step - back]) for at, back in enumerate(self.plan.distances) if step - back in memory]
+        learned = dense.new_full((2, len(LEARNERS), dense.shape[0], shape[2], *dense.shape[2:]), float("nan"))
         if not old:
-            return {"stale": stale, "drift": drift}
+            return {"stale": stale, "drift": drift}, learned.flatten(0, 1)
         k, middle = len(self.plan.ladder), self.plan.middle
         tails = with_tail(torch.cat([m.by_error for _, m in old], 1)).split(k, 1)
         held, out = (x.split(k, 1) for x in exact(torch.cat([m.by_mass for _, m in old], 1)))
         for i, (at, m) in enumerate(old):
-            stale[0, at] = square(tails[i] + m.anchor.float() - dense)
             scaled = out[i] * (m.rho / held[i].clamp(min=1e-20))[..., None]
-            stale[1, at] = square(scaled + m.reshape.float() - dense)
+            errors = torch.stack([tails[i] + m.anchor.float() - dense, scaled + m.reshape.float() - dense])
+            stale[:, at] = torch.stack([square(error) for error in errors])
+            if at <= 1:
+                learned[1 - at] = errors
             drift[at] = (held[i][:, middle] - m.rho[:, middle]).abs().mean()
-        return {"stale": stale, "drift": drift}
+        return {"stale": stale, "drift": drift}, learned.flatten(0, 1)

@@ -99,7 +99,9 @@ def attend_part(
     if not config.learns:
         out, routed = _at_once(call, part.rho)
     elif part.phase == "anchor":
-        out, learned = _refresh(call, moment.step, part.storage, soft=learned is not None)
+        # A profile knows what its first anchor costs; a uniform setting's is dense.
+        soft = learned is not None or generation.profile is not None
+        out, learned = _refresh(call, moment.step, part.storage, soft=soft)
         generation.record(layer, learned)
         routed = learned.visited
     else:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.profile import Profile
 from dit_sparse.video import check_place
 
-DISTANCES = (1, 2, 3, 5, 8)
+DISTANCES = (1, 2, 4, 8)
 BINS = 8
 # What the memory of sampled rows may take while recording; rows are halved until it fits.
 MEMORY_BYTES = 4 << 30
@@ -29,8 +28,9 @@ class CalibrateOptions:
 
     For each layer, head, branch of guidance and step: the share of softmax mass in the blocks kept, how much of the
     best it is, and the error of every method at every density, on a sample of rows. Then one forward for each layer at
-    two steps and some runs that turn sparse on the way, to learn what such an error does to the video, and one run of
-    a fitted choice, to correct what is predicted. It can be interrupted: the same command goes on where it stopped.
+    two steps, to learn what such an error does to the output, and one run of fitted choices for each prompt, to learn
+    how errors grow until the end and to correct what is predicted. It can be interrupted: the same command goes on
+    where it stopped.
     """
 
     model_id: str | None = None
@@ -89,6 +89,10 @@ class FitOptions:
     """At least this many dB against the dense video: the fastest such choice."""
     target_speedup: float | None = None
     """At least this speed-up of the transformers: the most faithful such choice."""
+    target_work: float | None = None
+    """At most this share of the work of dense attention, whatever the machine: the most faithful such choice."""
+    by: Literal["seconds", "work"] = "seconds"
+    """What target_psnr keeps low: seconds on the machine that was calibrated on, or attention work."""
     max_state_gib: float | None = None
     """Remember at most so much; without another target, at the speed of the default uniform setting."""
     methods: tuple[Fitted, ...] = ALL
@@ -179,7 +183,9 @@ def fit(options: FitOptions) -> int:
     if options.profile is None:
         raise ValueError("Give --profile, a file written by dit-sparse calibrate.")
     output = _output(options.output_file)
-    targets = Targets(options.target_psnr, options.target_speedup, options.max_state_gib)
+    targets = Targets(
+        options.target_psnr, options.target_speedup, options.target_work, options.max_state_gib, options.by
+    )
     unseen = None if options.verify is None else prompts.read(options.verify)
     profile = Profile.load(options.profile)
     seen = set(unseen or ()) & set(profile.header.prompts)
@@ -223,8 +229,8 @@ def verify(path: Path, profile: Profile, options: FitOptions, unseen: tuple[str,
             made = {}
             for name, config in (("dense", SparseConfig("dense")), ("sparse", SparseConfig(profile=str(path)))):
                 with sparsify(pipe, config) as session:
-                    done = partial(tick, f"prompt {number + 1}, {name}", 1)
-                    made[name] = run(prompt, options.seed + number, done)
+                    said = f"prompt {number + 1}, {name}"
+                    made[name] = run(prompt, options.seed + number, lambda _, said=said: tick(said, 1))
                     report = session.report()
                     seconds[name] += sum(step.seconds for step in report.steps)
             quality.append(min(psnr(made["sparse"], made["dense"]), 200.0))
@@ -241,7 +247,8 @@ def sentence(profile: Profile) -> str:
     said = profile.header.predicted
     return (
         f"predicted {said['psnr_db']:.1f} dB, transformers {said['speedup']:.2f} times as fast "
-        f"({said['seconds']:.1f} s), {said['state_gib']:.3g} GiB remembered at the peak"
+        f"({said['seconds']:.1f} s), attention work {said['work']:.3f} of dense, "
+        f"{said['state_gib']:.3g} GiB remembered at the peak"
     )
 
 
@@ -286,10 +293,10 @@ def _rows(options: CalibrateOptions, files: models.ModelFiles, request: generate
 
 def _runner(
     pipe: Any, request: generate.Request, files: models.ModelFiles, negative_prompt: str | None
-) -> Callable[[str, int, Callable[[], None]], np.ndarray]:
-    def run(prompt: str, seed: int, done: Callable[[], None]) -> np.ndarray:
-        def step_done(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-            done()
+) -> Callable[[str, int, Callable[[Any], None]], np.ndarray]:
+    def run(prompt: str, seed: int, done: Callable[[Any], None]) -> np.ndarray:
+        def step_done(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            done(tensors.get("latents"))
             return {}
 
         return generate.frames_of(pipe, replace(request, prompt=prompt), files, negative_prompt, seed, step_done)

@@ -30,11 +30,13 @@ class Rung:
 
 @dataclass(frozen=True)
 class Choice:
-    """What one head does at one step; residual is how an anchor's memory is stored, None where nothing is learned."""
+    """What one head does at one step. residual: how an anchor's memory is stored, None where nothing is learned;
+    anchor_density: density of the anchor itself, None where that is dense."""
 
     method: ChoiceMethod
     rung: Rung | None = None
     residual: Storage | None = None
+    anchor_density: float | None = None
 
     @property
     def learns(self) -> bool:
@@ -51,18 +53,21 @@ class Choice:
             routing="mass" if self.method == "calibrated" else "auto",
             density=self.rung.density,
             top_p=self.rung.top_p,
+            anchor_density=self.anchor_density,
             second_order=base.second_order if tail else True,
             second_order_limit=base.second_order_limit if tail else SparseConfig.second_order_limit,
         )
 
     def to_dict(self) -> dict[str, Any]:
         rung = self.rung and [self.rung.density, self.rung.top_p]
-        return {"method": self.method, "rung": rung, "residual": self.residual}
+        told = {"method": self.method, "rung": rung, "residual": self.residual}
+        return told if self.anchor_density is None else told | {"anchor_density": self.anchor_density}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Choice":
         rung = values["rung"]
-        return cls(values["method"], None if rung is None else Rung(*rung), values["residual"])
+        rung = None if rung is None else Rung(*rung)
+        return cls(values["method"], rung, values["residual"], values.get("anchor_density"))
 
 
 DENSE = Choice("dense")

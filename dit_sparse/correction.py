@@ -13,6 +13,8 @@ from dit_sparse.routing import Pooled, Routing
 
 # Softmax mass outside the plan below which keep_mass leaves the residual as it is: a step of bfloat16 at 1.
 LEAST_REST = 2**-8
+# Logits of `calibrated` that are in memory at a time.
+AT_ONCE = 1 << 24
 
 
 def pooled_tail(pooled: Pooled, dtype: torch.dtype, *, second_order: bool, limit: float = math.inf) -> Tail:
@@ -127,17 +129,19 @@ def calibrated(q: Tensor, plan: BlockPlan, tail: Tail, rho: Tensor, *, block: in
     """
     routed, rows = plan.mask(), q.shape[2]
     rho = torch.where(routed.all(-1), 1.0, rho)
+    weights = tail.log_weights.reshape(-1, 1, 1, tail.log_weights.shape[-1])
     rest = torch.empty_like(q)
-    weights = tail.log_weights.reshape(-1, tail.log_weights.shape[-1])
-    # One head at a time: the logits of all would be as large as a dense attention map over the block.
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            logits = (q[b, h] @ tail.keys[b, h].mT).float().mul_(scale) + weights[b % len(weights)]
-            if tail.variances is not None:
-                spread = (q[b, h] * scale).square() @ tail.variances[b, h].mT
-                logits += spread.float().mul_(0.5).clamp_(max=tail.limit)
-            hidden = routed[b, h].repeat_interleave(block, 0)[:rows]
-            share = logits.masked_fill_(hidden, float("-inf")).softmax(-1).nan_to_num_()
-            share *= (1 - rho[b, h]).repeat_interleave(block)[:rows, None]
-            rest[b, h] = share.to(q.dtype) @ tail.values[b, h]
+    # The logits of all heads and rows would be as large as a dense attention map over the block.
+    at_once = max(block, AT_ONCE // max(1, q.shape[0] * q.shape[1] * routed.shape[-1]) // block * block)
+    for first in range(0, rows, at_once):
+        some = slice(first, min(first + at_once, rows))
+        blocks = slice(first // block, -(-some.stop // block))
+        logits = (q[:, :, some] @ tail.keys.mT).float().mul_(scale) + weights
+        if tail.variances is not None:
+            spread = (q[:, :, some] * scale).square() @ tail.variances.mT
+            logits += spread.float().mul_(0.5).clamp_(max=tail.limit)
+        hidden = routed[:, :, blocks].repeat_interleave(block, 2)[:, :, : some.stop - first]
+        share = logits.masked_fill_(hidden, float("-inf")).softmax(-1).nan_to_num_()
+        share *= (1 - rho[:, :, blocks]).repeat_interleave(block, 2)[:, :, : some.stop - first, None]
+        rest[:, :, some] = share.to(q.dtype) @ tail.values
     return Correction(scale=rho, residual=Residual(rest))

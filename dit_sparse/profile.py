@@ -17,7 +17,7 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenGrid
 from dit_sparse.video import whole
 
-SCHEMA = 1
+SCHEMA = 2
 # Noise levels this close are the same step: rounding of a scheduler in another precision.
 SAME_LEVEL = 1e-3
 # Numbers of each weight that identify a model.
@@ -91,6 +91,8 @@ AXES = {
     "stale": "hbtldk",
     "coarse": "hbtls",
     "drift": "hbtd",
+    "together": "hbtek",
+    "persist": "hbtek",
     "energy": "hbt",
     "choice": "hbt",
     "anchor": "hbt",
@@ -99,6 +101,7 @@ ROUTINGS = ("mass", "error")
 # "remainder" is no method: the output without rho times the sparse part, which Re-ttention's residual holds.
 METHODS = ("none", "rectify", "tail", "calibrated", "remainder")
 LEARNERS = ("anchor", "reshape")
+ERRORS = (*METHODS, *LEARNERS)
 STORAGES = ("fp8", "int4")
 
 
@@ -113,6 +116,8 @@ class Profile:
     stale   the same for a method that learns, by the distance to its last anchor
     coarse  relative L2 error of the stored residual, by method and storage
     drift   mean change of rho, of the plan kept from an anchor, by distance, at the middle rung
+    together  cosine between the errors of this branch and of the first one, which guidance subtracts
+    persist   cosine between the errors of this step and of the one before; of methods that learn, from one anchor
     energy  mean square of the output, after the output projection
     choice  uint8, index into the header's choices; anchor is 1 where a memory begins
     All but the last two are float16 or float32, and NaN where a component did not run. Errors are after the output

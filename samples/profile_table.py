@@ -1,10 +1,11 @@
-"""Fitted profiles beside uniform settings on prompts they have not seen: quality, speed and attention work.
+"""Fitted profiles beside uniform settings on prompts they have not seen: quality, attention work and speed.
 
-    python samples/profile_table.py --profile runs/demo30.profile.safetensors --num_prompts 4
-    python samples/profile_table.py --profile a.profile.safetensors b.profile.safetensors --quick
+    python samples/profile_table.py --profile runs/demo30.profile.safetensors
+    python samples/profile_table.py --profile a.profile.safetensors b.profile.safetensors --quick --batch 8
 
-For each profile it says how many decibels better it is than the best uniform setting that is at least as fast, and how
-much less attention work it does than the least of any uniform setting that is at least as good.
+For each profile it says how many decibels better it is than the best uniform settings at equal work and at equal
+seconds, and how many times its work and seconds these need for the same quality. Seconds mean something with one clip
+at a time only, on a machine that does nothing else.
 """
 
 import argparse
@@ -12,59 +13,109 @@ import json
 from pathlib import Path
 
 import check_prompts
+import demo_world as world
 import torch
 from diffusers import WanPipeline
-from quality_table import measure
+from rich.console import Console
+from rich.table import Table
 
-from dit_sparse import SparseConfig
+from dit_sparse import SparseConfig, sparsify
+from dit_sparse.calibration.metrics import psnr
+from dit_sparse.profile import Profile
 
 
 def uniform(quick: bool) -> dict[str, SparseConfig]:
-    """Settings of every method; `dense_steps` and intervals matter as much as the density."""
+    """Settings of every method; the dense steps at the start matter as much as the density."""
     found = {}
-    for first in (1, 3) if quick else (0, 1, 2, 3, 5, 8):
-        for density in (0.05,) if quick else (0.03, 0.1, 0.2):
-            for method in ("tail",) if quick else ("tail", "rectify", "none"):
-                found[f"{method} {density:g}, {first} dense"] = SparseConfig(
-                    method, density=density, dense_steps=first
-                )
-            for method in ("anchor",) if quick else ("anchor", "reshape"):
-                for every in (4,) if quick else (2, 3, 4, 8):
-                    found[f"{method} {density:g}, every {every}, {first} dense"] = SparseConfig(
-                        method, density=density, dense_steps=first, refresh_every=every, residual="bf16"
-                    )
+    for first in (3, 5, 8, 11) if quick else (1, 3, 5, 7, 9, 11):
+        for method, density in (("tail", 0.1), ("tail", 0.3), ("rectify", 0.2), ("none", 0.3)):
+            found[f"{method} {density:g}, {first} dense"] = SparseConfig(method, density=density, dense_steps=first)
+        for method, density, every, soft in (
+            ("anchor", 0.05, 4, None),
+            ("anchor", 0.1, 2, None),
+            ("anchor", 0.1, 4, None),
+            ("anchor", 0.1, 8, None),
+            ("anchor", 0.05, 4, 0.4),
+            ("anchor", 0.2, 8, None),
+            ("reshape", 0.1, 4, None),
+            ("reshape", 0.1, 2, None),
+            ("ditfastattn", 0.1, 4, None),
+        ):
+            told = f", anchors of {soft:g}" if soft else ""
+            found[f"{method} {density:g}, every {every}{told}, {first} dense"] = SparseConfig(
+                method, density=density, dense_steps=first, refresh_every=every, anchor_density=soft, residual="bf16"
+            )
+        for method in ("svg", "sta", "radial", "topp"):
+            found[f"{method} 0.2, {first} dense"] = SparseConfig(method, density=0.2, dense_steps=first)
+    if not quick:
+        return found
+    few = ("tail 0.1", "tail 0.3", "anchor 0.05, every 4", "anchor 0.1, every 2", "anchor 0.1, every 8")
+    return {name: config for name, config in found.items() if name.startswith(few) and "anchors" not in name}
+
+
+def measure(pipe: WanPipeline, configs: dict[str, SparseConfig], scenes: tuple, settings) -> list[dict]:
+    """A row for each config, the first of which is dense."""
+    captions = [world.caption(scene) for scene in scenes]
+    seeds = [check_prompts.HELD_OUT_SEED + index for index in range(len(scenes))]
+    rows, dense = [], None
+    for label, config in configs.items():
+        seconds, work, clips = 0.0, [], []
+        with sparsify(pipe, config) as session:
+            for first in range(0, len(scenes), settings.batch):
+                part = slice(first, first + settings.batch)
+                clips.append(check_prompts.generate(pipe, captions[part], seeds[part], settings))
+                report = session.report()
+                seconds += sum(step.seconds for step in report.steps)
+                work.append(report.work)
+        made = torch.cat(clips).numpy()
+        dense = made if dense is None else dense
+        each = [min(psnr(a, b), 200.0) for a, b in zip(made, dense, strict=True)]
+        row = {"setting": label, "work": sum(work) / len(work), "seconds": seconds, "psnr_db": sum(each) / len(each)}
+        print(json.dumps(row), flush=True)
+        rows.append(row | {"each": each})
+    return rows
+
+
+def front(rows: list[dict], cost: str) -> list[tuple[float, float]]:
+    """(cost, dB) of the rows that none beats at both, the cheapest first."""
+    found: list[tuple[float, float]] = []
+    for row in sorted(rows, key=lambda row: (row[cost], -row["psnr_db"])):
+        if not found or row["psnr_db"] > found[-1][1]:
+            found.append((row[cost], row["psnr_db"]))
     return found
 
 
-def verdict(row: dict, others: list[dict]) -> str:
-    fast = [other for other in others if other["seconds"] <= row["seconds"]]
-    good = [other for other in others if other["psnr_db"] >= row["psnr_db"]]
-    best = max(fast, key=lambda other: other["psnr_db"], default=None)
-    least = min(good, key=lambda other: other["work"], default=None)
-    told = [f"{row['setting']}: {row['psnr_db']:.2f} dB in {row['seconds']:.1f} s, work {row['work']:.3f}"]
-    told.append(
-        "no uniform setting is as fast"
-        if best is None
-        else f"{row['psnr_db'] - best['psnr_db']:+.2f} dB beside the best as fast ({best['setting']})"
-    )
-    told.append(
-        "no uniform setting but dense is as good"
-        if least is None
-        else f"{least['work'] / row['work']:.2f} times less work than the least as good ({least['setting']})"
-    )
-    return "; ".join(told)
+def between(x: float, points: list[tuple[float, float]]) -> float | None:
+    """y at x on the line through points of ascending x; None outside of them."""
+    for (low, y0), (high, y1) in zip(points[:-1], points[1:], strict=True):
+        if low <= x <= high:
+            return y0 + (y1 - y0) * (x - low) / (high - low) if high > low else max(y0, y1)
+    return None
+
+
+def verdict(row: dict, others: list[dict], cost: str) -> dict[str, float | None]:
+    """Decibels over the best uniform settings at equal cost, and how many times their cost at equal quality; settings
+    between two of the front are taken to lie on the line through these."""
+    points = front(others, cost)
+    there = between(row[cost], points)
+    same = between(row["psnr_db"], [(db, spent) for spent, db in points])
+    return {
+        "gain_db": None if there is None else row["psnr_db"] - there,
+        "ratio": None if same is None else same / row[cost],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_id", default=str(check_prompts.DEMO))
     parser.add_argument("--profile", nargs="+", required=True, help="files of dit-sparse fit")
-    parser.add_argument("--num_prompts", type=int, default=4)
+    parser.add_argument("--num_prompts", type=int, default=8)
     parser.add_argument("--steps", type=int, default=check_prompts.Settings.steps)
     parser.add_argument("--num_frames", type=int, default=check_prompts.Settings.frames)
     parser.add_argument("--height", type=int, default=check_prompts.Settings.height)
     parser.add_argument("--width", type=int, default=check_prompts.Settings.width)
-    parser.add_argument("--quick", action="store_true", help="four uniform settings only")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the uniform settings")
+    parser.add_argument("--batch", type=int, default=1, help="clips at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_file", type=Path, help="also write the rows as JSON")
     args = parser.parse_args()
@@ -72,13 +123,22 @@ def main() -> None:
     dtype = {"transformer": torch.bfloat16 if gpu else torch.float32, "default": torch.float32}
     pipe = WanPipeline.from_pretrained(args.model_id, dtype=dtype).to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    # One clip at a time, as the profiles were made.
-    settings = check_prompts.Settings(args.num_frames, args.height, args.width, steps=args.steps, batch=1)
+    settings = check_prompts.Settings(args.num_frames, args.height, args.width, steps=args.steps, batch=args.batch)
     configs = {Path(path).name: SparseConfig(profile=path) for path in args.profile}
-    rows = measure(pipe, configs | uniform(args.quick), check_prompts.held_out(args.num_prompts).scenes, settings)
-    profiles = rows[1 : 1 + len(configs)]
-    for row in profiles:
-        print(verdict(row, rows[1 + len(configs) :]))
+    scenes = check_prompts.held_out(args.num_prompts).scenes
+    rows = measure(pipe, {"dense": SparseConfig("dense")} | configs | uniform(args.quick), scenes, settings)
+    profiles, others = rows[1 : 1 + len(configs)], rows[1 + len(configs) :]
+    table = Table(title=f"{args.num_prompts} prompts, {args.steps} steps, {args.device}, torch {torch.__version__}")
+    for column in ("profile", "predicted dB", "dB", "work", "dB over uniform at equal work", "times its work",
+                   "dB over uniform at equal seconds", "times its seconds"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "profile" else "right")
+    for row, path in zip(profiles, args.profile, strict=True):
+        row["predicted"] = Profile.load(path).header.predicted
+        row["verdict"] = {cost: verdict(row, others, cost) for cost in ("work", "seconds")}
+        told = [row["predicted"]["psnr_db"], row["psnr_db"], row["work"]]
+        told += [row["verdict"][cost][key] for cost in ("work", "seconds") for key in ("gain_db", "ratio")]
+        table.add_row(row["setting"], *("-" if x is None else f"{x:.4g}" for x in told))
+    Console(width=140).print(table)
     if args.output_file is not None:
         args.output_file.write_text(json.dumps(rows, indent=1) + "\n")
 

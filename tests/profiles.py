@@ -1,7 +1,9 @@
 """A profile out of thin air, with the shape of a real one."""
 
+import numpy as np
 import torch
 
+from dit_sparse.calibration.growth import lasting
 from dit_sparse.calibration.record import Plan
 from dit_sparse.choices import Choice, Rung
 from dit_sparse.config import SparseConfig
@@ -29,11 +31,24 @@ def statistics(heads: int, branches: int, steps: int, plan: Plan, seed: int = 0)
         "stale": (0.2 * each[..., None, None, None] * by_learner * by_age[:, None] * by_rung).half(),
         "coarse": torch.tensor([0.03, 0.12]).expand(*shape, 2, 2).half().contiguous(),
         "drift": by_age.expand(*shape, d).half().contiguous(),
+        "persist": torch.full((*shape, 7, k), 0.5).half(),
+        "together": torch.tensor([1.0, 0.6])[:branches, None, None, None].expand(*shape, 7, k).half().contiguous(),
         "energy": torch.rand(*shape, generator=random) + 0.5,
     }  # fmt: skip
 
 
 TWO_LAYERS = (("transformer.blocks.0.attn1", 2, 32), ("transformer.blocks.1.attn1", 2, 32))
+
+
+def trial(steps: int, **told) -> dict:
+    """A run whose error grew as it usually does, measured as predicted."""
+    levels = [1 - i / steps for i in range(steps)]
+    direct, grown = np.linspace(2e-4, 1e-4, steps), lasting(levels) ** 2
+    found = np.cumsum(direct * grown) / grown
+    return {
+        "work": 0.5, "direct": direct.tolist(), "start": 0, "predicted_seconds": 40.0, "seconds_known": 30.0,
+        "seconds": 40.0, "found": found.tolist(), "error": float((direct * grown).sum()),
+    } | told  # fmt: skip
 
 
 def profile(
@@ -74,7 +89,8 @@ def profile(
         costs={"dense": 1.0, "other": 10.0, **at_once, "anchor at anchor": [1.3] * 3, "reshape at anchor": [1.2] * 3},
         effects={
             "gain": {name: {"1": 1e-3, str(steps - 2): 2e-3} for name, _, _ in layers},
-            "pilots": {"0": 0.02, str(steps // 6 or 1): 0.004, str(steps // 2): 0.001},
+            "trials": [trial(steps)],
+            "scale": 1.0,
         },
     )
     return Profile(header, statistics(heads, len(branches), steps, plan), "tiny.profile.safetensors")

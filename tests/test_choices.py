@@ -78,8 +78,13 @@ def test_a_choice_is_a_uniform_config(method):
     assert config.learns == (method in ("anchor", "reshape"))
 
 
+def test_a_soft_anchor_is_a_config_with_its_density():
+    assert Choice("anchor", Rung(0.1), "bf16", 0.4).config(BASE).anchor_density == 0.4
+    assert ANCHOR.config(BASE).anchor_density is None
+
+
 def test_choices_survive_json():
-    for choice in (DENSE, ANCHOR, Choice("tail", Rung(0.1, 0.5))):
+    for choice in (DENSE, ANCHOR, Choice("tail", Rung(0.1, 0.5)), Choice("anchor", Rung(0.1), "bf16", 0.4)):
         assert Choice.from_dict(choice.to_dict()) == choice
 
 

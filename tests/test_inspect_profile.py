@@ -17,7 +17,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
     made = profiles.profile()
     made.save("m.profile.safetensors")
-    fit(made, Targets(psnr=25.0)).save("a.safetensors")
+    fit(made, Targets(psnr=35.0)).save("a.safetensors")
     fit(made, Targets(speedup=1.6)).save("b.safetensors")
     return tmp_path
 
@@ -31,7 +31,7 @@ def test_show_says_what_it_was_made_for_and_what_is_predicted(folder, capsys):
     out = said(capsys, "show", "a.safetensors")
     assert "tiny (transformer WanTransformer3DModel)" in out
     assert "6 steps of FlowMatchEulerDiscreteScheduler, 5 x 16 x 16, 5 x 8 x 8 tokens, guidance 4, 1 prompts" in out
-    assert "targets    psnr 25" in out and "psnr_db 25" in out and "0.1, 0.1+p0.7, 0.3" in out
+    assert "targets    psnr 35" in out and "psnr_db 35" in out and "0.1, 0.1+p0.7, 0.3" in out
     assert "What each head does, branch cond" in out
     # The calibrated version of Re-ttention beside the online one.
     assert "calibrated" in out and "reshape, 1 on" in out
@@ -56,7 +56,7 @@ def test_show_draws_errors_where_nothing_is_chosen(folder, capsys):
 
 def test_diff_says_what_differs(folder, capsys):
     out = said(capsys, "diff", "a.safetensors", "b.safetensors")
-    assert "psnr 25" in out and "speedup 1.6" in out and "share of choices" in out and "#" in out
+    assert "psnr 35" in out and "speedup 1.6" in out and "share of choices" in out and "#" in out
     assert "model" not in out
     same = said(capsys, "diff", "a.safetensors", "a.safetensors")
     assert "The headers say the same." in same and "0.0% of the choices of branch cond differ" in same

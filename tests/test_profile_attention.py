@@ -72,6 +72,21 @@ def test_one_choice_for_all_is_the_uniform_config(method, text):
     assert one.tally.work() == other.tally.work() and one.peak_state_bytes == other.peak_state_bytes
 
 
+def test_a_soft_anchor_is_its_denser_plan_from_the_first_on():
+    choice = Choice("anchor", RUNG, "bf16", 0.5)
+    g = generation([choice], 0, [1, 0, 0, 1, 0])
+    tails = {density: Generation(SparseConfig("tail", density=density, block=16, dense_steps=0), [layer()])
+             for density in (RUNG.density, 0.5)}  # fmt: skip
+    q, k, v = inputs()
+    dense = run(generation([DENSE], 0, 0), 0, q, k, v)
+    soft, part = (run(tails[density], 0, q, k, v) for density in (0.5, RUNG.density))
+    out = run(g, 0, q, k, v)
+    assert torch.equal(out, soft) and not torch.allclose(soft, dense, atol=1e-3)
+    # With the same queries, keys and values the step after it is the soft anchor again.
+    torch.testing.assert_close(run(g, 1, q, k, v), soft, atol=2e-2, rtol=0)
+    assert not torch.allclose(part, soft, atol=5e-2) and g.tally.work() < 0.8
+
+
 def test_heads_that_differ_do_not_disturb_each_other():
     choices = [DENSE, Choice("anchor", RUNG, "bf16"), Choice("tail", RUNG), Choice("reshape", Rung(0.3), "fp8")]
     index = torch.tensor([[1, 1, 1, 2, 0], [2, 2, 0, 0, 2], [1, 1, 1, 3, 3], [3, 3, 3, 1, 1]])[:, None]

@@ -75,11 +75,18 @@ def test_a_profile_holds_what_was_measured(calibrated):
     assert len(h.levels) == 5 and h.levels[0] == 1.0 and list(h.levels) == sorted(h.levels, reverse=True)
     assert str(calibrated) not in json.dumps(h.__dict__) and h.prompts == ("a red ball", "a green square moves left")
     assert h.ran["transformer"] == (0, 1, 2, 3, 4) and [heads for _, heads, _ in h.layers] == [2, 2]
-    assert set(h.effects["pilots"]) == {"0", "2", "3"} and all(x > 0 for x in h.effects["pilots"].values())
+    trials = h.effects["trials"]
+    assert len(trials) == 2 and h.effects["scale"] > 0
+    for trial in trials:
+        assert len(trial["direct"]) == len(trial["found"]) == 5 and trial["error"] > 0 and trial["seconds"] > 0
+        # Until the first sparse step there is nothing to find; after it errors stay.
+        start = trial["start"]
+        assert max(trial["found"][:start], default=0.0) == 0 and min(trial["found"][start:]) > 0
     assert all(set(gain) == {"1", "3"} and min(gain.values()) > 0 for gain in h.effects["gain"].values())
     for name, x in made.tensors.items():
         assert x.shape[:3] == (4, 2, 5), name
-        assert name == "stale" or name == "drift" or not x.isnan().any(), name
+        assert name in ("stale", "drift", "together", "persist") or not x.isnan().any(), name
+    assert made.tensors["together"][:, :, 2:].isnan().sum() == 0
     assert made.tensors["stale"][:, :, 2:, :, 0].isnan().sum() == 0
     error = made.tensors["error"].float()
     assert (error[..., -1].mean((0, 1, 2)) < error[..., 0].mean((0, 1, 2))).all()
@@ -138,21 +145,20 @@ def test_the_metric_is_the_output_projection():
     torch.testing.assert_close((error[:, 0] @ root).norm(dim=1), whole.norm(dim=1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("at", ["dense", "probe", "pilot", "trial"])
+@pytest.mark.parametrize("at", ["dense", "probe", "trial"])
 def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
     expected = Profile.load(FILE)
     (here / FILE).unlink()
     module, name = {
         "dense": (collect.costs, "measure"),
         "probe": (effects, "probe"),
-        "pilot": (effects, "pilot"),
-        "trial": (collect, "middling"),
+        "trial": (collect, "try_out"),
     }[at]
     original, calls = getattr(module, name), []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == {"dense": 1, "probe": 3, "pilot": 2, "trial": 1}[at]:
+        if len(calls) == {"dense": 1, "probe": 3, "trial": 2}[at]:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
@@ -170,7 +176,10 @@ def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
     made = Profile.load(FILE)
     for name in ("rho", "error", "stale"):
         assert torch.equal(made.tensors[name].nan_to_num(), expected.tensors[name].nan_to_num())
-    assert made.header.effects["pilots"] == pytest.approx(expected.header.effects["pilots"])
+    assert made.header.effects["gain"] == expected.header.effects["gain"]
+    tried, before = (x.header.effects["trials"] for x in (made, expected))
+    assert tried[0]["direct"] == pytest.approx(before[0]["direct"])
+    assert tried[0]["error"] == pytest.approx(before[0]["error"])
 
 
 def test_another_calibration_is_not_resumed(model, here, monkeypatch, capsys):
@@ -260,11 +269,23 @@ def test_verify_measures_on_unseen_prompts(model, here, capsys):
     (here / "u.txt").write_text("a blue ball\n")
     assert main(fitted("--target_psnr", "40", "--verify", "u.txt", "--model_id", str(model))) == 0
     out = capsys.readouterr().out
-    assert all(f"{name:10} predicted" in out for name in ("psnr_db", "speedup", "seconds"))
+    assert all(f"{name:10} predicted" in out for name in ("psnr_db", "speedup", "work", "seconds"))
     measured = Profile.load("f.safetensors").header.measured
     assert set(measured) == {"psnr_db", "speedup", "work", "seconds"} and measured["psnr_db"] > 25
     said = refused(capsys, *fitted("--target_psnr", "40", "--verify", "p.txt"))
     assert "verify is for prompts that were not calibrated on" in said
+
+
+def test_a_share_of_work_is_a_target(model, here, capsys):
+    (here / "u.txt").write_text("a blue ball\n")
+    assert main(fitted("--target_work", "0.6", "--verify", "u.txt", "--model_id", str(model))) == 0
+    h = Profile.load("f.safetensors").header
+    assert h.targets == {"work": 0.6} and 0.4 < h.predicted["work"] <= 0.6 + 1e-6
+    # Text and short blocks are not counted beforehand.
+    assert h.measured["work"] == pytest.approx(h.predicted["work"], abs=0.05)
+    said = refused(capsys, *fitted("--target_work", "0.6", "--target_speedup", "1.1"))
+    assert "target_speedup is about seconds: leave out target_work" in said
+    assert "target_work 0.001 is out of reach" in refused(capsys, *fitted("--target_work", "0.001"))
 
 
 def test_fit_says_what_is_in_reach(here, capsys):

@@ -12,7 +12,7 @@ from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.kernels.permute import permute
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import token_order
-from dit_sparse.profile import METHODS, STORAGES
+from dit_sparse.profile import ERRORS, METHODS, STORAGES
 from dit_sparse.residual import pack, unpack
 from dit_sparse.routing import pool, route
 from dit_sparse.state import Generation, Layer
@@ -157,6 +157,44 @@ def test_coarse_is_what_storage_loses():
             (0, 2, 3)
         ).sqrt()
         torch.testing.assert_close(recorder.found["cond"]["coarse"][:, 0, 0, s], lost, atol=1e-3, rtol=5e-2)
+
+
+def test_together_is_the_angle_between_the_errors_of_two_branches():
+    inputs, other = sequence(3), sequence(3)
+    g = Generation(SparseConfig("dense"), [LAYER])
+    recorder = g.dense = Recorder(plan(), g, 3)
+    for step in range(3):
+        for branch, (q, k, v) in (("cond", inputs[step]), ("uncond", other[step])):
+            mixed = [0.5 * x + 0.5 * y for x, y in zip(inputs[step], (q, k, v), strict=True)]
+            g.enter(GRID, batch=1, device=CPU, timestep=0.0, step=step, total=3, branch=branch)
+            sparse_attention(*mixed, LAYER, g)
+    first, second = (recorder.found[branch]["together"] for branch in ("cond", "uncond"))
+    known = torch.tensor([name != "reshape" and name != "anchor" for name in ERRORS])
+    assert torch.allclose(first[:, :, known], torch.ones(()), atol=1e-4) and first[:, 0, ~known].isnan().all()
+    both = [[0.5 * x + 0.5 * y for x, y in zip(*pair, strict=True)] for pair in zip(inputs, other, strict=True)]
+    for k, rung in enumerate(LADDER):
+        for method, step in (("tail", 0), ("none", 2), ("anchor", 2)):
+            errors = []
+            for told in (inputs, both):
+                more = {"refresh_every": 3, "residual": "bf16"} if method == "anchor" else {}
+                out = engine(method, rung, told, **more)[step]
+                errors.append(seen(out - dense_attention(*told[step])[0])[0].flatten(1))
+            cosine = torch.cosine_similarity(*errors)
+            got = second[:, step, ERRORS.index(method), k]
+            torch.testing.assert_close(got, cosine, atol=0.12, rtol=0)
+
+
+def test_persist_is_the_angle_between_the_errors_of_two_steps():
+    inputs = sequence(3)
+    found = recorded(inputs, plan()).found["cond"]["persist"]
+    assert found[:, 0].isnan().all() and found[:, 1, ERRORS.index("anchor")].isnan().all()
+    for k, rung in enumerate(LADDER):
+        for method in ("tail", "rectify", "anchor"):
+            more = {"refresh_every": 3, "residual": "bf16"} if method == "anchor" else {}
+            outs = engine(method, rung, inputs, **more)
+            errors = [seen(outs[i] - dense_attention(*inputs[i])[0])[0].flatten(1) for i in (1, 2)]
+            got = found[:, 2, ERRORS.index(method), k]
+            torch.testing.assert_close(got, torch.cosine_similarity(*errors), atol=0.12, rtol=0)
 
 
 def test_a_sample_of_rows_tells_about_the_same():

@@ -1,0 +1,43 @@
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+# The scripts import each other by name.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, "path", [str(SAMPLES), *sys.path])
+    script = runpy.run_path(str(SAMPLES / "profile_table.py"))
+between, front, uniform, verdict = (script[name] for name in ("between", "front", "uniform", "verdict"))
+
+ROWS = [
+    {"work": 0.2, "psnr_db": 20.0},
+    {"work": 0.4, "psnr_db": 30.0},
+    {"work": 0.5, "psnr_db": 28.0},
+    {"work": 0.8, "psnr_db": 40.0},
+    {"work": 0.8, "psnr_db": 35.0},
+]
+
+
+def test_the_front_is_what_nothing_beats():
+    assert front(ROWS, "work") == [(0.2, 20.0), (0.4, 30.0), (0.8, 40.0)]
+
+
+@pytest.mark.parametrize(("x", "y"), [(0.2, 20.0), (0.3, 25.0), (0.6, 35.0), (0.8, 40.0), (0.1, None), (0.9, None)])
+def test_between_two_settings_lies_a_line(x, y):
+    assert between(x, front(ROWS, "work")) == (y if y is None else pytest.approx(y))
+
+
+def test_a_profile_is_compared_at_equal_work_and_at_equal_quality():
+    told = verdict({"work": 0.3, "psnr_db": 30.0}, ROWS, "work")
+    assert told["gain_db"] == pytest.approx(5.0) and told["ratio"] == pytest.approx(4 / 3)
+    assert verdict({"work": 0.1, "psnr_db": 50.0}, ROWS, "work") == {"gain_db": None, "ratio": None}
+
+
+def test_every_method_is_among_the_uniform_settings_and_the_quick_ones_are_some_of_them():
+    every, quick = uniform(False), uniform(True)
+    methods = {config.method for config in every.values()}
+    assert methods == {"anchor", "tail", "reshape", "rectify", "none", "topp", "svg", "sta", "radial", "ditfastattn"}
+    assert {config.method for config in quick.values()} == {"anchor", "tail"} and len(quick) < len(every) / 4
+    assert any(config.anchor_density for config in every.values())
