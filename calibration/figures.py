@@ -1,4 +1,4 @@
-"""What a profile measured, as pictures and as the numbers behind them."""
+"""What a profile measured, and what heads keep, as pictures."""
 
 import csv
 from collections.abc import Sequence
@@ -8,7 +8,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
+from dit_sparse.calibration.maps import chosen_frames
 from dit_sparse.profile import METHODS, Profile
 from dit_sparse.video import whole
 
@@ -92,6 +94,53 @@ def error(profile: Profile) -> tuple[Figure, Row, list[Row]]:
     axes.set_title(f"error of the attention output at density {h.ladder[middle]}, on the dense trajectory")
     axes.legend()
     return figure, ("layer", "method", "error"), rows
+
+
+def routing_blocks(blocks: np.ndarray, heads: Sequence[int], title: str) -> Figure:
+    """blocks [heads, N, N] bool, query blocks by key blocks: a map for each head, kept pairs dark."""
+    columns = min(len(heads), 3)
+    rows = -(-len(heads) // columns)
+    figure = Figure(figsize=(3.4 * columns, 3.6 * rows + 0.4), layout="constrained")
+    for axes, head, mask in zip(figure.subplots(rows, columns, squeeze=False).flat, heads, blocks, strict=False):
+        axes.imshow(mask, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(f"head {head}: {mask.mean():.1%}", fontsize="medium")
+        axes.set(xlabel="key block", ylabel="query block")
+    for axes in figure.axes[len(heads) :]:
+        axes.remove()
+    figure.suptitle(f"block pairs kept: {title}")
+    return figure
+
+
+def routing_frames(
+    kept: np.ndarray, heads: Sequence[int], queries: Sequence[tuple[int, int, int]], video: np.ndarray, title: str
+) -> Figure:
+    """kept [heads, queries, frames, height, width] bool, over video [F, H, W, 3] from 0 to 1: a row for each head and
+    query, with frames side by side; what is left out is dark, and the query token is framed."""
+    _, _, count, height, width = kept.shape
+    shown = {query: chosen_frames(count, query[0]) for query in queries}
+    columns = min(count, len(shown[queries[0]]))
+    tall = 1.55 * video.shape[1] / video.shape[2] + 0.3
+    rows = [(h, q) for h in range(len(heads)) for q in range(len(queries))]
+    figure = Figure(figsize=(1.55 * columns + 0.4, max(tall * len(rows) + 0.5, 2)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (h, q) in zip(grid, rows, strict=True):
+        query = queries[q]
+        for axes, frame in zip(line, shown[query], strict=True):
+            # The first token frame is the first frame and the last the last, as autoencoders of videos have it.
+            picture = video[round(frame * (len(video) - 1) / max(count - 1, 1))]
+            high = np.arange(picture.shape[0]) * height // picture.shape[0]
+            wide = np.arange(picture.shape[1]) * width // picture.shape[1]
+            keeps = kept[h, q, frame][np.ix_(high, wide)][..., None]
+            axes.imshow(np.where(keeps, 0.75 * picture + 0.25 * np.array((1.0, 0.6, 0.0)), 0.3 * picture))
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(f"frame {frame}", fontsize="small")
+            if frame == query[0]:
+                side = picture.shape[0] / height, picture.shape[1] / width
+                corner = query[2] * side[1] - 0.5, query[1] * side[0] - 0.5
+                axes.add_patch(Rectangle(corner, side[1], side[0], fill=False, edgecolor="cyan", linewidth=1.5))
+        line[0].set_ylabel(f"head {heads[h]}\n{' '.join(map(str, query))}", fontsize="small")
+    figure.suptitle(f"keys attended to: {title}")
+    return figure
 
 
 def _short(profile: Profile) -> Sequence[str]:

@@ -43,11 +43,17 @@ def ms_ssim(video: np.ndarray, reference: np.ndarray) -> float:
     to sum to 1.
     Raises ValueError as `ssim` does.
     """
+    return ssim_and_ms_ssim(video, reference)[1]
+
+
+def ssim_and_ms_ssim(video: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """Both at little more than the price of the second, whose first scale is the first."""
     _check(video, reference)
     _check_side("MS-SSIM", video)
     weights = np.array(_SCALES[: ms_ssim_scales(*video.shape[1:3])])
     weights /= weights.sum()
-    return float(np.mean([_across_scales(x, y, weights) for x, y in _frames(video, reference)]))
+    found = [_across_scales(x, y, weights) for x, y in _frames(video, reference)]
+    return float(np.mean([first for first, _ in found])), float(np.mean([product for _, product in found]))
 
 
 def ms_ssim_scales(height: int, width: int) -> int:
@@ -74,17 +80,19 @@ def flicker(video: np.ndarray, reference: np.ndarray) -> float:
     return float(error / (len(video) - 1))
 
 
-def _across_scales(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[C]"""
-    product = np.ones(x.shape[-1])
+def _across_scales(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """SSIM of the first scale, and the product over all, each [C]."""
+    first, product = None, np.ones(x.shape[-1])
     for scale, weight in enumerate(weights):
         whole, structure = _similarity(x, y)
+        first = whole if first is None else first
         last = scale == len(weights) - 1
         # Structure that runs against the reference's is negative, and a negative number has no such power.
         product *= np.maximum(whole if last else structure, 0) ** weight
         if not last:
             x, y = _halved(x), _halved(y)
-    return product
+    assert first is not None
+    return first, product
 
 
 def _halved(x: np.ndarray) -> np.ndarray:
@@ -110,8 +118,16 @@ def _blur(x: np.ndarray) -> np.ndarray:
     taps = np.exp(-0.5 * (np.arange(-_RADIUS, _RADIUS + 1) / _SIGMA) ** 2)
     taps /= taps.sum()
     rows, columns = len(x) - 2 * _RADIUS, x.shape[1] - 2 * _RADIUS
-    down = sum(tap * x[i : i + rows] for i, tap in enumerate(taps))
-    return sum(tap * down[:, i : i + columns] for i, tap in enumerate(taps))
+    # The window is symmetric, so equal taps go together.
+    down = taps[_RADIUS] * x[_RADIUS : _RADIUS + rows]
+    for i, tap in enumerate(taps[:_RADIUS]):
+        pair = x[i : i + rows] + x[_SIDE - 1 - i : _SIDE - 1 - i + rows]
+        down += np.multiply(pair, tap, out=pair)
+    across = taps[_RADIUS] * down[:, _RADIUS : _RADIUS + columns]
+    for i, tap in enumerate(taps[:_RADIUS]):
+        pair = down[:, i : i + columns] + down[:, _SIDE - 1 - i : _SIDE - 1 - i + columns]
+        across += np.multiply(pair, tap, out=pair)
+    return across
 
 
 def _frames(video: np.ndarray, reference: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_sparse.calibration.kept import Kept, kept
 from dit_sparse.report import Mark
 from dit_sparse.state import Generation
 
@@ -32,21 +33,47 @@ class Call:
 
 
 @dataclass
+class Look:
+    """Asks a probe for what one layer keeps, in its first call at one of `steps` that is not dense.
+
+    found  what it kept, at step `at`; None before such a call
+    """
+
+    layer: str
+    steps: range
+    found: Kept | None = None
+    at: int = -1
+
+
+@dataclass
 class Probe:
     """Records every attention call of a session's runs.
 
-    rows   query rows per call that are also attended exactly, to measure the error; 0 measures time and work alone
-    calls  of all runs since it was put in place, or since `calls` was cleared
+    rows    query rows per call that are also attended exactly, to measure the error; 0 measures time and work alone
+    look    what else to find out, if anything
+    calls   of all runs since it was put in place, or since `forget`
+    beside  begin and end of what the probe itself did
     """
 
     generation: Generation
-    rows: int
+    rows: int = 0
+    look: Look | None = None
     calls: list[Call] = field(default_factory=list)
+    beside: list[tuple[Mark, Mark]] = field(default_factory=list)
+
+    def forget(self) -> None:
+        self.calls.clear()
+        self.beside.clear()
 
     @property
     def seconds(self) -> float:
         """In attention, without what the probe does itself."""
         return sum(call.start.until(call.end) for call in self.calls)
+
+    @property
+    def own_seconds(self) -> float:
+        """In the probe itself, where that looked at more than the time."""
+        return sum(start.until(end) for start, end in self.beside)
 
     @property
     def dense_share(self) -> float:
@@ -109,11 +136,16 @@ class Watched:
         end = Mark(q.device)
         grown = [phase for phase, count in tally.phases[step].items() if count > phases.get(phase, 0)]
         error = exact = None
+        name, look = generation.layers[self.attend.layer].name, self.probe.look
         if self.probe.rows:
             error, exact = _error(q, k, v, mask, out, self.probe.rows)
+        if look is not None and look.found is None and look.layer == name and step in look.steps:
+            look.found, look.at = kept(q, k, v, mask, generation, self.attend.layer), step
+        if self.probe.rows or look is not None:
+            self.probe.beside.append((end, Mark(q.device)))
         self.probe.calls.append(
             Call(
-                generation.layers[self.attend.layer].name,
+                name,
                 step,
                 "sparse" if "sparse" in grown else grown[0],
                 start,

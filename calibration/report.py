@@ -1,4 +1,5 @@
-"""The page that shows a comparison: one HTML file with everything in it, made of the CSV's rows and the videos."""
+"""The page that shows a comparison: one HTML file with everything in it, made of the rows of the CSV files, of
+maps.npz and of the videos."""
 
 import base64
 import html
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_sparse.calibration.maps import Maps
 from dit_sparse.calibration.table import REFERENCE, TABLE, Row, columns_of, shown, summary
 from dit_sparse.video import whole
 
@@ -29,6 +31,8 @@ COLOURS = (
     "#4a5568",
     "#38a169",
 )
+# What marks kept tokens, and the one that asks.
+MARK, ASKS = np.array((255, 140, 0)), np.array((0, 220, 255))
 # From little to much, and readable in grey: dark blue, blue-green, green, yellow.
 RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
 
@@ -38,31 +42,35 @@ def write_report(
     facts: Mapping[str, Any],
     rows: Sequence[Row],
     layers: Sequence[Row],
+    maps: Maps,
     video_of: Callable[[str, int], Path],
 ) -> None:
-    """rows and layers as in the CSV files; video_of (setting, prompt number from 1) -> its mp4."""
+    """rows and layers as in the CSV files; video_of (setting, prompt number from 1) -> its mp4, or png of an image."""
     table = summary(rows)
     names = [row["setting"] for row in table]
     videos, about = _videos(rows, names, video_of)
-    size = facts["request"]
+    size, frames = facts["request"], facts["request"]["num_frames"]
+    still = frames == 1
+    what = "images" if still else "videos"
     told = {
         "title": f"{facts['model']}: {len(names)} settings, {len(facts['prompts'])} prompts",
-        "subtitle": f"{size['num_frames']} frames of {size['height']} x {size['width']}, "
+        "subtitle": f"{'images' if still else f'{frames} frames'} of {size['height']} x {size['width']}, "
         f"{size['num_inference_steps']} steps, {facts['dtype']} on {facts['device']}",
     }
     parts = {name: html.escape(text) for name, text in told.items()}
     left_out = len(facts["prompts"]) - len(videos)
     said = [*facts["missing"]]
     if left_out:
-        said.append(f"The videos of {left_out} prompts are left out, to keep this page small; they lie beside it.")
+        said.append(f"The {what} of {left_out} prompts are left out, to keep this page small; they lie beside it.")
     parts["left_out"] = "".join(f'<p class="note">{html.escape(sentence)}</p>' for sentence in said)
     parts["table"] = _table(table)
     parts["plots"] = "".join(
         _scatter(table, quality) for quality in ("psnr_db", "ssim") if any(row.get(quality) for row in table)
     )
-    parts["maps"] = _maps(layers, names)
+    parts["maps"] = _maps(layers, names) + _errors(maps) + _kept(maps)
     parts["settings"] = _settings(facts)
-    data = {"fps": facts["fps"], "prompts": facts["prompts"], "settings": names, "videos": videos, "about": about}
+    data = {"fps": facts["fps"], "still": still, "prompts": facts["prompts"], "settings": names}
+    data |= {"videos": videos, "about": about}
     # A prompt may hold what would end the script.
     parts["data"] = json.dumps(data).replace("<", "\\u003c")
     page = (files("dit_sparse.calibration") / "report.html").read_text(encoding="utf-8")
@@ -81,11 +89,13 @@ def _videos(
     room = MOST_BYTES
     for number in dict.fromkeys(row["prompt_number"] for row in rows):
         own = {row["setting"]: row for row in rows if row["prompt_number"] == number}
-        content = [video_of(name, int(number)).read_bytes() for name in names]
+        files_of = [video_of(name, int(number)) for name in names]
+        kind = "image/png" if files_of[0].suffix == ".png" else "video/mp4"
+        content = [file.read_bytes() for file in files_of]
         room -= sum(map(len, content)) * 4 // 3
         if room < 0 and videos:
             break
-        videos.append(["data:video/mp4;base64," + base64.b64encode(one).decode("ascii") for one in content])
+        videos.append([f"data:{kind};base64," + base64.b64encode(one).decode("ascii") for one in content])
         about.append([_about(own[name]) for name in names])
     return videos, about
 
@@ -226,6 +236,59 @@ def _maps(layers: Sequence[Row], names: Sequence[str]) -> str:
     return "".join(parts)
 
 
+def _errors(maps: Maps) -> str:
+    if not maps.error:
+        return ""
+    most = max(float(error.max()) for error in maps.error.values()) or 1.0
+    scale = f'<img class="scale" alt="" src="{_png(np.linspace(0, 1, 64)[None])}">'
+    drawn = "".join(
+        f'<figure><img alt="{html.escape(f"where {name} errs")}" data-map="place" '
+        f'data-setting="{html.escape(name)}" src="{_png(error / most)}">'
+        f"<figcaption>{html.escape(name)}, mean {error.mean():.3g}, most {error.max():.3g}</figcaption></figure>"
+        for name, error in maps.error.items()
+    )
+    return (
+        "<section><h2>Where in the frame the error is</h2><p class='note'>Mean absolute difference from the dense "
+        "video over time, colours and prompts, as a share of a pixel's range; the same scale for all. "
+        f"0 {scale} {most:.3g}</p><div class='maps frames'>{drawn}</div></section>"
+    )
+
+
+def _kept(maps: Maps) -> str:
+    if maps.picture is None:
+        return ""
+    frame, row, column = maps.query
+    drawn = "".join(
+        f'<figure><img alt="{html.escape(f"what {name} keeps")}" data-map="kept" data-setting="{html.escape(name)}" '
+        f'src="{_data_uri(overlay(maps, kept))}"><figcaption>{html.escape(name)}, step {maps.step[name]}, keeps '
+        f"{', '.join(f'{share:.1%}' for share in kept.mean((1, 2, 3)))} of the tokens shown</figcaption></figure>"
+        for name, kept in maps.kept.items()
+    )
+    return (
+        "<section><h2>What heads attend to</h2><p class='note'>Tokens whose keys are attended to exactly (orange) by "
+        f"the query token at frame {frame}, row {row}, column {column} (blue), over the dense video of the first "
+        f"prompt. Each row is a head of {html.escape(maps.layer)}, each column a frame of tokens: "
+        f"{', '.join(map(str, maps.frames))}. All counted from 0.</p><div class='kept'>{drawn}</div></section>"
+    )
+
+
+def overlay(maps: Maps, kept: np.ndarray) -> np.ndarray:
+    """kept [heads, frames, height, width] -> a picture, uint8 [rows, columns, 3], a pixel for each token: heads below
+    each other, frames side by side, with a pixel of white between them."""
+    assert maps.picture is not None
+    grey = maps.picture.astype(np.float64).mean(-1, keepdims=True)
+    heads, frames, height, width = kept.shape
+    page = np.full((heads * (height + 1) - 1, frames * (width + 1) - 1, 3), 255.0)
+    for head in range(heads):
+        for frame in range(frames):
+            tile = np.where(kept[head, frame][..., None], 0.45 * grey[frame] + 0.55 * MARK, 0.4 * grey[frame])
+            if maps.frames[frame] == maps.query[0]:
+                tile[maps.query[1], maps.query[2]] = ASKS
+            top, left = head * (height + 1), frame * (width + 1)
+            page[top : top + height, left : left + width] = tile
+    return page.round().astype(np.uint8)
+
+
 def grid_of(layers: Sequence[Row], setting: str, column: str) -> np.ndarray:
     """[layers, steps]; NaN where a layer did not run."""
     own = [row for row in layers if row["setting"] == setting]
@@ -238,14 +301,19 @@ def grid_of(layers: Sequence[Row], setting: str, column: str) -> np.ndarray:
 
 def _png(shares: np.ndarray) -> str:
     """[H, W] from 0 to 1 as a picture of as many pixels, grey where NaN, as a data URI."""
-    from PIL import Image
-
     spot = np.nan_to_num(shares).clip(0, 1) * (len(RAMP) - 1)
     low = np.minimum(spot.astype(int), len(RAMP) - 2)
     colour = RAMP[low] + (spot - low)[..., None] * (RAMP[low + 1] - RAMP[low])
     colour[np.isnan(shares)] = 128
+    return _data_uri(colour.round().astype(np.uint8))
+
+
+def _data_uri(picture: np.ndarray) -> str:
+    """[H, W, 3] uint8 as a PNG."""
+    from PIL import Image
+
     stream = BytesIO()
-    Image.fromarray(colour.round().astype(np.uint8)).save(stream, "PNG")
+    Image.fromarray(picture).save(stream, "PNG")
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 

@@ -30,10 +30,11 @@ def scores(video: np.ndarray, reference: np.ndarray, lpips: Distance | None) -> 
     """MEASURES of [F, H, W, 3] floats from 0 to 1. None is what a single frame, a frame below 11x11 pixels or a
     missing `lpips` has no measure for. Raises ValueError if shapes differ or a value is NaN or Inf."""
     wide = min(video.shape[1:3]) >= 11
+    ssim, ms_ssim = metrics.ssim_and_ms_ssim(video, reference) if wide else (None, None)
     found = {
         "psnr_db": metrics.psnr(video, reference),
-        "ssim": metrics.ssim(video, reference) if wide else None,
-        "ms_ssim": metrics.ms_ssim(video, reference) if wide else None,
+        "ssim": ssim,
+        "ms_ssim": ms_ssim,
         "lpips": lpips(video, reference) if lpips is not None else None,
         "flicker": metrics.flicker(video, reference) if len(video) > 1 else None,
     }

@@ -11,7 +11,7 @@ from dit_sparse.video import whole
 
 Row = dict[str, Any]
 
-TEXT = ("setting", "method", "prompt", "dense_kernel", "kernel", "layer")
+TEXT = ("setting", "method", "prompt", "run", "dense_kernel", "kernel", "layer")
 REFERENCE = "dense"
 
 # Column of the table -> its title and how a number is shown; times and memory are of one video.
@@ -20,6 +20,7 @@ TABLE = {
     "density": ("density", "{:.3f}"),
     "work": ("work", "{:.3f}"),
     "dense_share": ("dense", "{:.0%}"),
+    "skipped": ("skipped", "{:.0%}"),
     "dit_seconds": ("DiT s", "{:.2f}"),
     "seconds": ("whole s", "{:.2f}"),
     "attention_seconds": ("attention s", "{:.2f}"),
@@ -29,7 +30,7 @@ TABLE = {
     **{name: (title, "{:.2f}" if name == "psnr_db" else "{:.4f}") for name, (title, _) in MEASURES.items()},
     "prompt_score": ("prompt", "{:.0%}"),
 }
-QUALITY = ("density", "dense_share", "work", *MEASURES, "prompt_score")
+QUALITY = ("density", "dense_share", "skipped", "work", *MEASURES, "prompt_score")
 COST = ("work", *(name for name in TABLE if name not in QUALITY and name != "setting"))
 
 

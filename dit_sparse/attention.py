@@ -12,12 +12,12 @@ from dit_sparse.correction import Learned, calibrated, learn_anchor, learn_resha
 from dit_sparse.head_kinds import KINDS, HeadKinds, head_kinds
 from dit_sparse.kernels.block_attention import block_attention, chosen_impl
 from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
-from dit_sparse.kernels.permute import permute
+from dit_sparse.kernels.permute import permute, permute_pooled
 from dit_sparse.layout import Layout
 from dit_sparse.order import TokenOrder, token_order, vision_first
 from dit_sparse.patterns import Pattern, order_of, pattern_plan, tile_of
 from dit_sparse.plan import BlockPlan, Correction
-from dit_sparse.routing import Pooled, Routing, pool, route
+from dit_sparse.routing import Pooled, Routing, pool, route, wanted
 from dit_sparse.state import Generation, Layer, Part
 
 
@@ -32,6 +32,7 @@ def sparse_attention(
     """
     if generation.config.strict:
         _check_finite(layer, q=q, k=k, v=v)
+    generation.attending(len(q))
     before = generation.text[0] if layer.joint else 0
     key_mask = None if text_mask is None else _key_mask(text_mask, k.shape[2], before)
     generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None)
@@ -80,10 +81,21 @@ def attend_part(
         out = _by_kind(q, k, v, part, layout, generation, text_mask, key_mask, pairs)
         return permute((out,), first.place)[0] if before else out
     order = _order(config, layout, q.device, before)
-    if not order.is_raster:
+    routes = part.phase == "anchor" or not config.learns
+    pooled = scatter = None
+    # On a GPU statistics come with the permutation, and the kernel's store undoes it: two passes over memory less.
+    if not order.is_raster and q.is_cuda and (config.has_tail or (routes and not config.has_pattern)):
+        lengths = layout.lengths(q.device)
+        wants = wanted(config, routes=routes)
+        (q, k, v), stats = permute_pooled((q, k, v), order.take, lengths, block=layout.block, wants=wants)
+        assert stats[1] is not None and stats[2] is not None
+        pooled = Pooled(stats[0], stats[1], stats[2], lengths)
+    elif not order.is_raster:
         q, k, v = permute((q, k, v), order.take)
+    if not order.is_raster and q.is_cuda and (not config.learns or part.phase != "anchor"):
+        scatter = order.take
     learned = generation.recall(layer)
-    call = Call(q, k, v, layout, config, text_mask, key_mask, routes=part.phase == "anchor" or not config.learns)
+    call = Call(q, k, v, layout, config, text_mask, key_mask, routes=routes, given=pooled, scatter=scatter)
     if not config.learns:
         out, routed = _at_once(call, part.rho)
     elif part.phase == "anchor":
@@ -99,7 +111,7 @@ def attend_part(
     visited = torch.stack(call.listed).sum() * layout.block**2
     generation.kernel = call.kernel
     generation.tally.sparse(moment.step, part.phase, pairs, call.known, visited, routed, possible)
-    return out if order.is_raster else permute((out,), order.place)[0]
+    return out if order.is_raster or scatter is not None else permute((out,), order.place)[0]
 
 
 def _order(config: SparseConfig, layout: Layout, device: torch.device, before: int) -> TokenOrder:
@@ -215,6 +227,8 @@ class Call:
     """The inputs of one call in routing order, what the methods do with them, and the token pairs that took.
 
     routes  whether it chooses blocks, for which the queries are pooled too
+    given   the statistics, where they are known
+    scatter where block attention writes each row of its output, None for where it stands
     listed  query-key block pairs visited, () int64 on the device for each pass over a plan
     known   pairs of tokens, or of a token and a pooled key, visited besides
     kernel  the implementation of block attention that ran
@@ -228,6 +242,8 @@ class Call:
     text_mask: Tensor | None
     key_mask: Tensor | None
     routes: bool
+    given: Pooled | None = None
+    scatter: Tensor | None = None
     listed: list[Tensor] = field(default_factory=list)
     known: float = 0.0
     kernel: str = ""
@@ -238,7 +254,7 @@ class Call:
 
     @cached_property
     def pooled(self) -> Pooled:
-        return pool(self.q if self.routes else None, self.k, self.v, self.layout, self.config)
+        return self.given or pool(self.q if self.routes else None, self.k, self.v, self.layout, self.config)
 
     @cached_property
     def tail(self) -> Correction:
@@ -287,7 +303,15 @@ class Call:
             self.known += rows * vision * layout.blocks
         self.kernel = chosen_impl("auto", self.q, self.k, self.v, plan, layout.block, self.key_mask)
         return block_attention(
-            self.q, self.k, self.v, plan, correction, block=layout.block, key_mask=self.key_mask, text=text
+            self.q,
+            self.k,
+            self.v,
+            plan,
+            correction,
+            block=layout.block,
+            key_mask=self.key_mask,
+            text=text,
+            scatter=self.scatter,
         )
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -329,8 +353,8 @@ def address(generation: Generation, layer: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, where: Tensor) -> Tensor:
     """`sparse_attention` of the layer at `where` (see `address`); q, k, v [B, H, L, D] -> [B, H, L, D].
 
-    key_mask [B, L] bool is False for padding, which only text has. Outside of its transformer a layer is dense.
-    Under autocast it runs in autocast's dtype, like torch's own attention, and returns q's.
+    key_mask [B, L] bool is False for padding, which only text has. Outside of its transformer a layer is dense,
+    and counted. Under autocast it runs in autocast's dtype, like torch's own attention, and returns q's.
     """
     number, index = where.tolist()
     generation, device, like = _generations[number], q.device.type, q
@@ -339,6 +363,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, where: Tens
     # Pooling and routing are in float32 whatever the model runs in.
     with torch.autocast(device, enabled=False):
         layer = generation.layers[index]
+        if generation.moment is None:
+            generation.fall_back("attention ran outside of its transformer's forward")
         if key_mask is not None and generation.moment is None:
             out = dense_attention(q, k, v, key_mask=key_mask)[0]
         else:

@@ -21,12 +21,12 @@ from dit_sparse.correction import Learned, pooled_tail
 from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_attention import AttentionImpl, block_attention, chosen_impl
 from dit_sparse.kernels.dense_attention import Backend, dense_attention, dense_backend
-from dit_sparse.kernels.permute import permute
+from dit_sparse.kernels.permute import permute, permute_pooled
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import token_order
 from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
 from dit_sparse.residual import pack
-from dit_sparse.routing import pool, route
+from dit_sparse.routing import pool, route, wanted
 from dit_sparse.state import Generation, Layer
 
 
@@ -68,8 +68,8 @@ class BenchOptions:
     """
 
     case: tuple[str, ...] = ()
-    """Shapes by name: wan-14b-720p, wan-14b-480p, wan-1.3b-480p, small, and but for forward hunyuanvideo-720p,
-    cogvideox-480p, flux-4096; if none is given, small on a CPU, wan-14b-720p on a GPU (wan-1.3b-480p of forward)."""
+    """Shapes by name: wan-14b-720p, wan-14b-480p, wan-1.3b-480p, cogvideox-480p, flux-4096, small, and but for forward
+    hunyuanvideo-720p; if none is given, small on a CPU, wan-14b-720p on a GPU (wan-1.3b-480p of forward)."""
     density: tuple[float, ...] = ()
     """Shares of key blocks computed: 0.05, 0.1, 0.2, 0.5 and 1 if none is given, of a forward 0.1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -317,6 +317,8 @@ def _operator_of(
     full = Correction(tail=tail, residual=residual)
     kernel = partial(block_attention, q, k, v, plan, block=case.block, text=case.text)
     error = verify(q, k, v, plan, full, case, kernel(full)[0])
+    scattered = permute((kernel(full, scatter=order.take)[0],), order.take)[0]
+    error = max(error, verify(q, k, v, plan, full, case, scattered))
 
     tails = Generation(SparseConfig("tail", density=density, block=case.block, dense_steps=0), [layer])
     anchors = Generation(config, [layer])
@@ -328,10 +330,19 @@ def _operator_of(
     for what, call in {
         "permute q, k, v": partial(permute, qkv, order.take),
         "statistics": partial(pool, q, k, v, layout, config),
+        "permute with statistics": partial(
+            permute_pooled,
+            qkv,
+            order.take,
+            pooled.lengths,
+            block=case.block,
+            wants=wanted(config, routes=True),
+        ),
         "routing": partial(route, pooled, layout, config, density=density, scale=scale, **texts),
         "bare block attention": kernel,
         "with tail": partial(kernel, Correction(tail=tail)),
         "with tail and residual": partial(kernel, full),
+        "with tail and residual, in the model's order": partial(kernel, full, scatter=order.take),
         "permute out": partial(permute, (q,), order.place),
         "whole, tail": partial(sparse_attention, *qkv, layer, tails),
         "whole, between anchors": partial(sparse_attention, *qkv, layer, anchors),

@@ -30,15 +30,17 @@ class ForwardCase:
     text: int = 512
 
 
-def _published(name: str, size: tuple[int, int, int]) -> ForwardCase:
+def _published(name: str, size: tuple[int, int, int], text: int = 512, **options: Any) -> ForwardCase:
     model = published(name)
-    return ForwardCase(model.class_name, model.transformer, size)
+    return ForwardCase(model.class_name, dict(model.transformer) | options, size, text)
 
 
 FORWARDS: dict[str, ForwardCase] = {
     "wan-14b-720p": _published("wan2.1-14b", (81, 720, 1280)),
     "wan-14b-480p": _published("wan2.1-14b", (81, 480, 832)),
     "wan-1.3b-480p": _published("wan2.1-1.3b", (81, 480, 832)),
+    "cogvideox-480p": _published("cogvideox-5b", (49, 480, 720), text=226, use_rotary_positional_embeddings=True),
+    "flux-4096": _published("flux.1-dev", (1, 4096, 4096)),
     "small": ForwardCase(
         "WanTransformer3DModel",
         dict(num_attention_heads=2, attention_head_dim=64, num_layers=1, ffn_dim=256, text_dim=64, freq_dim=64),
@@ -58,8 +60,45 @@ def _wan_inputs(transformer: nn.Module, case: ForwardCase, device: torch.device,
     }
 
 
+def _cogvideox_inputs(
+    transformer: nn.Module, case: ForwardCase, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    frames, height, width = (case.size[0] - 1) // 4 + 1, case.size[1] // 8, case.size[2] // 8
+    config: Any = transformer.config
+    grid = (height // config.patch_size, width // config.patch_size)
+    latent = (1, frames, config.in_channels, height, width)
+    return {
+        "hidden_states": torch.randn(latent, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, case.text, config.text_embed_dim, device=device, dtype=dtype),
+        "image_rotary_emb": get_3d_rotary_pos_embed(
+            config.attention_head_dim, ((0, 0), grid), grid, frames, device=device
+        ),
+    }
+
+
+def _flux_inputs(
+    transformer: nn.Module, case: ForwardCase, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    # A token is a square of 2 x 2 latents, each of 8 x 8 pixels.
+    height, width = case.size[1] // 16, case.size[2] // 16
+    config: Any = transformer.config
+    places = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width)).float()
+    return {
+        "hidden_states": torch.randn(1, height * width, config.in_channels, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, case.text, config.joint_attention_dim, device=device, dtype=dtype),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, device=device, dtype=dtype),
+        "img_ids": places.to(device),
+        "txt_ids": torch.zeros(case.text, 3, device=device),
+        "guidance": torch.full((1,), 3.5, device=device),
+    }
+
+
 # Transformer class -> the inputs of its forward, all but the timestep.
 INPUTS: dict[str, Callable[[nn.Module, ForwardCase, torch.device, torch.dtype], dict[str, Any]]] = {
+    "CogVideoXTransformer3DModel": _cogvideox_inputs,
+    "FluxTransformer2DModel": _flux_inputs,
     "WanTransformer3DModel": _wan_inputs,
 }
 

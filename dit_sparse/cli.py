@@ -15,11 +15,12 @@ from dit_sparse.config import SparseConfig
 USAGE = """\
 dit-sparse: training-free sparse attention for diffusion transformers, on stock diffusers.
 
-  dit-sparse generate   make a video, with the demo model if no other is given
+  dit-sparse generate   make a video or an image, with the demo model if no other is given
   dit-sparse calibrate  measure a model in a dense run, and write a profile
   dit-sparse fit        choose from a profile what each head does at each step, to a quality, a speed or a memory
   dit-sparse profile    show or compare profiles, or draw what was measured
   dit-sparse compare    make videos dense and with several methods, score and time them, and report on one page
+  dit-sparse visualize  draw which blocks the heads of a layer keep at a step, and where in the frames these lie
   dit-sparse metrics    score a video file against another: PSNR, SSIM, MS-SSIM, LPIPS, flicker
   dit-sparse plan       say from shapes alone what sparse attention can gain for a model and a size
   dit-sparse info       show the device, the kernels chosen for it, and the models known
@@ -118,6 +119,10 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             from dit_sparse import compare
 
             return compare.run(options.parse(compare.CompareOptions, arguments, "dit-sparse compare"))
+        case "visualize":
+            from dit_sparse import visualize
+
+            return visualize.run(options.parse(visualize.VisualizeOptions, arguments, "dit-sparse visualize"))
         case "metrics":
             from dit_sparse import measure
 
@@ -128,7 +133,9 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return info(options.parse(InfoOptions, arguments, "dit-sparse info"))
         case "bench":
             return _bench(arguments)
-    known = ("generate", "calibrate", "fit", "profile", "compare", "metrics", "plan", "info", "bench")
+    known = (
+        "generate", "calibrate", "fit", "profile", "compare", "visualize", "metrics", "plan", "info", "bench",
+    )  # fmt: skip
     near = get_close_matches(command, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}."
     raise ValueError(f"Unknown command {command!r}: {hint}")
@@ -164,16 +171,19 @@ def _one_line(error: Exception) -> str:
 def info(_options: InfoOptions) -> int:
     import torch
 
+    from dit_sparse.kernels.block_attention import chosen_impl
     from dit_sparse.kernels.dense_attention import dense_backend
-    from dit_sparse.kernels.implementation import resolve
     from dit_sparse.pipelines.session import FAMILIES
+    from dit_sparse.plan import BlockPlan
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"dit-sparse {__version__}, torch {torch.__version__}")
     print(f"device            {device.type} ({name})")
-    print(f"sparse kernel     {resolve('auto', torch.empty(0, device=device, dtype=dtype))} for {dtype}")
+    row = torch.empty(1, 1, 1, 128, device=device, dtype=dtype)
+    kernel = chosen_impl("auto", row, row, row, BlockPlan.full(1, 1, 1, 1, device), 128, None)
+    print(f"sparse kernel     {kernel} for {dtype}, 128 channels a head, blocks of 128")
     print(f"dense kernel      {dense_backend(device, dtype, 128)} for {dtype}, 128 channels a head")
     print(f"transformers      {', '.join(sorted(FAMILIES))}")
     print(f"plan --family     {', '.join(models.PUBLISHED)}")
@@ -196,7 +206,7 @@ def plan(chosen: PlanOptions) -> int:
     height, width, num_frames = chosen.height, chosen.width, chosen.num_frames
     if chosen.family is not None:
         model = models.published(chosen.family)
-        class_name, transformer, vae, count = model.class_name, model.transformer, model.vae, model.transformers
+        class_name, transformer, vae = model.class_name, model.transformer, model.vae
         height = model.height if height is None else height
         width = model.width if width is None else width
         num_frames = model.num_frames if num_frames is None else num_frames
@@ -204,7 +214,7 @@ def plan(chosen: PlanOptions) -> int:
         files = models.find(chosen.model_id)
         models.check_known(files, FAMILIES)
         class_name, transformer = next(iter(files.transformers.values()))
-        vae, count = files.vae, len(files.transformers)
+        vae = files.vae
     family = FAMILIES[class_name]
     size = family.size(transformer, vae)
     if size.frames is None and num_frames is None:
@@ -217,7 +227,7 @@ def plan(chosen: PlanOptions) -> int:
 
     def at(height: int, width: int) -> predict.ModelShape:
         shape = family.shape(transformer, height, width, num_frames, vae)
-        return replace(shape, branches=branches, transformers=count)
+        return replace(shape, branches=branches)
 
     said = predict.predict(at(height, width), chosen.sparse, chosen.num_inference_steps)
     print("\n".join(_told(chosen, at(height, width), said)))

@@ -1,4 +1,4 @@
-"""The command that makes the same videos dense and sparse, scores and times them, and shows both."""
+"""The command that makes the same videos or images dense and sparse, scores and times them, and shows both."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -13,17 +13,20 @@ from dit_sparse.video import write_record, write_video
 class CompareOptions:
     """Make every prompt dense and with each method at each density, from the same noise, and compare.
 
-    Written to output_dir: results.csv (a row for each video), layers.csv (work and error by layer and step),
-    results.json, report.html, the videos, and finished runs under the name of their content: the same command goes on
-    where it stopped, and takes dense runs from there. What is scored are the frames in 8 bits, against the dense video
-    of the same prompt and seed.
+    Written to output_dir: results.csv (a row for each video), layers.csv (work and error by layer and step), maps.npz
+    (where in the frame the error is, and what heads attend to), results.json, report.html, which is made of these
+    alone, the videos, and finished runs under the name of their content, which results.csv gives: the same command
+    goes on where it stopped, and takes dense runs from there. What is scored are the frames in 8 bits, against the
+    dense video of the same prompt and seed. Of image models these are images.
     """
 
     model_id: str | None = None
     """Directory saved by diffusers, or a Hugging Face id; if not given, the demo model that comes with dit-sparse."""
     methods: tuple[str, ...] = ("dense", "anchor", "tail", "reshape", "rectify", "none")
     """Separated by commas or spaces: methods of generate, dense:BACKEND for dense attention by a backend of diffusers,
-    and profile for the file given by --profile. Plain dense is always there."""
+    and profile for the file given by --profile. Plain dense is always there. After any of them, what is on beside:
+    +firstblock, +taylorseer or +magcache, step caches of diffusers with their default settings, or with a threshold or
+    an interval (+firstblock=0.1); +compile, blocks by torch.compile; +fp8, weights stored in 8 bits."""
     density: tuple[float, ...] = (0.1,)
     """Shares of key blocks computed exactly, each with every method that has a density."""
     equal_work: bool = False
@@ -66,8 +69,8 @@ class CompareOptions:
     offload: Literal["none", "model", "group"] = "none"
     """Keep weights in main memory, as in generate."""
     maps: bool = True
-    """Make the first prompt once more with each method, and measure work and error by layer and step. These runs come
-    first, so that what a GPU compiles at first use is in no time that counts."""
+    """Measure in the first prompt's run work and error by layer and step, and what heads attend to; what that takes is
+    in no time. On a GPU it is a run of its own."""
     fps: int = 16
     """Frames per second of the videos."""
     output_dir: Path = Path("compare")
@@ -116,24 +119,36 @@ def run(options: CompareOptions) -> int:
         "offload": options.offload,
         "versions": generate.versions(),
     }
-    bar, done = _bar()
-    maker = Maker(pipe, request, files, options.negative_prompt, identity, cache, done)
-    _check_backends(maker, settings)
-    rows, layers, missing = _make(maker, settings, told, options, bar)
+    bar = _bar()
+    maker = Maker(
+        pipe,
+        request,
+        files,
+        options.negative_prompt,
+        identity,
+        cache,
+        lambda setting, job: bar.update(bar.task_ids[0], description=_doing(setting, job, len(told))),
+        lambda steps: bar.update(bar.task_ids[0], advance=steps),
+    )
+    settings = _prepare(maker, settings, told[0], options.seed)
+    rows, layers, maps, missing = _make(maker, settings, told, options, bar)
     facts = {
         "model": Path(files.source).name if files.is_local else files.source,
         "request": {name: value for name, value in asdict(request).items() if name != "prompt"},
         "prompts": told,
         "negative_prompt": options.negative_prompt,
         "seeds": [options.seed + number for number in range(len(told))],
-        "settings": {s.name: s.config.to_dict() | {"backend": s.backend} for s in settings},
+        "settings": {
+            s.name: s.config.to_dict() | {"backend": s.backend} | _beside(s, request.num_inference_steps)
+            for s in settings
+        },
         "device": identity["device"],
         "dtype": str(dtype).removeprefix("torch."),
         "versions": identity["versions"],
         "fps": options.fps,
         "missing": missing,
     }
-    return _write(output, facts, rows, layers)
+    return _write(output, facts, rows, layers, maps)
 
 
 _SHARED = (
@@ -151,7 +166,9 @@ def _prompts(options: CompareOptions) -> tuple[str, ...]:
 
 
 def _settings(options: CompareOptions, request: generate.Request, files: models.ModelFiles) -> list[dict[str, Any]]:
-    """Name, config, density and backend of every setting, plain dense first."""
+    """Name, config, density, backend and extras of every setting, plain dense first."""
+    from dit_sparse.calibration import extras
+
     named = [name for token in options.methods for name in token.split(",") if name]
     if options.profile is not None and "profile" not in named:
         named.append("profile")
@@ -160,24 +177,36 @@ def _settings(options: CompareOptions, request: generate.Request, files: models.
     found: dict[str, dict[str, Any]] = {"dense": {"name": "dense", "config": SparseConfig("dense")}}
     leader: str | None = None
     for name in named:
-        method, colon, backend = name.partition(":")
+        bare, *beside = name.split("+")
+        extras.check(name, beside)
+        plus = "".join(f" +{extra}" for extra in beside)
+        setting: dict[str, Any] = {"name": bare + plus, "extras": tuple(beside)}
+        if {"compile", "fp8"} & set(beside) and options.offload != "none":
+            raise ValueError(
+                f"{name!r} takes weights that stay on their device, and offload {options.offload!r} moves them: leave "
+                "out either."
+            )
+        method, colon, backend = bare.partition(":")
         if method == "dense":
-            found[name] = {"name": name, "config": SparseConfig("dense"), "backend": backend if colon else None}
-        elif name == "profile":
+            setting |= {"config": SparseConfig("dense"), "backend": backend if colon else None}
+            found[setting["name"]] = setting
+        elif bare == "profile":
             if options.profile is None:
                 raise ValueError("Method profile needs --profile, a file written by dit-sparse fit.")
-            found[name] = {"name": name, "config": SparseConfig(profile=str(options.profile))}
-        elif name not in get_args(Method):
+            found[setting["name"]] = setting | {"config": SparseConfig(profile=str(options.profile))}
+        elif bare not in get_args(Method):
             known = ", ".join((*get_args(Method), "dense:BACKEND", "profile"))
-            raise ValueError(f"Unknown method {name!r}: choose from {known}.")
+            raise ValueError(f"Unknown method {bare!r}: choose from {known}.")
         else:
-            leader = leader or name
+            if options.equal_work and extras.cache_of(beside):
+                raise ValueError(f"How much work {name!r} skips is not known beforehand: leave out --equal_work.")
+            leader = leader or bare
             for density in options.density:
-                config = _config(options, name, density)
-                if options.equal_work and name != leader:
+                config = _config(options, bare, density)
+                if options.equal_work and bare != leader:
                     config = _as_much_work(config, _config(options, leader, density), request, files)
-                label = f"{name} {density:g}"
-                found[label] = {"name": label, "config": config, "density": density}
+                label = f"{bare} {density:g}{plus}"
+                found[label] = setting | {"name": label, "config": config, "density": density}
     if options.refresh_every is not None and not any(values["config"].learns for values in found.values()):
         raise ValueError("refresh_every only means something to methods that remember, and none was asked for.")
     return list(found.values())
@@ -224,8 +253,11 @@ def _as_much_work(
     return steps[low - 1]
 
 
-def _check_backends(maker: Any, settings: list[Any]) -> None:
-    """Raise ValueError for a backend that is not here, before anything is made."""
+def _prepare(maker: Any, settings: list[Any], prompt: str, seed: int) -> list[Any]:
+    """The settings with what magcache goes by; raises ValueError, before any is made, for one that cannot be had."""
+    from dit_sparse.calibration import extras
+
+    steps = maker.request.num_inference_steps
     for setting in settings:
         if setting.backend is not None:
             for transformer in maker.transformers.values():
@@ -235,80 +267,144 @@ def _check_backends(maker: Any, settings: list[Any]) -> None:
                     raise ValueError(f"dense:{setting.backend} cannot be had: {error}") from None
                 finally:
                     transformer.reset_attention_backend()
+        if cache := extras.cache_of(setting.extras):
+            with extras.switched_on(maker.pipe, list(maker.transformers), (cache,), steps, (1.0,) * steps):
+                pass
+    by_magnitude = [s for s in settings if (extras.cache_of(s.extras) or "").startswith("magcache")]
+    ratios = maker.mag_ratios(prompt, seed) if by_magnitude else ()
+    return [replace(s, ratios=ratios) if s in by_magnitude else s for s in settings]
+
+
+def _beside(setting: Any, steps: int) -> dict[str, Any]:
+    """What is on beside the method, for the record."""
+    from dit_sparse.calibration import extras
+
+    cache = extras.cache_of(setting.extras)
+    told = {} if cache is None else {"cache": repr(extras.cache_config(cache, steps, setting.ratios))}
+    return told | {extra: True for extra in setting.extras if extra != cache}
+
+
+def _doing(setting: Any, job: Any, prompts: int) -> str:
+    if job is None:
+        return f"{setting.name}, warming up"
+    return f"{setting.name}, prompt {job.number + 1} of {prompts}{', maps' if job.probed else ''}"
 
 
 def _make(
     maker: Any, settings: list[Any], told: tuple[str, ...], options: CompareOptions, bar: Any
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """Rows of results.csv and of layers.csv, and what could not be measured; the videos are written on the way."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any, list[str]]:
+    """Rows of results.csv and of layers.csv, what maps.npz holds, and what could not be measured; the videos are
+    written on the way."""
+    from dit_sparse.calibration import extras
+    from dit_sparse.calibration.maps import error_map
     from dit_sparse.calibration.perceptual import lpips_or_reason
     from dit_sparse.calibration.prompt_score import prompt_score
+    from dit_sparse.calibration.runs import Job
     from dit_sparse.calibration.scores import scores
 
     lpips, missing = lpips_or_reason()
     is_demo = Path(maker.files.source).resolve() == models.demo_directory().resolve()
-    steps = maker.request.num_inference_steps
-    bar.update(bar.task_ids[0], total=steps * len(settings) * (len(told) + options.maps))
+    plain = [Job(number, prompt, options.seed + number) for number, prompt in enumerate(told)]
+    jobs = {}
+    for setting in settings:
+        probed = [replace(plain[0], probed=True)] if options.maps and not setting.compiled else []
+        # On a CPU a probed run is as good as one that is not.
+        jobs[setting.name] = probed + plain[bool(probed) and not maker.on_gpu :]
+    bar.update(bar.task_ids[0], total=maker.request.num_inference_steps * sum(map(len, jobs.values())))
     rows: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
-
-    def made(setting: Any, number: int, probed: bool = False) -> Any:
-        what = f"{setting.name}, {'maps' if probed else f'prompt {number + 1} of {len(told)}'}"
-        bar.update(bar.task_ids[0], description=what)
-        key = maker.key(setting, told[number], options.seed + number, probed)
-        if maker.is_kept(key):
-            bar.update(bar.task_ids[0], advance=steps)
-        return maker.make(setting, told[number], options.seed + number, probed=probed)
-
     dense: dict[int, Any] = {}
+    errors: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     with bar:
         for setting in settings:
-            if options.maps:
-                layers += [{"setting": setting.name} | row for row in made(setting, 0, probed=True).maps]
-            for number, prompt in enumerate(told):
-                result = made(setting, number)
-                dense.setdefault(number, result)
+            videos = []
+            for job, result in zip(jobs[setting.name], maker.make(setting, jobs[setting.name]), strict=True):
+                if job.probed:
+                    layers += [{"setting": setting.name} | row for row in result.maps]
+                    seen[setting.name] = result
+                    if maker.on_gpu:
+                        continue
+                number, reference = job.number, dense.setdefault(job.number, result)
+                videos.append(result.frames)
                 video = result.frames.astype("float32") / 255
                 row = {
                     "setting": setting.name,
-                    "method": setting.config.method if setting.config.profile is None else "profile",
+                    "method": setting.method,
                     "density_asked": setting.density,
                     "prompt_number": number + 1,
-                    "prompt": prompt,
-                    "seed": options.seed + number,
-                } | result.facts
+                    "prompt": job.prompt,
+                    "seed": job.seed,
+                    "run": maker.key(setting, job),
+                } | _relative(result.facts, reference.facts, extras.cache_of(setting.extras) is not None)
                 if setting.name == "dense":
                     row |= dict.fromkeys(("psnr_db", "ssim", "ms_ssim", "lpips", "flicker"))
                 else:
-                    row |= scores(video, dense[number].frames.astype("float32") / 255, lpips)
-                row["prompt_score"] = prompt_score(prompt, video) if is_demo else None
+                    row |= scores(video, reference.frames.astype("float32") / 255, lpips)
+                row["prompt_score"] = prompt_score(job.prompt, video) if is_demo else None
                 rows.append(row)
-                write_video(video_name(options.output_dir, setting.name, number + 1), video, options.fps)
-    return rows, layers, [missing] if missing else []
+                write_video(video_name(options.output_dir, setting.name, number + 1, len(video)), video, options.fps)
+            if setting.name != "dense":
+                errors[setting.name] = error_map(videos, [dense[number].frames for number in range(len(told))])
+    return rows, layers, _maps(errors, seen, dense[0].frames), [missing] if missing else []
 
 
-def video_name(output: Path, setting: str, prompt_number: int) -> Path:
-    """Where the video of a setting and a prompt lies."""
+def _relative(facts: dict[str, Any], dense: dict[str, Any], may_skip: bool) -> dict[str, Any]:
+    """What was measured in a run, with shares of all that the dense run of the same prompt computed."""
+    made = facts["pairs"] / dense["pairs"]
+    return {name: value for name, value in facts.items() if name != "pairs"} | {
+        "work": facts["work"] * made,
+        "dense_share": facts["dense_share"] * made,
+        "skipped": 1 - made if may_skip else None,
+    }
+
+
+def _maps(errors: dict[str, Any], seen: dict[str, Any], video: Any) -> Any:
+    from dit_sparse.calibration.maps import HEADS, Maps, chosen_frames, over_tokens
+
+    kept = {name: made.kept for name, made in seen.items() if made.kept is not None}
+    if not kept:
+        return Maps(errors, {}, {})
+    one = next(iter(kept.values()))
+    # The middle of the middle frame.
+    query = (one.grid.frames // 2, one.grid.height // 2, one.grid.width // 2)
+    frames = chosen_frames(one.grid.frames, query[0])
+    layer = next(made.kept_of[0] for made in seen.values() if made.kept is not None)
+    return Maps(
+        errors,
+        {name: found.frames(query, slice(HEADS))[:, list(frames)] for name, found in kept.items()},
+        {name: seen[name].kept_of[1] for name in kept},
+        over_tokens(video, one, frames),
+        layer,
+        query,
+        frames,
+    )
+
+
+def video_name(output: Path, setting: str, prompt_number: int, frames: int) -> Path:
+    """Where the video, or the image, of a setting and a prompt lies."""
     plain = "".join(c if c.isalnum() or c in ".-" else "-" for c in setting)
-    return output / "videos" / f"{plain}.{prompt_number}.mp4"
+    return output / "videos" / f"{plain}.{prompt_number}.{'png' if frames == 1 else 'mp4'}"
 
 
-def _write(output: Path, facts: dict[str, Any], rows: list[dict[str, Any]], layers: list[dict[str, Any]]) -> int:
+def _write(
+    output: Path, facts: dict[str, Any], rows: list[dict[str, Any]], layers: list[dict[str, Any]], maps: Any
+) -> int:
     from rich.console import Console
     from rich.table import Table
 
     from dit_sparse.calibration import table
+    from dit_sparse.calibration.maps import write_maps
 
     table.write_rows(output / "results.csv", rows)
     if layers:
         table.write_rows(output / "layers.csv", layers)
+    write_maps(output / "maps.npz", maps)
     from dit_sparse.calibration.report import write_report
 
     told = table.summary(rows)
     write_record(output / "results.json", table.plain(facts | {"summary": told, "rows": rows, "layers": layers}))
-    # Numbers cut off to fit say nothing.
-    console = Console(width=max(Console().width, 100))
-    console.print(f"{facts['model']}, {len(facts['prompts'])} prompts, {facts['device']}, {facts['dtype']}")
+    print(f"{facts['model']}, {len(facts['prompts'])} prompts, {facts['device']}, {facts['dtype']}")
     columns = table.columns_of(told)
     # Two tables, since one would not fit a terminal.
     for wanted in (table.COST, table.QUALITY):
@@ -317,15 +413,20 @@ def _write(output: Path, facts: dict[str, Any], rows: list[dict[str, Any]], laye
             drawn.add_column(table.TABLE[name][0], justify="left" if name == "setting" else "right", no_wrap=True)
         for row in told:
             drawn.add_row(*(table.shown(name, row.get(name)) for name in kept))
-        console.print(drawn)
+        # Numbers cut off to fit say nothing.
+        Console(width=max(Console().width, Console(width=1000).measure(drawn).maximum)).print(drawn)
     for sentence in facts["missing"]:
         print(sentence)
-    write_report(output / "report.html", facts, rows, layers, lambda name, number: video_name(output, name, number))
-    print(", ".join(str(output / name) for name in ("report.html", "results.csv", "results.json")))
+
+    def video_of(setting: str, number: int) -> Path:
+        return video_name(output, setting, number, facts["request"]["num_frames"])
+
+    write_report(output / "report.html", facts, rows, layers, maps, video_of)
+    print(", ".join(str(output / name) for name in ("report.html", "results.csv", "maps.npz", "results.json")))
     return 0
 
 
-def _bar() -> tuple[Any, Any]:
+def _bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -337,5 +438,5 @@ def _bar() -> tuple[Any, Any]:
         TextColumn("{task.description}"),
         console=Console(stderr=True),
     )
-    task = bar.add_task("", total=None)
-    return bar, lambda: bar.update(task, advance=1)
+    bar.add_task("", total=None)
+    return bar

@@ -46,7 +46,7 @@ DEMO = Request(
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Generate a video from a prompt with sparse attention, and write beside it a JSON file of how it was made.
+    """Generate a video or an image from a prompt with sparse attention, and write beside it a JSON file of how.
 
     Words used below: a token is one patch of the latent video, and attention cuts the tokens into blocks. A dense step
     computes all pairs of blocks, as the model was trained; a sparse step computes the share of them that is called the
@@ -67,7 +67,7 @@ class GenerateOptions:
     width: int | None = None
     """Pixels; if not given, as the model's pipeline has it."""
     num_frames: int | None = None
-    """Frames; if not given, as the model's pipeline has it."""
+    """Frames; if not given, as the model's pipeline has it, and 1 where that makes images."""
     num_inference_steps: int | None = None
     """Denoising steps; if not given, as the model's pipeline has it."""
     guidance_scale: float | None = None
@@ -80,8 +80,8 @@ class GenerateOptions:
     device: str = "auto"
     """cpu, cuda, cuda:1 and so on; auto is cuda where there is one."""
     output_file: Path | None = None
-    """Ends in .mp4, .gif or .png (one file a frame). If not given, a name in this directory that tells the settings.
-    The JSON file has the same name with .json."""
+    """Ends in .mp4, .gif or .png (one file a frame), for an image in .png. If not given, a name in this directory that
+    tells the settings. The JSON file has the same name with .json."""
     fps: int = 16
     """Frames per second of the mp4 or gif."""
     config: Path | None = None
@@ -103,7 +103,10 @@ def run(options: GenerateOptions) -> int:
 
     models.check_known(files, FAMILIES)
     check(options, request, files)
-    output = options.output_file or Path(_name(options, request, files))
+    images = all(FAMILIES[kind].size(config, files.vae).frames is None for kind, config in files.transformers.values())
+    output = options.output_file or Path(_name(options, request, files, ".png" if images else ".mp4"))
+    if images and output.suffix.lower() != ".png":
+        raise ValueError(f"output_file of an image ends in .png, not {output.suffix!r}.")
     video.check_writable(output)
 
     start = time.perf_counter()
@@ -171,13 +174,23 @@ def request_of(options: GenerateOptions, files: models.ModelFiles) -> Request:
                 f"{files.source} is a {files.index['_class_name']}, which diffusers {diffusers.__version__} has not."
             )
         parameters = inspect.signature(pipeline.__call__).parameters
+        images = makes_images(pipeline)
         for name in ("image", "video"):
-            if name in parameters:
+            # Some that make images from text take others to go by, too; those with a strength begin from one.
+            free = images and "strength" not in parameters
+            if name in parameters and not (free and parameters[name].default is None):
                 raise ValueError(
                     f"{files.source} is a {pipeline.__name__}, which starts from an existing {name}; generate only "
-                    "makes videos from text, so use it from Python."
+                    "makes videos and images from text, so use it from Python."
                 )
+        if "guidance_scale" not in parameters:
+            raise ValueError(f"{files.source} is a {pipeline.__name__}, which has a guider of its own: use Python.")
         defaults = {name: parameter.default for name, parameter in parameters.items()}
+        if images:
+            defaults["num_frames"] = 1
+        if defaults["guidance_scale"] is None and "true_cfg_scale" in defaults:
+            defaults["guidance_scale"] = defaults["true_cfg_scale"]
+        _check_negative_prompt(options.negative_prompt, pipeline)
     values: dict[str, Any] = {}
     for field in fields(Request):
         given = getattr(options, field.name)
@@ -187,6 +200,25 @@ def request_of(options: GenerateOptions, files: models.ModelFiles) -> Request:
                 f"{field.name} is missing: give --{field.name}, since {files.source} has no default for it."
             )
     return Request(**values)
+
+
+def makes_images(pipeline: type) -> bool:
+    """Whether a pipeline class of diffusers makes single pictures."""
+    parameters = inspect.signature(pipeline.__call__).parameters  # type: ignore[operator]
+    return "num_frames" not in parameters and "video" not in parameters
+
+
+def _check_negative_prompt(given: str | None, pipeline: type) -> None:
+    parameters = inspect.signature(pipeline.__call__).parameters  # type: ignore[operator]
+    if given is None:
+        return
+    if "negative_prompt" not in parameters:
+        raise ValueError(f"{pipeline.__name__} has no use for a negative prompt: leave out --negative_prompt.")
+    if "true_cfg_scale" in parameters and parameters["guidance_scale"].default is not None:
+        raise ValueError(
+            f"{pipeline.__name__} goes by its guidance_scale in one forward, and uses a negative prompt only with "
+            "true_cfg_scale, from Python: leave out --negative_prompt."
+        )
 
 
 def check(options: GenerateOptions, request: Request, files: models.ModelFiles) -> None:
@@ -207,10 +239,7 @@ def check(options: GenerateOptions, request: Request, files: models.ModelFiles) 
     sides = request.height, request.width, request.num_frames
     for class_name, config in files.transformers.values():
         family = FAMILIES[class_name]
-        size = family.size(config, files.vae)
-        if size.frames is None:
-            raise ValueError(f"{files.source} makes images, and generate makes videos: use sparsify() in Python.")
-        models.check_size(size, *sides)
+        models.check_size(family.size(config, files.vae), *sides)
         predict.dense_layers(options.sparse, family.shape(config, *sides, files.vae).layers)
 
 
@@ -294,16 +323,28 @@ def frames_of(
     seed: int,
     step_done: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> np.ndarray:
-    """One run of the pipeline: [F, H, W, 3] floats from 0 to 1. step_done is a diffusers callback."""
+    """One run of the pipeline: [F, H, W, 3] floats from 0 to 1, an image as one frame. step_done is a diffusers
+    callback, called where the pipeline has any."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
     # WanPipeline rounds to a whole number of latent frames and adds one even where one latent is one frame.
     whole = files.vae.get("scale_factor_temporal", 4) == 1
-    return pipe(
-        **asdict(request) | {"num_frames": request.num_frames - whole},
-        negative_prompt=negative_prompt,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="np",
-        callback_on_step_end=step_done,
-    ).frames[0]
+    told = asdict(request) | {"num_frames": request.num_frames - whole, "negative_prompt": negative_prompt}
+    if "true_cfg_scale" in parameters and parameters["guidance_scale"].default is None:
+        # QwenImagePipeline's own name for it; without a negative prompt it would not guide at all.
+        guidance = told.pop("guidance_scale")
+        told |= {"true_cfg_scale": guidance, "negative_prompt": negative_prompt or (" " if guidance > 1 else None)}
+    # What the pipeline has no name for was refused before; its own defaults stand for what is None.
+    told = {name: value for name, value in told.items() if value is not None and name in parameters}
+    if "use_resolution_binning" in parameters:
+        # Else it makes one of the sizes it was trained at, and scales that.
+        told["use_resolution_binning"] = False
+    if step_done is not None and "callback_on_step_end" in parameters:
+        told["callback_on_step_end"] = step_done
+    elif step_done is not None and "callback" in parameters:
+        told["callback"] = lambda step, timestep, latents: step_done(pipe, step, timestep, {"latents": latents})
+    out = pipe(**told, generator=torch.Generator("cpu").manual_seed(seed), output_type="np")
+    made = next(getattr(out, name)[0] for name in ("frames", "images", "image") if hasattr(out, name))
+    return made if made.ndim == 4 else made[None]
 
 
 def seconds_left(seen: Sequence[tuple[str, float]], ahead: Iterable[str]) -> float:
@@ -324,7 +365,7 @@ def _by_phase(steps: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]
     return total
 
 
-def _name(options: GenerateOptions, request: Request, files: models.ModelFiles) -> str:
+def _name(options: GenerateOptions, request: Request, files: models.ModelFiles, suffix: str) -> str:
     model = "demo" if options.model_id is None else Path(files.source).name
     size = f"{request.height}x{request.width}x{request.num_frames}"
     config = options.sparse
@@ -333,7 +374,7 @@ def _name(options: GenerateOptions, request: Request, files: models.ModelFiles) 
         method = Path(config.profile).name.removesuffix(".safetensors")
     if config.top_p is not None and config.method != "dense":
         method += f"-p{config.top_p:g}"
-    return f"{model}.{size}.{request.num_inference_steps}steps.{method}.seed{options.seed}.mp4"
+    return f"{model}.{size}.{request.num_inference_steps}steps.{method}.seed{options.seed}{suffix}"
 
 
 def _settings(

@@ -31,7 +31,6 @@ class ModelShape:
     text_tokens  tokens that cross-attention attends to, padding included; 0 is no cross-attention
     joint_text   tokens of text that go through all of the blocks beside the vision tokens, padding included
     branches     forwards per step: 2 with classifier-free guidance, else 1
-    transformers that share the steps between them, each with a state of its own: 2 for Wan 2.2 A14B
     """
 
     grid: TokenGrid
@@ -41,7 +40,6 @@ class ModelShape:
     ffn_dim: int
     text_tokens: int
     branches: int = 2
-    transformers: int = 1
     joint_text: int = 0
 
 
@@ -124,6 +122,7 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
 
     sparse_call = sparse_pairs(_share(config, shape.grid, block), tail)
     in_full = dense_layers(config, shape.layers)
+    dense_steps = _named(config, "dense_steps", steps)
     dense = sparse = 0.0
     for layer in range(shape.layers):
         told = phases(config, steps, layer if config.stagger else 0)
@@ -136,7 +135,7 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
                 sparse += sparse_call
             if phase == "anchor":
                 # It computes what it outputs, too: densely, or from an anchor before it, with the denser plan.
-                if config.anchor_density is None or "anchor" not in told[:step]:
+                if config.anchor_density is None or step in dense_steps or "anchor" not in told[:step]:
                     dense += 1
                 else:
                     sparse += sparse_pairs(_kept(config.anchor_density, blocks) / blocks, 0)
@@ -150,7 +149,7 @@ def state_bytes(shape: ModelShape, config: SparseConfig) -> dict[str, int]:
     tokens = shape.grid.tokens
     blocks = -(-tokens // config.block_size(tokens))
     sparse_layers = shape.layers - len(dense_layers(config, shape.layers))
-    calls = shape.transformers * sparse_layers * shape.branches * shape.heads
+    calls = sparse_layers * shape.branches * shape.heads
     # A list of key blocks has room for the block's own, and has its length beside it; all are int32.
     plan = calls * blocks * (_kept(config.density, blocks) + 2) * 4
     rho = calls * tokens * 4 if config.method == "reshape" else 0
@@ -159,10 +158,14 @@ def state_bytes(shape: ModelShape, config: SparseConfig) -> dict[str, int]:
 
 def dense_layers(config: SparseConfig, layers: int) -> frozenset[int]:
     """Which of a transformer's layers are dense at every step."""
+    return _named(config, "dense_layers", layers)
+
+
+def _named(config: SparseConfig, name: str, total: int) -> frozenset[int]:
     try:
-        return schedule.span(config.dense_layers, layers)
+        return schedule.span(getattr(config, name), total)
     except ValueError as error:
-        raise ValueError(f"dense_layers: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 @lru_cache(maxsize=256)

@@ -41,19 +41,21 @@ def pool(q: Tensor | None, k: Tensor, v: Tensor, layout: Layout, config: SparseC
     Without q: only what a tail takes.
     """
     lengths = layout.lengths(k.device)
-    by_error = config.by_error and q is not None
-    gain = config.method == "rectify"
-    variance = by_error or (config.has_tail and config.second_order)
+    of_q, of_k, of_v = wanted(config, routes=q is not None)
 
     def stats(x: Tensor, want: Want) -> BlockStats:
         return block_stats(x[:, :, : layout.grid.tokens], lengths, block=layout.block, want=want)
 
-    return Pooled(
-        None if q is None else stats(q, "all" if gain else "mean"),
-        stats(k, "all" if gain else "mean+var" if variance else "mean"),
-        stats(v, "mean+var" if by_error else "mean"),
-        lengths,
-    )
+    return Pooled(None if q is None or of_q is None else stats(q, of_q), stats(k, of_k), stats(v, of_v), lengths)
+
+
+def wanted(config: SparseConfig, *, routes: bool) -> tuple[Want | None, Want, Want]:
+    """Which statistics of q, k and v a call takes that chooses blocks, or one that does not."""
+    by_error = config.by_error and routes
+    gain = config.method == "rectify"
+    variance = by_error or (config.has_tail and config.second_order)
+    of_q: Want | None = None if not routes else "all" if gain else "mean"
+    return of_q, "all" if gain else "mean+var" if variance else "mean", "mean+var" if by_error else "mean"
 
 
 def route(

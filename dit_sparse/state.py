@@ -77,7 +77,8 @@ class Generation:
     config: SparseConfig
     layers: list[Layer] = field(default_factory=list)
     profile: Profile | None = None
-    branches: int = 1  # separate forwards a step, for the estimate of memory
+    branches: int = 1  # separate forwards a step, as far as anybody told: more are counted when they come
+    rows: int = 0  # of the batch, in the present call
     grid: TokenGrid | None = None
     text: tuple[int, int | None] = (0, None)  # tokens before and behind the vision tokens; None is all that follow
     moment: Moment | None = None
@@ -91,8 +92,11 @@ class Generation:
     dense: Callable[[Layer, Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None = None
     _run: object = None
     _batch: int = 0
-    _batches: dict[str, int] = field(default_factory=dict)  # by branch
+    _batches: dict[str, int] = field(default_factory=dict)  # rows of the batch, by what is remembered of a branch
+    _memory: str = ""  # under which name the present call remembers
+    _parts: set[str] = field(default_factory=set)  # transformers that have run at the present step
     _device: torch.device = torch.device("cpu")
+    _first: int = 0  # the step that the run began at
     _at_step: list[str] = field(default_factory=list)  # branches seen at the present step
     _prompts: list[object] = field(default_factory=list)  # what tells branches without a name apart
     _table: Table | None = None  # the profile's choices for the present run
@@ -116,29 +120,37 @@ class Generation:
         run: object = None,
         levels: Sequence[float] | None = None,
         text: tuple[int, int | None] = (0, None),
+        part: str | None = None,
     ) -> None:
         """Start one forward of a transformer.
 
         branch is the pipeline's name for it, else `prompt` tells branches apart: by identity, or by value where it is
-        another tensor at each step. step is the pipeline's count, else a changed timestep is the next step. run is any
-        object that is another one in another generation. levels are the noise levels of all steps, from 1 to 0, which
-        a profile needs; text is how many tokens joint layers have before and behind the vision tokens. Raises
-        ValueError if the config names steps or layers that are not there, StateTooLarge if its method must remember
-        more than it may.
+        another tensor at each step. step is the pipeline's count, else a changed timestep is the next step; a sampler
+        may run a branch several times at one step. run is any object that is another one in another generation. levels
+        are the noise levels of all steps, from 1 to 0, which a profile needs; text is how many tokens joint layers
+        have before and behind the vision tokens; part is the transformer's name, with which its layers' names begin.
+        Raises ValueError if the config names steps or layers that are not there, StateTooLarge if its method must
+        remember more than it may.
         """
         last, self.text = self.moment, text
-        # Branches with names may differ in it: some guidance runs beside a batch of both others.
+        # Branches with names may differ in it: some guidance runs beside a batch of both others. Where a run is known,
+        # it may change, too: guidance may end, and FasterCache leaves half of the batch out.
         known = self._batch if branch is None else self._batches.get(branch, batch)
-        same = last is not None and run is self._run and grid == self.grid and batch == known
+        same = last is not None and run is self._run and grid == self.grid and (batch == known or run is not None)
         ahead = last is None or (timestep != last.timestep if step is None else step != last.step)
         name = branch if branch is not None else self._branch(prompt, ahead)
         if last is not None and same:
             back = timestep > last.timestep if step is None else step < last.step
-            same = not back and (ahead or name not in self._at_step)
+            # A branch that comes again is the sampler's second look at this step. At the first step, where nothing
+            # tells runs apart, it is the next run of one step.
+            again = not ahead and name in self._at_step
+            same = not back and not (again and run is None and last.step == self._first)
         if last is None or not same:
             self.reset()
             self.tally, self.peak_state_bytes, self.kernel = Tally(), 0, ""
             self._run, self._batch, self._device, self.grid = run, batch, device, grid
+            self._first = 0 if step is None else step
+            self._parts = set() if part is None else {part}
             self._begin(total, levels)
             name = branch if branch is not None else self._branch(prompt, ahead=True)
             step = 0 if step is None else step
@@ -147,21 +159,65 @@ class Generation:
         if ahead:
             self._at_step = []
         self._at_step.append(name)
-        self._batches[name] = batch
+        self._take_turns(part, ahead)
         self.moment = Moment(step, name, timestep, total)
+        self.attending(batch)
         self.tally.marks.append((step, Mark(device), None))
 
     def _branch(self, prompt: object, ahead: bool) -> str:
         """The branch whose prompt this is; `ahead` if it is the first forward of a step."""
         places = [i for i, known in enumerate(self._prompts) if known is prompt]
         if not places:
-            # A copy made at each step is the same prompt; two branches may have equal ones, but not at one step.
+            # A copy made at each step is the same prompt; two branches may have equal ones, but not at one step, but
+            # where the sampler looks at it for a second time, which it does not at the first.
             seen = [] if ahead else self._at_step
-            places = [i for i, p in enumerate(self._prompts) if f"branch {i}" not in seen and _equal(p, prompt)]
+            equal = [i for i, known in enumerate(self._prompts) if _equal(known, prompt)]
+            first = self.moment is None or self.moment.step == self._first
+            places = [i for i in equal if not first or f"branch {i}" not in seen]
+            places.sort(key=lambda i: seen.count(f"branch {i}"))
         if not places:
             places = [len(self._prompts)]
             self._prompts.append(prompt)
         return f"branch {places[0]}"
+
+    def _take_turns(self, part: str | None, ahead: bool) -> None:
+        """Forget what a transformer learned that another one relieves, as in Wan 2.2."""
+        if part is None or part in self._parts:
+            # Of several that all ran at the step before, each may be the first at this one.
+            return
+        if ahead:
+            self._parts = {part}
+            for key in [key for key in self.learned if not key[0].startswith(f"{part}.")]:
+                del self.learned[key]
+        else:
+            self._parts.add(part)
+            self._store_again()
+
+    def attending(self, rows: int) -> None:
+        """An attention call has so many rows of the batch; other rows than the branch had are remembered apart."""
+        if self.moment is None:
+            return
+        self.rows, branch = rows, self.moment.branch
+        self._memory = branch if self._batches.get(branch, rows) == rows else f"{branch} of {rows}"
+        if self._memory in self._batches:
+            return
+        self._batches[self._memory] = rows
+        # One more than was told of may be one more than there is memory for.
+        if len(self._batches) > self.branches or rows != self._batch:
+            self._store_again()
+
+    def _store_again(self) -> None:
+        if self.profile is not None or not self.config.keeps_rows:
+            return
+        before, held = self.storage, sum(_size(x) for x in self.learned.values())
+        try:
+            self.storage = self._choose_storage(held)
+        except StateTooLarge:
+            self.reset()
+            raise
+        if self.storage != before:
+            # What is kept in the storage before would be in the way.
+            self.learned.clear()
 
     def leave(self) -> None:
         """End the forward begun last."""
@@ -172,7 +228,7 @@ class Generation:
         """Forget what was learned; the report stays until the next generation begins."""
         self.learned.clear()
         self._table = None
-        self._prompts, self._at_step, self._batches = [], [], {}
+        self._prompts, self._at_step, self._batches, self._parts = [], [], {}, set()
         self.moment = self._run = None
 
     def _begin(self, total: int | None, levels: Sequence[float] | None) -> None:
@@ -235,9 +291,12 @@ class Generation:
     def parts(self, layer: Layer) -> tuple[Part, ...]:
         """What the heads of this layer do in this forward; what no later step will use is forgotten."""
         if self.profile is None or self.moment is None or self._table is None or self.grid is None:
-            return (Part(layer, None, self.phase(layer), self.config, self.storage),)
-        branch = self.moment.branch
-        groups = self._table.at(layer.name, branch, self.moment.step)
+            phase, config = self.phase(layer), self.config
+            if phase == "anchor" and self._in_full(self.moment):
+                # The user wants this step in full, whatever anchors are otherwise.
+                config = replace(config, anchor_density=None)
+            return (Part(layer, None, phase, config, self.storage),)
+        groups, branch = self._table.at(layer.name, self.moment.branch, self.moment.step), self._memory
         live = {group.name for group in groups}
         for key in [key for key in self.learned if key[1] == branch and key[0].startswith(f"{layer.name}[")]:
             if key[0] not in live:
@@ -274,33 +333,48 @@ class Generation:
         planned = self.phase_at(moment.step, moment.total, offset)
         if planned == "dense" or not config.learns:
             return planned
-        learned = self.learned.get((layer.name, moment.branch))
+        learned = self.recall(layer)
         # Nothing to go by: the anchor was skipped, or this is another transformer or branch than at the steps before.
         if learned is None:
             return "anchor"
+        if learned.step == moment.step:
+            # A second look at a dense step is dense, too.
+            return "dense" if self._in_full(moment) else "sparse"
         late = config.interval is not None and moment.step - learned.step >= config.interval
-        return "anchor" if (late or planned == "anchor") and learned.step != moment.step else "sparse"
+        return "anchor" if late or planned == "anchor" else "sparse"
+
+    def _in_full(self, moment: Moment) -> bool:
+        return moment.step in self._span("dense_steps", moment.total)
 
     def phase_at(self, step: int, total: int | None, offset: int = 0) -> Phase:
         """The phase of a step in a run that skips none, for a layer whose anchors are shifted by `offset`; with a
         profile, what most heads do."""
         if self._table is not None:
             return self._table.phase(step)
-        config = self.config
+        config, learns = self.config, self.config.learns
         dense = self._span("dense_steps", total)
-        if config.method == "dense" or step in dense:
+        first = next((i for i in range(step + 1) if i not in dense), None)
+        if config.method == "dense" or first is None or (step in dense and (config.interval is None or not learns)):
             return "dense"
-        first = next(i for i in range(step + 1) if i not in dense)
         if config.interval is None:
-            return "anchor" if config.learns and step == first else "sparse"
-        if not config.learns:
+            return "anchor" if learns and step == first else "sparse"
+        if not learns:
             return "dense" if (step - first) % config.interval == 0 else "sparse"
+
+        def due(i: int) -> bool:
+            return (i - first + offset) % config.interval == 0
+
         anchor = first
         for i in range(first + 1, step + 1):
-            # An anchor that falls on a dense step learns nothing there and comes after it.
-            if i not in dense and ((i - first + offset) % config.interval == 0 or i - anchor >= config.interval):
+            if i in dense:
+                # What a dense step knows serves the steps after it, unless there are none or they learn themselves.
+                if i + 1 not in dense and i + 1 != total and not due(i + 1):
+                    anchor = i
+            elif due(i) or i - anchor >= config.interval:
                 anchor = i
-        return "anchor" if anchor == step else "sparse"
+        if anchor == step:
+            return "anchor"
+        return "dense" if step in dense else "sparse"
 
     def around(self, layer: Layer, tokens: int) -> tuple[int, int]:
         """Of a layer's `tokens`, how many are before and behind vision; raises ValueError if they do not add up."""
@@ -321,12 +395,12 @@ class Generation:
 
     def record(self, layer: Layer, learned: Learned | HeadKinds) -> None:
         assert self.moment is not None
-        self.learned[layer.name, self.moment.branch] = learned
+        self.learned[layer.name, self._memory] = learned
         self.peak_state_bytes = max(self.peak_state_bytes, sum(_size(x) for x in self.learned.values()))
 
     def recall(self, layer: Layer) -> Learned | HeadKinds | None:
         assert self.moment is not None
-        return self.learned.get((layer.name, self.moment.branch))
+        return self.learned.get((layer.name, self._memory))
 
     @property
     def device(self) -> torch.device:
@@ -341,20 +415,20 @@ class Generation:
             logger.warning("dense fallback: %s", reason)
         self.tally.fallbacks[reason] += 1
 
-    def _choose_storage(self) -> Storage:
-        """The finest storage whose state fits, or the one asked for if it fits."""
+    def _choose_storage(self, held: int = 0) -> Storage:
+        """The finest storage whose state fits, or the one asked for if it fits; `held` bytes of it are there."""
         asked: list[Storage] = ["bf16", "fp8", "int4"] if self.config.residual == "auto" else [self.config.residual]
         allowed = self.config.max_state_gib
-        free = _free_bytes(self._device) if allowed is None else allowed * GIB
+        free = _free_bytes(self._device) + held if allowed is None else allowed * GIB
         sparse = [layer for layer in self.layers if layer.index not in self._span("dense_layers", layer.of)]
         for kind in asked:
-            need = sum(self.state_bytes(layer, kind) for layer in sparse)
+            need = self._at_once(sparse, kind)
             if need <= free:
                 if self.config.residual == "auto":
                     logger.info("residuals in %s: %.2f of %.2f GiB", kind, need / GIB, free / GIB)
                 return kind
         dense = 0
-        while sum(self.state_bytes(layer, kind) for layer in self.layers if layer.index >= dense) > free:
+        while self._at_once([layer for layer in self.layers if layer.index >= dense], kind) > free:
             dense += 1
         # Rounded up, because a figure that was rounded down would not fit.
         whole = math.ceil(need / GIB * 100) / 100
@@ -363,6 +437,15 @@ class Generation:
             f"used: method='tail' remembers nothing, dense_layers={dense} fits, and so does "
             f"max_state_gib={whole:.2f} where the memory is there."
         )
+
+    def _at_once(self, layers: Sequence[Layer], kind: Storage) -> float:
+        """The most that these layers remember at one time: transformers that take turns do so in turn."""
+        parts: dict[str, float] = {}
+        for layer in layers:
+            part = layer.name.split(".")[0]
+            name = "" if part in self._parts else part
+            parts[name] = parts.get(name, 0.0) + self.state_bytes(layer, kind)
+        return max(parts.values(), default=0.0)
 
     def state_bytes(
         self, layer: Layer, kind: Storage, config: SparseConfig | None = None, branches: int | None = None
@@ -379,7 +462,12 @@ class Generation:
         plan = blocks * (1 + min(kept + forced, blocks)) * 4
         rho = tokens * 4 if config.method == "reshape" else 0
         residual = tokens * bytes_per_row(layer.head_dim, kind)
-        return self._batch * (branches or self.branches) * layer.heads * (residual + rho + plan)
+        if branches is not None:
+            rows = branches * self._batch
+        else:
+            # Those that were told of and have not come yet have as many rows as the first.
+            rows = sum(self._batches.values()) + max(0, self.branches - len(self._batches)) * self._batch
+        return rows * layer.heads * (residual + rho + plan)
 
 
 def _size(learned: Learned | HeadKinds) -> int:

@@ -7,7 +7,12 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_sparse.kernels.block_select import plan_mask
@@ -31,9 +36,9 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _tile(t, pointers, sizes, TEXT: gl.constexpr, ORDERED: gl.constexpr, BLOCK: gl.constexpr):
+def _tile(t, pointers, sizes, TEXT: gl.constexpr, BLOCK: gl.constexpr):
     """Tile t: its head, query block and row, the list it reads, and how many steps that list and the text take."""
-    p_counts, p_indices, p_every, p_order = pointers
+    p_counts, p_indices, p_every, p_order, p_next = pointers
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
     i_bh = t // NQ
     i = t % NQ
@@ -47,8 +52,7 @@ def _tile(t, pointers, sizes, TEXT: gl.constexpr, ORDERED: gl.constexpr, BLOCK: 
         i_bh = gl.where(is_text, t // per_head, (t - texts) // NQ)
         i = gl.where(is_text, t % per_head, (t - texts) % NQ)
         i_block = gl.where(is_text, 0, i)
-    if ORDERED:
-        i_block = gl.load(p_order + i_bh * NQ + i_block)
+    i_block = gl.load(p_order + i_bh * NQ + i_block)
     i_list = i_bh.to(gl.int64) * NQ + i_block
     n = gl.load(p_counts + i_list)
     p_list = p_indices + i_list * W
@@ -73,8 +77,8 @@ def _fill(desc, b, h, row, ring, bars, slot, phase, more: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    descs, tail_descs, pointers, rings, bars, q_bars, sizes, tiles, padded, weight_step,
-    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, ORDERED: gl.constexpr,
+    descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, tiles, padded, weight_step,
+    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, COPIED: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Keys of a step, then values of the step before: the order in which they are used."""
@@ -82,21 +86,28 @@ def _produce(
     q_ring, ring, routed_ring, weight_ring = rings
     q_full, q_empty = q_bars
     full, empty = bars
+    p_next = pointers[4]
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        i_bh, i_list, row, is_text, p_list, n, steps = _tile(t, pointers, sizes, TEXT, ORDERED, BLOCK)
+    t = gl.program_id(0)
+    while t < tiles:
+        i_bh, i_list, row, is_text, p_list, n, steps = _tile(t, pointers, sizes, TEXT, BLOCK)
         b, h = i_bh // H, i_bh % H
         before = gl.load(p_list) * BLOCK
+        # Lists ascend, so only the last listed block can be the short one.
+        short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
         for group in gl.static_range(2):
             mbarrier.wait(q_empty.index(group), q_phase ^ 1)
+        _tell(facts, i_bh, row, n, steps, short)
+        for group in gl.static_range(2):
             mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
             _load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
         q_phase ^= 1
         _fill(d_k, b, h, before, ring, bars, slot, phase, 0)
         slot, phase = _next(slot, phase, SLOTS)
+        t = gl.num_programs(0) + gl.atomic_add(p_next, 1)
         for i in range(1, steps):
             start = gl.load(p_list + i, mask=i < n, other=0) * BLOCK
             if TEXT:
@@ -130,6 +141,43 @@ def _produce(
         else:
             _fill(d_v, b, h, before, ring, bars, slot, phase, 0)
         slot, phase = _next(slot, phase, SLOTS)
+        if COPIED:
+            # Rows of text lie behind the last one, where the copy engine reads zeros.
+            d_codes, codes, codes_full, codes_empty = codes_parts
+            for group in gl.static_range(2):
+                mbarrier.wait(codes_empty.index(group), q_phase)
+                mbarrier.expect(codes_full.index(group), d_codes.block_type.nbytes)
+                at = [b, h, row + group * ROWS, 0]
+                _load_tile(d_codes, at, codes_full.index(group), codes.index(group))
+    for group in gl.static_range(2):
+        mbarrier.wait(q_empty.index(group), q_phase ^ 1)
+    _tell(facts, 0, 0, 0, 0, 0)
+    for group in gl.static_range(2):
+        mbarrier.arrive(q_full.index(group), count=1)
+
+
+@gluon.jit
+def _tell(facts, i_bh, row, n, steps, short):
+    """What the groups need to know of a tile. No steps: there is none left."""
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+    place = gl.arange(0, 8, layout)
+    told = gl.where(place == 0, i_bh, gl.where(place == 1, row, gl.where(place == 2, n, short)))
+    facts.store(gl.where(place == 3, steps, told))
+
+
+@gluon.jit
+def _hear(facts, q_full, group: gl.constexpr, q_phase):
+    """Once the next tile's queries are here: its head, first row, listed blocks, steps, and keys in the last block."""
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    mbarrier.wait(q_full.index(group), q_phase)
+    told = facts.load(layout)
+    place = gl.arange(0, 8, layout)
+    i_bh = gl.sum(gl.where(place == 0, told, 0), 0)
+    row = gl.sum(gl.where(place == 1, told, 0), 0)
+    n = gl.sum(gl.where(place == 2, told, 0), 0)
+    steps = gl.sum(gl.where(place == 3, told, 0), 0)
+    short = gl.sum(gl.where(place == 4, told, 0), 0)
+    return i_bh, row, n, steps, short
 
 
 @gluon.jit
@@ -142,81 +190,126 @@ def _exponentials(s, m, l, scale2):
 
 
 @gluon.jit
-def _step(
-    q, p, o, m, l, ring, bars, slot, phase, scale2, left,
-    MASKED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr,
-):  # fmt: skip
-    """Logits of the keys at `slot` while the values of the step before are added; exponentials while they are.
+def _logits(q, ring, slot, ROWS: gl.constexpr, BLOCK: gl.constexpr, s_layout: gl.constexpr):
+    s = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
+    return warpgroup_mma(q, ring.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
 
-    The slot after the values is waited for before the values are: the wait is a branch, behind which the assembler
-    would otherwise move the exponentials, and then nothing would run beside the product.
+
+@gluon.jit
+def _add_values(p, o, shrink, ring, full, slot, phase, o_layout: gl.constexpr):
+    """Start adding the values at `slot` to the output, which shrinks before."""
+    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+    mbarrier.wait(full.index(slot), phase)
+    return warpgroup_mma(p, ring.index(slot), o, is_async=True)
+
+
+@gluon.jit
+def _pair(
+    q, p, o, m, l, shrink, ring, bars, slot, phase, scale2,
+    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """Two listed blocks, a and b, the keys of a at `slot`; p is of the block before.
+
+    Exponentials run beside the values of the block before, and the logits of b are queued before those values are
+    waited for, so that the tensor cores have something to go on with. No product may run on from one round of a loop
+    to the next, or the assembler makes each wait for the one before: hence two blocks a round. The wait for the next
+    slot is a branch, behind which the assembler would move the exponentials.
     """
     full, empty = bars
-    s = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
-    s = warpgroup_mma(q, ring.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+    s = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
     v_slot, v_phase = _next(slot, phase, SLOTS)
-    mbarrier.wait(full.index(v_slot), v_phase)
-    o = warpgroup_mma(p, ring.index(v_slot), o, is_async=True)
+    o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, o_layout)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(empty.index(slot))
-    if MASKED:
-        o_c = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
-        s = gl.where((o_c < left)[None, :], s, float("-inf"))
     e, m, shrink, l = _exponentials(s, m, l, scale2)
+    p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
+
+    slot, phase = _next(v_slot, v_phase, SLOTS)
+    mbarrier.wait(full.index(slot), phase)
+    s = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
+    o = warpgroup_mma_wait(1, deps=[o])
+    mbarrier.arrive(empty.index(v_slot))
+    v_slot, v_phase = _next(slot, phase, SLOTS)
+    o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, o_layout)
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(empty.index(slot))
+    e, m, shrink, l = _exponentials(s, m, l, scale2)
+    p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
+
     slot, phase = _next(v_slot, v_phase, SLOTS)
     mbarrier.wait(full.index(slot), phase)
     o = warpgroup_mma_wait(0, deps=[o])
     mbarrier.arrive(empty.index(v_slot))
-    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+    return p, o, m, l, shrink, slot, phase
+
+
+@gluon.jit
+def _step(
+    q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, left,
+    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """One block, of which the first `left` keys count."""
+    full, empty = bars
+    s = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
+    v_slot, v_phase = _next(slot, phase, SLOTS)
+    o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, o_layout)
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(empty.index(slot))
+    o_c = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
+    s = gl.where((o_c < left)[None, :], s, float("-inf"))
+    e, m, shrink, l = _exponentials(s, m, l, scale2)
     p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
-    return p, o, m, l, slot, phase
+    slot, phase = _next(v_slot, v_phase, SLOTS)
+    mbarrier.wait(full.index(slot), phase)
+    o = warpgroup_mma_wait(0, deps=[o])
+    mbarrier.arrive(empty.index(v_slot))
+    return p, o, m, l, shrink, slot, phase
 
 
 @gluon.jit
 def _tail_step(
-    q, q2, p, o, m, l, ring, routed_ring, weight_ring, bars, slot, phase, scale, scale2, limit,
+    q, q2, p, o, m, l, shrink, ring, routed_ring, weight_ring, bars, slot, phase, scale, scale2, limit,
     SECOND: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """The same for pooled keys: weight, second-order term and mask are what the product of the logits is added to."""
+    """A block of pooled keys: weight, second-order term and mask are what the product of the logits is added to."""
     full, empty = bars
-    s = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
     k_slot, k_phase = slot, phase
     if SECOND:
-        s = warpgroup_mma(q2, ring.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+        s = _logits(q2, ring, slot, ROWS, BLOCK, s_layout)
         k_slot, k_phase = _next(slot, phase, SLOTS)
         mbarrier.wait(full.index(k_slot), k_phase)
-    v_slot, v_phase = _next(k_slot, k_phase, SLOTS)
-    mbarrier.wait(full.index(v_slot), v_phase)
-    o = warpgroup_mma(p, ring.index(v_slot), o, is_async=True)
-    if SECOND:
-        s = warpgroup_mma_wait(1, deps=[s])
+        s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(empty.index(slot))
         s = gl.minimum(s * 0.5, limit)
+    else:
+        s = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
     column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     weight = weight_ring.index(k_slot).load(column_layout)
     weight = gl.where(routed_ring.index(k_slot).load(column_layout) != 0, float("-inf"), weight)
     s = (s + weight[None, :]) * (1.0 / scale)
     s = warpgroup_mma(q, ring.index(k_slot).permute((1, 0)), s, is_async=True)
-    s, o = warpgroup_mma_wait(0, deps=[s, o])
+    v_slot, v_phase = _next(k_slot, k_phase, SLOTS)
+    o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, o_layout)
+    s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(empty.index(k_slot))
-    mbarrier.arrive(empty.index(v_slot))
     e, m, shrink, l = _exponentials(s, m, l, scale2)
-    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
     p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
     slot, phase = _next(v_slot, v_phase, SLOTS)
     mbarrier.wait(full.index(slot), phase)
-    return p, o, m, l, slot, phase
+    o = warpgroup_mma_wait(0, deps=[o])
+    mbarrier.arrive(empty.index(v_slot))
+    return p, o, m, l, shrink, slot, phase
 
 
 @gluon.jit
 def _consume(
     group: gl.constexpr,
-    p_out, p_lse, out_strides, pointers, correction, rings, bars, q_bars, sizes, tiles, padded, scale, limit,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, ORDERED: gl.constexpr,
+    p_out, p_lse, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts, sizes, scattered,
+    padded, scale, limit,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
-    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Half of a tile's rows, from the first listed block to the store."""
     LOG2E: gl.constexpr = 1.4426950408889634
@@ -235,23 +328,18 @@ def _consume(
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
     q = q_ring.index(group)
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        i_bh, i_list, row, is_text, p_list, n, steps = _tile(t, pointers, sizes, TEXT, ORDERED, BLOCK)
-        first = gl.load(p_list) * BLOCK
-        # Lists ascend, so only the last listed block can be the short one.
-        short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
-        whole = n - (short < BLOCK).to(gl.int32)
+    i_bh, row, n, steps, short = _hear(facts, q_full, group, q_phase)
+    while steps > 0:
+        is_text = row >= VISION
         row += group * ROWS
+        whole = n - (short < BLOCK).to(gl.int32)
 
-        mbarrier.wait(q_full.index(group), q_phase)
         mbarrier.wait(full.index(slot), phase)
-        s = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
-        s = warpgroup_mma(q, ring.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
+        s = warpgroup_mma_wait(0, deps=[_logits(q, ring, slot, ROWS, BLOCK, s_layout)])
         mbarrier.arrive(empty.index(slot))
         slot, phase = _next(slot, phase, SLOTS)
         o_c = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
-        s = gl.where((o_c < COLUMNS - first)[None, :], s, float("-inf"))
+        s = gl.where((o_c < gl.where(n == 1, short, BLOCK))[None, :], s, float("-inf"))
         m = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
         l = gl.zeros([ROWS], gl.float32, s_rows)
         e, m, shrink, l = _exponentials(s, m, l, scale2)
@@ -259,16 +347,17 @@ def _consume(
         o = gl.zeros([ROWS, D], gl.float32, o_layout)
         mbarrier.wait(full.index(slot), phase)
 
-        for _ in range(1, whole):
-            p, o, m, l, slot, phase = _step(
-                q, p, o, m, l, ring, bars, slot, phase, scale2, BLOCK, False, SLOTS, BLOCK, ROWS, s_layout, o_layout
+        pairs = (whole - 1) // 2
+        for _ in range(0, pairs):
+            p, o, m, l, shrink, slot, phase = _pair(
+                q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, SLOTS, BLOCK, ROWS, s_layout, o_layout
             )
-        for i in range(gl.maximum(whole, 1), steps):
-            left = short
+        for i in range(1 + 2 * gl.maximum(pairs, 0), steps):
+            left = gl.where(i < whole, BLOCK, short)
             if TEXT:
-                left = gl.where(i < n, short, LK - COLUMNS - (i - n) * BLOCK)
-            p, o, m, l, slot, phase = _step(
-                q, p, o, m, l, ring, bars, slot, phase, scale2, left, True, SLOTS, BLOCK, ROWS, s_layout, o_layout
+                left = gl.where(i < n, left, LK - COLUMNS - (i - n) * BLOCK)
+            p, o, m, l, shrink, slot, phase = _step(
+                q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, left, SLOTS, BLOCK, ROWS, s_layout, o_layout
             )
 
         # The log-sum-exp of the exact part, before the tail joins the sum.
@@ -284,32 +373,34 @@ def _consume(
                 wide = q2.to(gl.float32) * scale
                 q2 = (wide * wide).to(ring.dtype)
             for _ in range(0, gl.where(is_text, 0, padded // BLOCK)):
-                p, o, m, l, slot, phase = _tail_step(
-                    q, q2, p, o, m, l, ring, routed_ring, weight_ring, bars, slot, phase, scale, scale2, limit,
+                p, o, m, l, shrink, slot, phase = _tail_step(
+                    q, q2, p, o, m, l, shrink, ring, routed_ring, weight_ring, bars, slot, phase, scale, scale2, limit,
                     SECOND, SLOTS, BLOCK, ROWS, s_layout, o_layout,
                 )  # fmt: skip
         mbarrier.arrive(q_empty.index(group))
-        q_phase ^= 1
 
-        o = warpgroup_mma(p, ring.index(slot), o, is_async=True)
+        o = _add_values(p, o, shrink, ring, full, slot, phase, o_layout)
         o_m = row + gl.arange(0, ROWS, o_rows)
         o_d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
         b, h = (i_bh // H).to(gl.int64), (i_bh % H).to(gl.int64)
         m_r = (o_m < VISION) & (is_text == 0)
+        o_o = o_m.to(gl.int64)
+        if SCATTER:
+            o_o = gl.where(o_m < scattered, gl.load(p_scatter + o_m, mask=o_m < scattered, other=0).to(gl.int64), o_o)
         if SCALE:
             o_r = o_m if SCALE_PER_ROW else o_m // BLOCK
             factor = gl.load(p_scale + i_bh.to(gl.int64) * scales + o_r, mask=m_r, other=1.0)
         if RESIDUAL > 0:
             o_r = o_m if PER_ROW else o_m // BLOCK
-            p_r = p_res + b * r_sb + h * r_sh + o_r.to(gl.int64)[:, None] * r_st
-            if RESIDUAL == 3:
-                # A byte holds channel d in its low half and channel d + D/2 in its high half.
-                p_r += (o_d % (D // 2))[None, :]
-            else:
-                p_r += o_d[None, :]
-            codes = gl.load(p_r, mask=m_r[:, None], other=0)
             if RESIDUAL > 1:
                 unit = gl.load(p_res_scale + i_bh.to(gl.int64) * residuals + o_r, mask=m_r, other=0.0)
+            if not COPIED:
+                p_r = p_res + b * r_sb + h * r_sh + o_r.to(gl.int64)[:, None] * r_st
+                if RESIDUAL == 3:
+                    p_r += (o_d % (D // 2))[None, :]
+                else:
+                    p_r += o_d[None, :]
+                codes = gl.load(p_r, mask=m_r[:, None], other=0)
         o = warpgroup_mma_wait(0, deps=[o])
         mbarrier.arrive(empty.index(slot))
         slot, phase = _next(slot, phase, SLOTS)
@@ -317,36 +408,53 @@ def _consume(
         o = o * gl.convert_layout(1.0 / l, o_rows)[:, None]
         if SCALE:
             o = o * factor[:, None]
+        if COPIED:
+            d_codes, codes_ring, codes_full, codes_empty = codes_parts
+            mbarrier.wait(codes_full.index(group), q_phase)
+            if RESIDUAL == 3:
+                half = codes_ring.index(group).load(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16]))
+                # A byte holds channel d in its low half and channel d + D/2 in its high half.
+                codes = gl.join(half & 15, half >> 4).permute((0, 2, 1)).reshape([ROWS, D])
+                codes = gl.convert_layout(codes, o_layout)
+            else:
+                codes = codes_ring.index(group).load(o_layout)
+            mbarrier.arrive(codes_empty.index(group))
         if RESIDUAL == 1:
             o += codes.to(gl.float32)
         elif RESIDUAL == 2:
             o += codes.to(gl.float8e4nv, bitcast=True).to(gl.float32) * unit[:, None]
         elif RESIDUAL == 3:
-            half = (codes.to(gl.int32) >> (4 * (o_d // (D // 2)))[None, :]) & 15
-            o += (half.to(gl.float32) - 8.0) * unit[:, None]
-        p_o = p_out + b * o_sb + h * o_sh + o_m.to(gl.int64)[:, None] * o_st + o_d[None, :]
+            if COPIED:
+                o += (codes.to(gl.float32) - 8.0) * unit[:, None]
+            else:
+                nibble = (codes.to(gl.int32) >> (4 * (o_d // (D // 2)))[None, :]) & 15
+                o += (nibble.to(gl.float32) - 8.0) * unit[:, None]
+        p_o = p_out + b * o_sb + h * o_sh + o_o[:, None] * o_st + o_d[None, :]
         gl.store(p_o, o.to(ring.dtype), mask=(o_m < end)[:, None])
+
+        q_phase ^= 1
+        i_bh, row, n, steps, short = _hear(facts, q_full, group, q_phase)
 
 
 # Sizes that change from plan to plan: nothing is gained from compiling again for each.
 _SIZES = (
-    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "texts", "tiles", "padded", "weight_step", "scales",
-    "residuals",
+    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "texts", "tiles", "scattered", "padded", "weight_step",
+    "scales", "residuals",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_SIZES)
 def block_attention_hopper_kernel(
-    d_q, d_k, d_v, d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights,
-    p_out, p_lse, p_counts, p_indices, p_every, p_order, p_scale, p_res, p_res_scale,
+    d_q, d_k, d_v, d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights, d_codes,
+    p_out, p_lse, p_counts, p_indices, p_every, p_order, p_next, p_scatter, p_scale, p_res, p_res_scale,
     o_sb, o_sh, o_st, r_sb, r_sh, r_st,
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, padded, weight_step, scales, residuals,
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, weight_step, scales, residuals,
     scale, limit,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, ORDERED: gl.constexpr,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
-    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Persistent: every program takes each num_programs-th tile of BLOCK query rows."""
+    """Persistent: every program takes the next tile of BLOCK query rows when it is done with one."""
     dtype: gl.constexpr = d_k.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
     q_ring = gl.allocate_shared_memory(dtype, [2, ROWS, D], tile_layout)
@@ -367,7 +475,19 @@ def block_attention_hopper_kernel(
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     bars, q_bars = (full, empty), (q_full, q_empty)
-    pointers = (p_counts, p_indices, p_every, p_order)
+    facts = gl.allocate_shared_memory(gl.int32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    codes_parts = (facts, facts, full, empty)
+    if COPIED:
+        WIDTH: gl.constexpr = D // 2 if RESIDUAL == 3 else D
+        codes_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], gl.uint8)
+        codes = gl.allocate_shared_memory(gl.uint8, [2, ROWS, WIDTH], codes_layout)
+        codes_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        codes_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(codes_full.index(i), count=1)
+            mbarrier.init(codes_empty.index(i), count=1)
+        codes_parts = (d_codes, codes, codes_full, codes_empty)
+    pointers = (p_counts, p_indices, p_every, p_order, p_next)
     sizes = (H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts)
     out_strides = (o_sb, o_sh, o_st)
     correction = (p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals)
@@ -376,16 +496,18 @@ def block_attention_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, p_out, p_lse, out_strides, pointers, correction, rings, bars, q_bars, sizes, tiles, padded, scale,
-                limit, D, TEXT, TAIL, SECOND, ORDERED, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, SLOTS, BLOCK, ROWS,
+                0, p_out, p_lse, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts, sizes,
+                scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL,
+                PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
             )),
             (_consume, (
-                1, p_out, p_lse, out_strides, pointers, correction, rings, bars, q_bars, sizes, tiles, padded, scale,
-                limit, D, TEXT, TAIL, SECOND, ORDERED, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, SLOTS, BLOCK, ROWS,
+                1, p_out, p_lse, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts, sizes,
+                scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL,
+                PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
             )),
             (_produce, (
-                descs, tail_descs, pointers, rings, bars, q_bars, sizes, tiles, padded, weight_step,
-                TEXT, TAIL, SECOND, ORDERED, SLOTS, BLOCK, ROWS,
+                descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, tiles, padded,
+                weight_step, TEXT, TAIL, SECOND, COPIED, SLOTS, BLOCK, ROWS,
             )),
         ],
         [4, 1],
@@ -407,7 +529,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_ma
         return f"takes blocks of {BLOCK}, not {block}"
     if key_mask is not None:
         return "takes no key mask"
-    if any(x.data_ptr() % 16 or any(s % 8 for s in _strides(x)) for x in (q, k, v)):
+    if not all(_copyable(x) for x in (q, k, v)):
         return "needs 16-byte alignment of every row"
     if plan.counts.numel() * _padded(plan.key_blocks) >= 2**31:
         return "takes fewer than 2^31 pairs of blocks"
@@ -418,14 +540,20 @@ def _padded(blocks: int) -> int:
     return triton.cdiv(blocks, BLOCK) * BLOCK
 
 
+def _copyable(x: Tensor) -> bool:
+    """Whether the copy engine takes it: whole rows, each on a multiple of 16 bytes."""
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(n * x.element_size() % 16 for n in _strides(x))
+
+
 def _strides(x: Tensor) -> list[int]:
     """Strides of all but the last dimension; a dimension of one is never stepped along."""
-    return [8 if n == 1 else stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    unit = 16 // x.element_size()
+    return [unit if n == 1 else stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """[B, H, L, D] -> tiles of `rows` by D."""
-    kind = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.uint8: gl.uint8}[x.dtype]
     shape = [1, 1, rows, x.shape[-1]]
     layout = gl.NVMMASharedLayout.get_default_for(shape, kind)
     return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], shape, layout)
@@ -451,7 +579,15 @@ def _tail_descriptors(tail: Tail, plan: BlockPlan, dtype: torch.dtype) -> Sequen
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, correction: Correction, scale: float, text: int, every: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    correction: Correction,
+    scale: float,
+    text: int,
+    every: Tensor,
+    scatter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """block_attention of inputs that are not refused; every [key_blocks] int32 is the list of a text row."""
     batch, heads, queries, dim = q.shape
@@ -460,29 +596,32 @@ def attend(
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     tail, residual, row_scale = correction.tail, correction.residual, correction.scale
     counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
-    # Longest first within a head: programs take tiles in turn, so that each gets long ones and short ones, while the
-    # head's keys and values stay in the cache.
+    # Longest first within a head, so that programs end together, while the head's keys and values stay in the cache.
     order = counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True).indices.int()
     padded = _padded(plan.key_blocks)
     texts = batch * heads * triton.cdiv(text, BLOCK)
     tiles = texts + counts.numel()
     programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    per_row = residual is not None and residual.codes.shape[2] == rows
+    copied = residual is not None and residual.kind != "full" and per_row and _copyable(residual.codes)
     block_attention_hopper_kernel[(programs,)](
         _descriptor(q, ROWS), _descriptor(k, BLOCK), _descriptor(v, BLOCK),
         *(_tail_descriptors(tail, plan, q.dtype) if tail else [None] * 5),
-        out, lse, counts, indices, every if text else None, order,
+        _descriptor(residual.codes, ROWS) if residual and copied else None,
+        out, lse, counts, indices, every if text else None, order, counts.new_zeros(1), scatter,
         row_scale.float().contiguous() if row_scale is not None else None,
-        residual.codes if residual else None,
+        residual.codes if residual and not copied else None,
         residual.scales.contiguous() if residual and residual.scales is not None else None,
         *out.stride()[:3], *(residual.codes.stride()[:3] if residual else (0, 0, 0)),
         heads, queries, keys, rows, keys - text, counts.shape[-1], plan.key_blocks, indices.shape[-1],
-        texts, tiles, padded, padded if tail and tail.log_weights.dim() == 2 else 0,
+        texts, tiles, 0 if scatter is None else scatter.numel(),
+        padded, padded if tail and tail.log_weights.dim() == 2 else 0,
         row_scale.shape[2] if row_scale is not None else 0, residual.codes.shape[2] if residual else 0,
         scale, tail.limit if tail else 0.0,
         D=dim, TEXT=text > 0, TAIL=tail is not None, SECOND=tail is not None and tail.variances is not None,
-        ORDERED=True, SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
+        SCATTER=scatter is not None,
+        SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
-        PER_ROW=residual is not None and residual.codes.shape[2] == rows,
-        SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
+        PER_ROW=per_row, COPIED=copied, SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -19,6 +19,13 @@ class Attend(Protocol):
 
     def fall_back(self, reason: str, pairs: float) -> None: ...
 
+    def unshardable(self, shards: int) -> str | None:
+        """Why this layer cannot be sparse on one of so many processes, if it cannot; 0 are those of a ring."""
+
+    def sharded(self, shards: int) -> "Attend":
+        """The same call for tokens that lie part behind part, each with its share of text and of vision."""
+        ...
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -78,6 +85,7 @@ class Family:
     is_joint           by module name: self-attention that has text among its tokens
     one_forward        whether both branches of guidance come in one batch
     heads              (attention module) -> heads, and channels of each
+    on_host            arguments that `forward` reads: it is given them on the CPU
     """
 
     name: str
@@ -90,3 +98,4 @@ class Family:
     is_joint: Callable[[str], bool] = lambda _: False
     one_forward: bool = False
     heads: Callable[[Any], tuple[int, int]] = lambda module: (module.heads, module.inner_dim // module.heads)
+    on_host: tuple[str, ...] = ()

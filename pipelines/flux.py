@@ -19,7 +19,7 @@ def _is_self_attention(name: str) -> bool:
 def forward(transformer: Any, call: Mapping[str, Any]) -> Forward:  # noqa: ARG001
     """By img_ids, rows of (image, row, column, ...) that are alike in a batch: nothing else tells the sides."""
     latents, text, ids = call["hidden_states"], call["encoder_hidden_states"], call["img_ids"]
-    ids = (ids if ids.dim() == 2 else ids[0]).cpu()
+    ids = ids if ids.dim() == 2 else ids[0]
     own = ids[ids[:, 0] == ids[0, 0]]
     grid = TokenGrid(1, *(int(side) + 1 for side in own[:, 1:3].amax(0)))
     after = latents.shape[1] - len(own)
@@ -60,4 +60,5 @@ FAMILY = Family(
     stock=lambda *_: FluxAttnProcessor(),
     size=_size,
     shape=_shape,
+    on_host=("img_ids",),
 )

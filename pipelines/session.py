@@ -1,66 +1,27 @@
 """Turning sparse attention on and off on a diffusers pipeline or transformer."""
 
 import inspect
-import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
-from types import FrameType
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from dit_sparse.attention import address, attend
 from dit_sparse.config import Method, SparseConfig
-from dit_sparse.pipelines import (
-    cogvideox,
-    cosmos,
-    flux,
-    flux2,
-    hunyuan_dit,
-    hunyuan_video,
-    hunyuan_video15,
-    kandinsky5,
-    ltx,
-    ltx2,
-    mochi,
-    pixart,
-    qwen_image,
-    sd3,
-    wan,
-    z_image,
-)
 from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.placement import Attention, Placement
+from dit_sparse.pipelines.registry import FAMILIES, REFUSED, family_of, known_of, parts_of, processor_of, unwrap
+from dit_sparse.pipelines.sparse_processor import SparseAttnProcessor, config_of
 from dit_sparse.profile import Profile
 from dit_sparse.report import RunReport
 from dit_sparse.state import Generation, Layer
 
-FAMILIES: dict[str, Family] = {
-    "CogVideoXTransformer3DModel": cogvideox.FAMILY,
-    "CosmosTransformer3DModel": cosmos.FAMILY,
-    "Flux2Transformer2DModel": flux2.FAMILY,
-    "FluxTransformer2DModel": flux.FAMILY,
-    "HunyuanDiT2DModel": hunyuan_dit.FAMILY,
-    "HunyuanVideo15Transformer3DModel": hunyuan_video15.FAMILY,
-    "HunyuanVideoTransformer3DModel": hunyuan_video.FAMILY,
-    "Kandinsky5Transformer3DModel": kandinsky5.FAMILY,
-    "LTX2VideoTransformer3DModel": ltx2.FAMILY,
-    "LTXVideoTransformer3DModel": ltx.FAMILY,
-    "MochiTransformer3DModel": mochi.FAMILY,
-    "PixArtTransformer2DModel": pixart.FAMILY,
-    "QwenImageTransformer2DModel": qwen_image.FAMILY,
-    "SD3Transformer2DModel": sd3.FAMILY,
-    "WanTransformer3DModel": wan.FAMILY,
-    "ZImageTransformer2DModel": z_image.FAMILY,
-}
+__all__ = ["FAMILIES", "Attention", "Session", "SparseAttnProcessor", "sparsify"]
 
-LINEAR = "its self-attention is linear, so there are no blocks of a softmax to leave out"
-REFUSED = {"SanaTransformer2DModel": LINEAR, "SanaVideoTransformer3DModel": LINEAR}
-
-_HOOK = "dit_sparse"
+HOOK = "dit_sparse"
 
 
 def sparsify(pipe: Any, config: SparseConfig | Method | None = None, **options: Any) -> "Session":
@@ -70,15 +31,7 @@ def sparsify(pipe: Any, config: SparseConfig | Method | None = None, **options: 
     `pipe.set_attn_processor(...)` changes the method; `session.restore()`, or leaving a `with` block, undoes it all.
     Raises ValueError if the pipeline has no transformer this library knows, or is sparse already.
     """
-    return Session(pipe, _config(config, options))
-
-
-def _config(config: SparseConfig | str | None, options: Mapping[str, Any]) -> SparseConfig:
-    if isinstance(config, SparseConfig):
-        if options:
-            raise ValueError(f"Give a SparseConfig or options, not both: {', '.join(options)} came beside one.")
-        return config
-    return SparseConfig.from_dict(({} if config is None else {"method": config}) | dict(options))
+    return Session(pipe, config_of(config, options))
 
 
 class Session:
@@ -87,27 +40,23 @@ class Session:
     def __init__(self, pipe: Any, config: SparseConfig, transformers: Mapping[str, nn.Module] | None = None):
         """transformers: which of the pipeline's, by component; all that this library knows if None."""
         self._pipe = pipe
-        parts = _parts(pipe)
-        self._transformers = dict(transformers or _known(parts))
+        parts = parts_of(pipe)
+        self._transformers = dict(transformers or known_of(parts))
         if not self._transformers:
-            found = [type(_unwrap(module)).__name__ for module in parts.values() if isinstance(module, nn.Module)]
+            found = [type(unwrap(module)).__name__ for module in parts.values() if isinstance(module, nn.Module)]
             raise ValueError(
                 f"{type(pipe).__name__} has no transformer this library knows: it has {', '.join(found) or 'none'}, "
                 f"and known are {', '.join(sorted(FAMILIES))}."
                 + "".join(f" {name} cannot be: {REFUSED[name]}." for name in found if name in REFUSED)
             )
         for part, transformer in self._transformers.items():
-            if _session_on(transformer) is not None:
-                raise _taken(part)
-            _check_processors(part, _unwrap(transformer))
-        self._before = [
-            (module, module.processor)
-            for transformer in self._transformers.values()
-            for module in transformer.modules()
-            if hasattr(module, "processor")
-        ]
+            if session_on(transformer) is not None:
+                raise taken(part)
+            _check_processors(part, unwrap(transformer))
         self.generation = Generation(config, profile=self._profile(config), dense=self._chosen_dense)
-        self._processors: dict[str, Any] = {}
+        self._placement = Placement(self._transformers, self.generation)
+        # Whether the user set processors of somebody else's through the pipeline.
+        self._off = False
         self.author: SparseAttnProcessor | None = None
         # The prompt of a forward that began before the session did, and so has no name for its branch.
         self.unnamed: Tensor | None = None
@@ -118,6 +67,8 @@ class Session:
         self._levels: tuple[float, ...] | None = None
         self._tick: object = None
         self._step: int | None = None
+        # What families read of their arguments on the host: the argument, its version and run, and the copy.
+        self._read: dict[str, tuple[Tensor, int, object, Tensor]] = {}
         self._hook()
         self._binds = transformers is None and pipe is not next(iter(self._transformers.values()))
         if self._binds:
@@ -155,16 +106,17 @@ class Session:
         if isinstance(processor, SparseAttnProcessor):
             processor = processor.config
         if isinstance(processor, SparseConfig | str):
-            config = _config(processor, {})
+            config = config_of(processor, {})
             profile = self._profile(config)
             self.generation.reset()
             self.generation.config, self.generation.profile = config, profile
             self._install()
             return
+        self._off = True
         for transformer in self._transformers.values():
             if not hasattr(transformer, "set_attn_processor"):
                 raise ValueError(
-                    f"{type(_unwrap(transformer)).__name__} takes no processors of diffusers from outside: give a "
+                    f"{type(unwrap(transformer)).__name__} takes no processors of diffusers from outside: give a "
                     "SparseConfig or a method's name, or restore()."
                 )
             # diffusers empties the dict it is given.
@@ -172,13 +124,16 @@ class Session:
 
     def restore(self) -> None:
         """Undo everything: processors, hooks and the pipeline's method are as they were. Safe to call twice."""
-        for module, processor in self._before:
-            _set(module, processor)
-        self._before = []
-        for transformer in self._transformers.values():
-            registry = HookRegistry.check_if_exists_or_initialize(_unwrap(transformer))
-            registry.remove_hook(_HOOK, recurse=False)
-        self._transformers, self._processors = {}, {}
+        self._placement.restore()
+        for transformer in map(unwrap, self._transformers.values()):
+            registry = HookRegistry.check_if_exists_or_initialize(transformer)
+            forward, hook = transformer.forward, _hook_on(transformer)
+            last = registry._hook_order[-1] == HOOK
+            registry.remove_hook(HOOK, recurse=False)
+            if last and forward is not hook.wrapped:
+                # What diffusers puts back is older than what accelerate has put there since.
+                transformer.forward = forward
+        self._transformers, self._read = {}, {}
         if self._binds:
             del self._pipe.set_attn_processor
             self._binds = False
@@ -201,9 +156,11 @@ class Session:
         self, transformer: nn.Module, family: Family, call: Mapping[str, Any], said: CacheContext | None
     ) -> None:
         """Tell the generation where it is: a forward of a transformer with the arguments `call` begins."""
-        now = family.forward(transformer, call)
         # Every run of a pipeline makes a new tensor of timesteps.
         run = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
+        self._placement.follow(transformer)
+        self._placement.check_parallel(transformer)
+        now = family.forward(transformer, self._on_host(family, call, run))
         step = said.step_index if said else None
         # Pipelines put a new tensor here at every step, and None outside of their loops.
         tick = getattr(self._pipe, "_current_timestep", None)
@@ -233,76 +190,68 @@ class Session:
             run=run,
             levels=self._levels,
             text=(now.before, now.after),
+            part=next(part for part, module in self._transformers.items() if unwrap(module) is transformer),
         )
+        if not self._off:
+            self._count_strangers(transformer)
+
+    def _on_host(self, family: Family, call: Mapping[str, Any], run: object) -> Mapping[str, Any]:
+        """The arguments, with those that the family reads on the host; what a run repeats is read once."""
+        here = {}
+        for name in family.on_host:
+            x = call[name]
+            if name in self._read:
+                known, version, of, copy = self._read[name]
+                same = x is known and x._version == version
+                if same or (run is not None and run is of and x.shape == known.shape):
+                    here[name] = copy
+                    continue
+            here[name] = x.cpu()
+            self._read[name] = x, x._version, run, here[name]
+        return {**call, **here}
+
+    def _count_strangers(self, transformer: nn.Module) -> None:
+        """Attention that somebody took over, as an IP-adapter does, is dense without our seeing it."""
+        generation = self.generation
+        assert generation.moment is not None and generation.grid is not None
+        for index, processor in self._placement.strangers(transformer):
+            layer = generation.layers[index]
+            tokens = generation.grid.tokens + (sum(n or 0 for n in generation.text) if layer.joint else 0)
+            pairs = float(generation.rows * layer.heads * tokens**2)
+            Attention(generation, index).fall_back(f"{type(processor).__name__} took sparse attention's place", pairs)
 
     def _profile(self, config: SparseConfig) -> Profile | None:
         if config.profile is None:
             return None
         profile = Profile.load(config.profile)
-        profile.check({part: _unwrap(transformer) for part, transformer in self._transformers.items()})
+        profile.check({part: unwrap(transformer) for part, transformer in self._transformers.items()})
         return profile
 
     def _run_ends(self) -> None:
         self._step = None
+        self._read = {}
         self.generation.reset()
 
     def _hook(self) -> None:
-        for transformer in map(_unwrap, self._transformers.values()):
-            family = FAMILIES[type(transformer).__name__]
-            hook = GenerationHook(self, family)
-            HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, _HOOK)
+        for transformer in map(unwrap, self._transformers.values()):
+            hook = GenerationHook(self, family_of(transformer))
+            HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, HOOK)
+            hook.wrapped = transformer.forward
 
     def _install(self) -> None:
-        layers, before = self.generation.layers, dict(self._before)
-        layers.clear()
-        for part, transformer in self._transformers.items():
-            family = FAMILIES[type(_unwrap(transformer)).__name__]
-            ours, others = [], []
-            for name, module in _unwrap(transformer).named_modules():
-                if module in before:
-                    (ours if family.is_self_attention(name) else others).append((name, module))
-            for _, module in others:
-                _set(module, before[module])
-            for index, (name, module) in enumerate(ours):
-                heads, head_dim = family.heads(module)
-                layers.append(Layer(f"{part}.{name}", index, len(ours), heads, head_dim, family.is_joint(name)))
-                processor = family.processors[type(before[module])](Attention(self.generation, len(layers) - 1))
-                _carry(module.processor, processor)
-                _set(module, processor)
-                self._processors[layers[-1].name] = processor
+        self._placement.install()
+        self._off = False
 
     def _chosen_backend(self) -> str:
-        chosen = {p._attention_backend for p in self._processors.values()} - {None}
+        chosen = {p._attention_backend for p in self._placement.ours()} - {None}
         return ", ".join(sorted(str(getattr(backend, "value", backend)) for backend in chosen))
 
     def _chosen_dense(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor | None:
         """Attention by the backend that the user gave this layer with `set_attention_backend`, if any."""
-        processor = self._processors.get(layer.name)
+        processor = self._placement.processor(layer.name)
         if processor is None or processor._attention_backend is None:
             return None
         return _dispatch(q, k, v, None if key_mask is None else key_mask[:, None, None], processor)
-
-
-class Attention:
-    """The attention call of one layer, as its processor makes it."""
-
-    def __init__(self, generation: Generation, layer: int):
-        self.generation, self.layer = generation, layer
-        self.where = address(generation, layer)
-        self.joint = generation.layers[layer].joint
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Attention":
-        # A copied processor attends for the same generation; a copy of all it has learned may not fit in memory.
-        return Attention(self.generation, self.layer)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        return attend(q, k, v, key_mask, self.where)
-
-    def fall_back(self, reason: str, pairs: float) -> None:
-        """Count a call of `pairs` query-key pairs that somebody else computes. Raises ValueError under strict."""
-        generation = self.generation
-        generation.fall_back(reason)
-        generation.tally.dense(generation.moment.step if generation.moment else 0, pairs)
 
 
 def _dispatch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any) -> Tensor:
@@ -310,15 +259,10 @@ def _dispatch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: A
         *(x.transpose(1, 2) for x in (q, k, v)),
         attn_mask=mask,
         backend=processor._attention_backend,
-        parallel_config=processor._parallel_config,
+        # The sequence is whole here, whoever holds its parts elsewhere.
+        parallel_config=None,
     )
     return out.transpose(1, 2)
-
-
-def _carry(old: Any, new: Any) -> None:
-    """Take over what diffusers' set_attention_backend and enable_parallelism wrote on a processor."""
-    for name in ("_attention_backend", "_parallel_config"):
-        setattr(new, name, getattr(old, name, None))
 
 
 class _Context(StateManager):
@@ -329,53 +273,59 @@ class _Context(StateManager):
 
 
 class GenerationHook(ModelHook):
-    """Tells the generation where it is, before each forward of a transformer."""
+    """Tells the generation where it is, before each forward of a transformer.
+
+    In diffusers' registry it hears what the pipeline says. It acts from hooks of torch, which see the whole batch and
+    the whole sequence whatever other hooks of diffusers split, and stay when accelerate takes its own away.
+    """
 
     _is_stateful = True
 
     def __init__(self, session: Session, family: Family):
         super().__init__()
         self.said, self.session, self.family = _Context(), session, family
+        # The forward that diffusers made of the model's when it took this hook in.
+        self.wrapped: Any = None
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        self.module = module
+        # A number, which a deep copy keeps.
+        self.module = id(module)
         self.names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.handles = [
+            module.register_forward_pre_hook(self.begin, with_kwargs=True),
+            module.register_forward_hook(self.end),
+        ]
+        return module
+
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+        for handle in self.handles:
+            handle.remove()
         return module
 
     # Bookkeeping, which torch.compile would trace anew at every step.
     @torch.compiler.disable
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if module is not self.module:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) != self.module:
             raise ValueError(
                 "This transformer is a deep copy of a sparse one, and diffusers' hooks would run the original in its "
                 "place: copy before sparsify(), or after restore()."
             )
         call = dict(zip(self.names, args, strict=False)) | kwargs
         self.session._forward_begins(module, self.family, call, self.said._context)
-        return args, kwargs
 
     @torch.compiler.disable
-    def post_forward(self, module: nn.Module, output: Any) -> Any:  # noqa: ARG002  (diffusers' signature)
+    def end(self, *_: object) -> None:
         self.session.generation.leave()
-        return output
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.session._run_ends()
         return module
 
 
-def _parts(pipe: Any) -> Mapping[str, Any]:
-    return pipe.components if hasattr(pipe, "components") else {"transformer": pipe}
-
-
-def _known(parts: Mapping[str, Any]) -> dict[str, nn.Module]:
-    return {part: module for part, module in parts.items() if type(_unwrap(module)).__name__ in FAMILIES}
-
-
 def _check_processors(part: str, transformer: nn.Module) -> None:
-    family = FAMILIES[type(transformer).__name__]
+    family = family_of(transformer)
     for name, module in transformer.named_modules():
-        processor = getattr(module, "processor", None)
+        processor = processor_of(module)
         if processor is None or not family.is_self_attention(name) or type(processor) in family.processors:
             continue
         raise ValueError(
@@ -384,18 +334,17 @@ def _check_processors(part: str, transformer: nn.Module) -> None:
         )
 
 
-def _session_on(transformer: nn.Module) -> Session | None:
-    hook = HookRegistry.check_if_exists_or_initialize(_unwrap(transformer)).get_hook(_HOOK)
+def session_on(transformer: nn.Module) -> Session | None:
+    hook = _hook_on(unwrap(transformer))
     return None if hook is None else hook.session
 
 
-def _taken(part: str) -> ValueError:
+def _hook_on(transformer: nn.Module) -> Any:
+    return HookRegistry.check_if_exists_or_initialize(transformer).get_hook(HOOK)
+
+
+def taken(part: str) -> ValueError:
     return ValueError(f"{part} is sparse already: call restore() on its session first.")
-
-
-def _unwrap(module: Any) -> Any:
-    """The model inside torch.compile's wrapper."""
-    return getattr(module, "_orig_mod", module)
 
 
 def levels_of(scheduler: Any) -> tuple[float, ...] | None:
@@ -414,102 +363,3 @@ def _total_steps(pipe: Any) -> int | None:
         timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
         steps = None if timesteps is None else len(timesteps)
     return steps
-
-
-class SparseAttnProcessor:
-    """Sparse attention in plain diffusers style: `transformer.set_attn_processor(SparseAttnProcessor(...))`.
-
-    One object for every attention module. A module gives its processor no step and no grid, so in its first forward
-    the object looks for its transformer, and for the pipeline that runs it, and hands over to a `Session`, kept as
-    `session`: each self-attention gets its own processor, the rest gets stock ones back. config and options as in
-    `sparsify`. To compile a transformer, use `sparsify`, or compile after the first forward.
-    """
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, config: SparseConfig | Method | None = None, **options: Any):
-        self.config = _config(config, options)
-        self.session: Session | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SparseAttnProcessor":
-        copy = SparseAttnProcessor(self.config)
-        _carry(self, copy)
-        return copy
-
-    def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self._hand_over(sys._getframe(1))
-        named = inspect.signature(attn.processor.__call__).parameters
-        return attn.processor(attn, *args, **{name: x for name, x in kwargs.items() if name in named})
-
-    def _hand_over(self, frame: FrameType | None) -> None:
-        # No module knows its parent or its pipeline; the call stack does.
-        transformer = pipe = None
-        args: tuple[Any, ...] = ()
-        kwargs: dict[str, Any] = {}
-        while frame is not None and pipe is None:
-            names = frame.f_locals
-            owner = names.get("self")
-            if transformer is None and isinstance(owner, nn.Module) and type(owner).__name__ in FAMILIES:
-                transformer = owner
-            if transformer is not None and owner is transformer and {"args", "kwargs"} <= names.keys():
-                args, kwargs = names["args"], names["kwargs"]
-            if isinstance(owner, DiffusionPipeline) and any(
-                _unwrap(c) is transformer for c in owner.components.values()
-            ):
-                pipe = owner
-            frame = frame.f_back
-        if transformer is None:
-            raise ValueError(
-                f"SparseAttnProcessor runs inside one of {', '.join(sorted(FAMILIES))}, not alone; for other models "
-                "see the README's list of families."
-            )
-
-        # The two transformers of one pipeline share their steps, if they were given the same object.
-        parts = _known(_parts(pipe or transformer))
-        held = {part: [m for m in module.modules() if _processor(m) is self] for part, module in parts.items()}
-        mine = {part: parts[part] for part, modules in held.items() if modules}
-        for part, module in mine.items():
-            session = _session_on(module)
-            if session is not None:
-                if session.author is None:
-                    raise _taken(part)
-                session.release(module)
-            names = {m: name for name, m in _unwrap(module).named_modules()}
-            for m in held[part]:
-                _set(m, FAMILIES[type(_unwrap(module)).__name__].stock(names[m], _unwrap(module)))
-                _carry(self, m.processor)
-        self.session = Session(pipe or transformer, self.config, mine)
-        self.session.author = self
-        # This forward began before the hook was there.
-        hook = HookRegistry.check_if_exists_or_initialize(transformer).get_hook(_HOOK)
-        call = dict(zip(hook.names, args, strict=False)) | kwargs
-        self.session.unnamed = call.get("encoder_hidden_states")
-        self.session._forward_begins(transformer, hook.family, call, None)
-
-
-def _all_names() -> inspect.Signature:
-    """Every argument that a processor it may stand in for takes: attention modules pass on no others."""
-    stocks = {kind for family in FAMILIES.values() for kind in family.processors}
-    names = {name for kind in stocks for name in inspect.signature(kind.__call__).parameters} - {"self", "attn"}
-    kinds = inspect.Parameter
-    return inspect.Signature(
-        [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in ("self", "attn")]
-        + [kinds(name, kinds.KEYWORD_ONLY, default=None) for name in sorted(names)]
-    )
-
-
-# What inspect.signature goes by.
-SparseAttnProcessor.__call__.__signature__ = _all_names()  # type: ignore[attr-defined]
-
-
-def _set(module: nn.Module, processor: Any) -> None:
-    # Mochi's attention has no method for it.
-    if hasattr(module, "set_processor"):
-        module.set_processor(processor)
-    else:
-        module.processor = processor
-
-
-def _processor(module: nn.Module) -> Any:
-    return getattr(module, "processor", None)

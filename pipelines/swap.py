@@ -5,10 +5,11 @@ from functools import lru_cache, wraps
 from typing import Any
 
 import torch
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from dit_sparse.pipelines.family import Attend
 
@@ -37,16 +38,36 @@ def _swapping(stock: type) -> type:
         # Attention modules pass on only the arguments that their processor's signature names.
         @wraps(stock.__call__)
         def __call__(self, attn: torch.nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._parallel_config is not None:
+            shards = shards_of(self)
+            reason = None if shards == 1 else self.attend.unshardable(shards)
+            if reason is not None:
                 whole = stock()
-                whole._attention_backend, whole._parallel_config = self._attention_backend, self._parallel_config
-                self.attend.fall_back("context parallelism is on", 0.0)
+                carry(self, whole)
+                self.attend.fall_back(reason, 0.0)
                 return whole(attn, hidden_states, *args, **kwargs)
-            with _Swap(self.attend):
+            # Ulysses hands the call inside some of the heads, and the whole sequence.
+            self.stock._parallel_config = self._parallel_config
+            with _Swap(self.attend if shards == 1 else self.attend.sharded(shards)):
                 return self.stock(attn, hidden_states, *args, **kwargs)
 
     SparseProcessor.__name__ = SparseProcessor.__qualname__ = f"Sparse{stock.__name__}"
     return SparseProcessor
+
+
+def carry(old: Any, new: Any) -> None:
+    """Take over what diffusers' set_attention_backend and enable_parallelism wrote on a processor."""
+    for name in ("_attention_backend", "_parallel_config"):
+        setattr(new, name, getattr(old, name, None))
+
+
+def shards_of(processor: Any) -> int:
+    """Into how many parts context parallelism cuts the sequence: 1 without it, 0 where a ring passes keys around."""
+    config = getattr(processor, "_parallel_config", None)
+    parallel = None if config is None else config.context_parallel_config
+    if parallel is None:
+        return 1
+    # Parts of unequal length lie elsewhere.
+    return 0 if parallel.ring_degree > 1 or parallel.ulysses_anything else parallel.ulysses_degree
 
 
 class _Swap(TorchFunctionMode):
@@ -81,7 +102,10 @@ class _Swap(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         reason = None
-        if query.shape != key.shape:
+        if any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack()):
+            # The call below finds the guidance that is waiting for it.
+            reason = "perturbed attention guidance replaces attention"
+        elif query.shape != key.shape:
             reason = "self-attention was used as cross-attention"
         elif dropout_p or is_causal or scale not in (None, query.shape[-1] ** -0.5):
             reason = "attention was asked for dropout, causality or another scale"

@@ -11,8 +11,11 @@ attention in the calls computed sparse, relative to exact attention on the same 
 
 import argparse
 import json
+import os
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import check_prompts
@@ -69,35 +72,46 @@ def layer_errors(probe: Probe) -> list[float | None]:
     return [(error / exact) ** 0.5 if exact else None for error, exact in squares.values()]
 
 
-def measure(pipe: WanPipeline, configs: dict[str, SparseConfig], scenes: tuple, settings) -> list[dict]:
+def scores(clips: torch.Tensor, dense: torch.Tensor, scenes: tuple[world.Scene, ...]) -> dict[str, float]:
+    """Clips [N, T, H, W, 3] in [0, 1] against dense ones, and against what was asked for."""
+    torch.set_num_threads(1)
+    asked = check_prompts.judge(clips, scenes)
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(clips, dense, strict=True)]
+    return {
+        "psnr_db": sum(psnr(a, b) for a, b in pairs) / len(pairs),
+        "ssim": sum(ssim(a, b) for a, b in pairs) / len(pairs),
+        "colour_and_shape": asked.colour_and_shape,
+        "direction": asked.direction,
+    }
+
+
+def measure(
+    pipe: WanPipeline,
+    configs: dict[str, SparseConfig],
+    scenes: tuple[world.Scene, ...],
+    settings: check_prompts.Settings,
+    workers: int = 1,
+) -> list[dict]:
+    """A row for each setting, after one for dense; `workers` processes score clips while the next ones are made."""
     captions = [world.caption(scene) for scene in scenes]
     seeds = [check_prompts.HELD_OUT_SEED + index for index in range(len(scenes))]
-    rows, dense = [], None
-    for label, config in {"dense": SparseConfig("dense"), **configs}.items():
-        start = time.perf_counter()
-        with sparsify(pipe, config) as session:
-            probe = put_in_place({"transformer": pipe.transformer}, session.generation, PROBED_ROWS)
-            clips = check_prompts.generate(pipe, captions, seeds, settings)
-            report = session.report()
-            errors = layer_errors(probe)
-        dense = clips if dense is None else dense
-        score = check_prompts.judge(clips, scenes)
-        pairs = [(a.numpy(), b.numpy()) for a, b in zip(clips, dense, strict=True)]
-        rows.append(
-            {
-                "setting": label,
-                "work": report.work,
-                "density": report.density,
-                "psnr_db": None if clips is dense else sum(psnr(a, b) for a, b in pairs) / len(pairs),
-                "ssim": None if clips is dense else sum(ssim(a, b) for a, b in pairs) / len(pairs),
-                "colour_and_shape": score.colour_and_shape,
-                "direction": score.direction,
-                "error": errors,
-                "seconds": time.perf_counter() - start,
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+    rows: list[dict] = []
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        scored: list[Future[dict[str, float]]] = []
+        for label, config in {"dense": SparseConfig("dense"), **configs}.items():
+            start = time.perf_counter()
+            with sparsify(pipe, config) as session:
+                probe = put_in_place({"transformer": pipe.transformer}, session.generation, PROBED_ROWS)
+                clips = check_prompts.generate(pipe, captions, seeds, settings)
+                report = session.report()
+                errors = layer_errors(probe)
+            if not rows:
+                dense = clips
+            told = {"work": report.work, "density": report.density, "error": errors}
+            rows.append({"setting": label, **told, "seconds": time.perf_counter() - start})
+            scored.append(pool.submit(scores, clips, dense, scenes))
+            print(json.dumps(rows[-1]), flush=True)
+        return [row | future.result() for row, future in zip(rows, scored, strict=True)]
 
 
 def shown(value: object) -> str:
@@ -133,7 +147,8 @@ def main() -> None:
         for density in args.density
         for method in args.methods.split(",")
     }  # fmt: skip
-    rows = measure(pipe, configs, check_prompts.held_out(args.num_prompts).scenes, settings)
+    workers = (os.cpu_count() or 1) - 2 if gpu else 1
+    rows = measure(pipe, configs, check_prompts.held_out(args.num_prompts).scenes, settings, max(workers, 1))
     table = Table(
         title=f"{args.num_prompts} prompts, {settings.steps} steps, {args.device}, torch {torch.__version__}"
     )

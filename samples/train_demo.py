@@ -619,6 +619,7 @@ def arguments() -> argparse.Namespace:
         "--stop_after", type=int, help="stop at this step of the transformer, as an interruption would"
     )
     parser.add_argument("--stop_seconds", type=float, help="stop there on the way to --seconds, to --resume later")
+    parser.add_argument("--rate", type=float, help="learning rate; less than the recipe's, to go on from good weights")
     parser.add_argument(
         "--decay_from", type=float, default=0.6, help="progress at which the learning rate begins to fall"
     )
@@ -640,6 +641,8 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     recipe = TINY if args.tiny else Recipe()
+    if args.rate is not None:
+        recipe = replace(recipe, rate=args.rate)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if args.init is not None:
         pipe = WanPipeline.from_pretrained(args.init)

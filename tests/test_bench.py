@@ -42,7 +42,7 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
 
 def test_operator_times_every_part(tmp_path):
     code, got = rows("operator", tmp_path, density=(0.2,))
-    assert code == 0 and len(got) == 10 and all(row["ms"] > 0 for row in got)
+    assert code == 0 and len(got) == 12 and all(row["ms"] > 0 for row in got)
 
 
 def test_forward_times_dense_sparse_and_anchor_steps(tmp_path):
@@ -52,6 +52,27 @@ def test_forward_times_dense_sparse_and_anchor_steps(tmp_path):
         "dense, native", "tail, sparse step", "anchor, anchor step", "anchor, sparse step"
     ]  # fmt: skip
     assert got[0]["speedup"] == 1 and got[1]["density"] == 0.2
+
+
+SMALL = dict(num_attention_heads=2, attention_head_dim=64, num_layers=1)
+COGVIDEOX = SMALL | dict(text_embed_dim=32, time_embed_dim=32, patch_size=2, use_rotary_positional_embeddings=True)
+FLUX = SMALL | dict(
+    num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=32, in_channels=16, guidance_embeds=True,
+    axes_dims_rope=(8, 28, 28),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("class_name", "options", "size"),
+    [("CogVideoXTransformer3DModel", COGVIDEOX, (9, 128, 192)), ("FluxTransformer2DModel", FLUX, (1, 384, 256))],
+)
+def test_forwards_of_other_families_run(class_name, options, size, tmp_path, monkeypatch):
+    case = bench_forward.ForwardCase(class_name, options, size, text=8)
+    monkeypatch.setitem(bench_forward.FORWARDS, "small", case)
+    code, got = rows("forward", tmp_path, density=(0.5,))
+    assert code == 0 and [row["what"] for row in got][1:] == [
+        "tail, sparse step", "anchor, anchor step", "anchor, sparse step"
+    ]  # fmt: skip
 
 
 def test_a_forward_with_nan_is_not_timed(tmp_path, monkeypatch, capsys):
@@ -69,14 +90,24 @@ def test_a_forward_with_nan_is_not_timed(tmp_path, monkeypatch, capsys):
 
 
 def test_published_shapes_are_those_of_the_other_benches():
-    config = SimpleNamespace(in_channels=16, text_dim=4096)
     for name, case in bench_forward.FORWARDS.items():
         if name == "small":
             continue
+        # What it reads of a config besides the shape are numbers of channels.
+        channels = ("in_channels", "text_dim", "text_embed_dim", "joint_attention_dim", "pooled_projection_dim")
+        config = SimpleNamespace(**dict.fromkeys(channels, 16) | dict(case.transformer))
         inputs = bench_forward.INPUTS[case.class_name](SimpleNamespace(config=config), case, META, torch.bfloat16)
-        patches = zip(inputs["hidden_states"].shape[2:], case.transformer["patch_size"], strict=True)
-        of_attention = bench.CASES[name]
-        assert tuple(n // p for n, p in patches) == of_attention.grid
+        of_attention, latents = bench.CASES[name], inputs["hidden_states"].shape
+        match case.class_name:
+            case "WanTransformer3DModel":
+                grid = tuple(n // p for n, p in zip(latents[2:], config.patch_size, strict=True))
+            case "CogVideoXTransformer3DModel":
+                grid = (latents[1], latents[3] // config.patch_size, latents[4] // config.patch_size)
+                assert case.text == of_attention.text
+            case _:
+                grid = (1, *(side // 16 for side in case.size[1:]))
+                assert latents[1] == grid[1] * grid[2] and case.text == of_attention.text
+        assert grid == of_attention.grid
         assert case.transformer["num_attention_heads"] == of_attention.heads
         assert case.transformer["attention_head_dim"] == of_attention.head_dim
 

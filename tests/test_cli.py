@@ -39,10 +39,13 @@ def test_version(capsys):
 def test_unknown_commands_are_named(capsys):
     assert refused(capsys, "plna") == "Unknown command 'plna': did you mean plan?"
     said = refused(capsys, "--qqq")
-    assert "'--qqq': choose from generate, calibrate, fit, profile, compare, metrics, plan, info, bench." in said
+    assert (
+        "'--qqq': choose from generate, calibrate, fit, profile, compare, visualize, metrics, plan, info, bench."
+        in said
+    )
 
 
-@pytest.mark.parametrize("command", ["generate", "calibrate", "fit", "plan", "info", "bench"])
+@pytest.mark.parametrize("command", ["generate", "calibrate", "fit", "visualize", "plan", "info", "bench"])
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 
 from dit_sparse import compare, generate, models
-from dit_sparse.calibration import metrics, table
+from dit_sparse.calibration import metrics, probe, runs, table
+from dit_sparse.calibration.maps import read_maps
 from dit_sparse.cli import main
 from dit_sparse.config import SparseConfig
 from dit_sparse.video import read_video
 from tests.tiny import tiny_wan
+from tests.worded import worded
 
 SIZE = ("--height", "16", "--width", "32", "--num_frames", "5", "--num_inference_steps", "5")
 PROMPTS = ("a red ball", "the blue square moves left")
@@ -114,7 +117,7 @@ def test_it_resumes_and_the_same_seed_gives_the_same_table(command, tmp_path, mo
     assert main(arguments) == 0
     first = (tmp_path / "compare" / "results.csv").read_bytes()
     runs = sorted((tmp_path / "compare" / "runs").glob("*.json"))
-    assert len(runs) == 2 * 3  # two prompts and one for the maps, dense and sparse
+    assert len(runs) == 2 * 2  # two prompts, dense and sparse; on a CPU the first one's run is the one for the maps
     made = []
     original = generate.frames_of
     monkeypatch.setattr(generate, "frames_of", lambda *given: made.append(given[1].prompt) or original(*given))
@@ -127,7 +130,7 @@ def test_it_resumes_and_the_same_seed_gives_the_same_table(command, tmp_path, mo
     assert made == [PROMPTS[1]]
     # Elsewhere, from nothing: the same but for the times.
     assert main([*arguments, "--output_dir", "again"]) == 0
-    assert len(made) == 1 + 6
+    assert len(made) == 1 + 4
     ours, theirs = (table.read_rows(tmp_path / name / "results.csv") for name in ("compare", "again"))
     assert without_times(ours) == without_times(theirs)
     layers = [(tmp_path / name / "layers.csv").read_bytes() for name in ("compare", "again")]
@@ -148,6 +151,153 @@ def test_dense_runs_serve_another_comparison(command, monkeypatch):
     assert made == [0, 1, 0, 1, 1, 2]
     assert main([*shared, "--methods", "dense", "--num_inference_steps", "4"]) == 0
     assert made == [0, 1, 0, 1, 1, 2, 0, 1]
+
+
+def test_maps_are_made_of_the_runs_that_lie_beside_them(command, tmp_path):
+    assert main([*command, "--methods", "none,anchor,dense", "--density", "0.1"]) == 0
+    out = tmp_path / "compare"
+    rows, maps = table.read_rows(out / "results.csv"), read_maps(out / "maps.npz")
+    frames = {(row["setting"], row["prompt_number"]): np.load(out / "runs" / f"{row['run']}.npz")["frames"]
+              for row in rows}  # fmt: skip
+    assert set(maps.error) == set(maps.kept) == {"none 0.1", "anchor 0.1"}
+    for name, error in maps.error.items():
+        gaps = [np.abs(frames[name, n].astype(float) - frames["dense", n]).mean((0, 3)) / 255 for n in (1.0, 2.0)]
+        assert error == pytest.approx(np.mean(gaps, 0), abs=1e-6) and error.max() > 0
+    # The tokens are 5 x 8 x 16; all of one head's are shown.
+    assert maps.query == (2, 4, 8) and maps.frames == (0, 1, 2, 3, 4) and maps.layer == "transformer.blocks.1.attn1"
+    for name, kept in maps.kept.items():
+        assert kept.shape == (2, 5, 8, 16) and kept[:, 2, 4, 8].all() and maps.step[name] == 2
+        # A tenth of the blocks, and the query's own.
+        assert 0.1 <= kept.mean() <= 0.1 + 2 / 40
+    patches = frames["dense", 1.0].reshape(5, 8, 2, 16, 2, 3).mean((2, 4))
+    assert np.abs(maps.picture - patches).max() <= 0.5
+    page = (out / "report.html").read_text()
+    assert page.count('data-map="kept"') == page.count('data-map="place"') == 2
+
+
+def test_what_is_on_beside_a_method(command, tmp_path, model, monkeypatch):
+    loaded = []
+    original = generate.load
+    monkeypatch.setattr(generate, "load", lambda *given: loaded.append(original(*given)) or loaded[-1])
+    methods = (
+        "dense+firstblock=0.2,tail,tail+firstblock=0.2,tail+taylorseer,tail+magcache,tail+fp8,tail+fp8+taylorseer"
+    )
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    assert main([*command, "--num_inference_steps", "12", "--methods", methods, "--density", "0.3"]) == 0
+    rows = {row["setting"]: row for row in table.read_rows(tmp_path / "compare" / "results.csv")}
+    plain = rows["tail 0.3"]
+    assert plain["skipped"] is None and rows["dense"]["skipped"] is None
+    # Steps 0 to 2, 4 and 9 are computed, unless a change of what is predicted is a change here, too.
+    assert rows["tail 0.3 +taylorseer"]["skipped"] == pytest.approx(1 - 5 / 12)
+    assert rows["tail 0.3 +fp8 +taylorseer"]["skipped"] == pytest.approx(1 - 5 / 12)
+    assert rows["tail 0.3 +fp8"]["skipped"] is None
+    for name in ("dense +firstblock=0.2", "tail 0.3 +firstblock=0.2", "tail 0.3 +magcache"):
+        # Of two blocks, the first is never skipped by the one, and both are by the other.
+        assert 0 < rows[name]["skipped"] < (0.5 if "first" in name else 0.8), name
+    for name, row in rows.items():
+        if name.startswith("tail 0.3 "):
+            assert row["method"] == "tail" + name.removeprefix("tail 0.3").replace(" ", "")
+            # Work counts what was skipped, as work not done.
+            assert row["work"] <= plain["work"] + 1e-3 and row["psnr_db"] != plain["psnr_db"], name
+    assert rows["dense +firstblock=0.2"]["work"] == rows["dense +firstblock=0.2"]["dense_share"] < 1
+    settings = json.loads((tmp_path / "compare" / "results.json").read_text())["settings"]
+    assert (
+        settings["tail 0.3 +fp8"]["fp8"] is True and "use_lite_mode=True" in settings["tail 0.3 +taylorseer"]["cache"]
+    )
+    # The pipeline is as it was loaded.
+    [pipe] = loaded
+    fresh = original(generate.GenerateOptions(), models.find(str(model)), torch.device("cpu"), torch.float32)
+    assert not pipe.transformer.is_cache_enabled
+    weights = fresh.transformer.state_dict()
+    for name, x in pipe.transformer.state_dict().items():
+        assert x.dtype == torch.float32 and torch.equal(x, weights[name])
+
+
+def test_what_a_model_cannot_take_is_said_in_one_sentence(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "frames_of", lambda *_: pytest.fail("made a video"))
+    worded("pixart-sigma").save_pretrained("pixart")
+    command = ["compare", "--model_id", "pixart", "--prompt", "a", "--height", "224", "--width", "240"]
+    said = refused(capsys, *command, "--methods", "tail,tail+firstblock")
+    assert "PixArtTransformer2DModel takes none of diffusers' caches, so not firstblock." in said
+
+
+def test_an_error_of_somebody_elses_is_one_sentence_only_where_theirs_is_on(command, monkeypatch, capsys):
+    original = generate.frames_of
+
+    def fails(pipe, *given):
+        if cached and not pipe.transformer.is_cache_enabled:
+            return original(pipe, *given)
+        raise TypeError("lists are not tensors.\nmore")
+
+    monkeypatch.setattr(generate, "frames_of", fails)
+    cached = False
+    with pytest.raises(TypeError, match="lists are not tensors"):
+        main([*command, "--methods", "tail"])
+    cached = True
+    assert main([*command, "--methods", "dense+firstblock", "--no_maps"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "dit-sparse: dense +firstblock fails with this model: TypeError, lists are not tensors."
+
+
+def test_the_probes_own_time_is_in_no_time(command, tmp_path, monkeypatch):
+    measured = []
+    original = probe._error
+
+    def slow(*given):
+        time.sleep(0.1)
+        measured.append(1)
+        return original(*given)
+
+    monkeypatch.setattr(probe, "_error", slow)
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    assert main([*command, "--methods", "dense"]) == 0
+    row = table.read_rows(tmp_path / "compare" / "results.csv")[0]
+    # Two layers, two branches, five steps.
+    assert len(measured) == 20 and row["attention_seconds"] < row["dit_seconds"] < row["seconds"] < 0.1 * 20
+
+
+def test_on_a_gpu_nothing_compiled_at_first_use_is_in_a_time(command, tmp_path, monkeypatch):
+    """There the maps have a run of their own, which comes first; without maps, a run is made that counts nowhere."""
+    made = []
+    original = runs.Maker._run
+    monkeypatch.setattr(runs.Maker, "on_gpu", True)
+    monkeypatch.setattr(runs.Maker, "_run", lambda self, on, setting, job, done: made.append((job.number, job.probed))
+                        or original(self, on, setting, job, done))  # fmt: skip
+    assert main([*command, "--methods", "dense"]) == 0
+    assert made == [(0, True), (0, False), (1, False)]
+    assert main([*command, "--methods", "dense", "--no_maps", "--output_dir", "other"]) == 0
+    assert made[3:] == [(0, False), (0, False), (1, False)]
+    assert len(table.read_rows(tmp_path / "other" / "results.csv")) == 2
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_timed_without_what_compiling_takes(command, tmp_path):
+    assert main([*command, "--methods", "tail,tail+compile,tail+firstblock+compile", "--density", "0.3"]) == 0
+    rows = {row["setting"]: row for row in table.read_rows(tmp_path / "compare" / "results.csv")}
+    plain, compiled = rows["tail 0.3"], rows["tail 0.3 +compile"]
+    assert compiled["attention_seconds"] is None and compiled["dit_seconds"] < 10
+    assert compiled["psnr_db"] == pytest.approx(plain["psnr_db"], abs=1)
+    assert compiled["work"] == pytest.approx(plain["work"]) and compiled["dense_share"] == plain["dense_share"]
+    # The second prompt's run finds the blocks compiled.
+    assert len(list((tmp_path / "compare" / "runs").glob("*.json"))) == 8
+    assert {row["setting"] for row in table.read_rows(tmp_path / "compare" / "layers.csv")} == {"dense", "tail 0.3"}
+
+
+def test_images_are_compared_as_one_frame(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    worded("flux").save_pretrained("flux")
+    size = ("--height", "224", "--width", "240", "--num_inference_steps", "4")
+    command = ["compare", "--model_id", "flux", "--prompt", "a red ball", *size]
+    assert main([*command, "--methods", "none,tail", "--density", "0.2"]) == 0
+    row = table.read_rows(tmp_path / "compare" / "results.csv")[1]
+    images = [read_video(tmp_path / "compare" / "videos" / f"{name}.1.png") for name in ("none-0.2", "dense")]
+    assert images[0].shape == (1, 224, 240, 3) and row["flicker"] is None
+    # A png holds what was scored.
+    assert row["psnr_db"] == pytest.approx(metrics.psnr(*images), abs=1e-4)
+    page = (tmp_path / "compare" / "report.html").read_text()
+    assert "data:image/png" in page and "data:video" not in page and '"still": true' in page
+    assert "images of 224 x 240" in page
+    assert read_maps(tmp_path / "compare" / "maps.npz").kept["tail 0.2"].shape == (2, 1, 14, 15)
 
 
 def test_a_named_dense_backend_is_what_runs(command, tmp_path, capsys):
@@ -209,6 +359,18 @@ def test_the_demo_model_is_scored_by_what_its_prompts_ask_for(tmp_path, model, m
         (("--methods", "none", "--refresh_every", "3"), "refresh_every only means something to methods that remember"),
         (("--output_dir", "prompts.txt"), "'prompts.txt' cannot be made"),
         (("--block", "17"), "Unknown block 17"),
+        (("--methods", "tail+teacache"), "Unknown 'teacache' in 'tail+teacache': after a + comes one of firstblock, "),
+        (("--methods", "tail+fp8+fp8"), "fp8 is in 'tail+fp8+fp8' twice"),
+        (("--methods", "tail+firstblock+magcache"), "one step cache at a time"),
+        (("--methods", "tail+magcache+compile"), "magcache's blocks outside of torch.compile"),
+        (("--methods", "tail+compile=2"), "compile takes no number, and 'tail+compile=2' gives it one"),
+        (("--methods", "tail+firstblock=-1"), "After firstblock= comes a threshold from 0 on, not '-1'."),
+        (
+            ("--methods", "tail+taylorseer=1.5"),
+            "After taylorseer= comes a whole number of steps from 1 on",
+        ),
+        (("--methods", "tail+compile+fp8"), "which torch.compile cannot trace"),
+        (("--methods", "tail,none+firstblock", "--equal_work"), "How much work 'none+firstblock' skips is not known"),
     ],
 )
 def test_it_refuses_in_one_sentence_before_any_run(command, capsys, monkeypatch, arguments, said):

@@ -13,6 +13,7 @@ from dit_sparse import generate, models
 from dit_sparse.cli import main
 from dit_sparse.config import SparseConfig
 from tests.tiny import tiny_wan
+from tests.worded import worded
 
 SIZE = ("--height", "32", "--width", "48", "--num_frames", "3", "--num_inference_steps", "5")
 
@@ -239,6 +240,54 @@ def test_interrupting_a_generation_leaves_no_file(command, tmp_path, capsys, mon
     assert main([*command, "--output_file", "a.mp4"]) == 130
     assert "Interrupted" in capsys.readouterr().err
     assert files(tmp_path) == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"made before"
+
+
+IMAGE = ("--prompt", "a red ball", "--height", "224", "--width", "240", "--num_inference_steps", "4")
+
+
+def test_an_image_is_a_png_and_what_the_stock_pipeline_makes(tmp_path, capsys, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.chdir(tmp_path)
+    for name, guided in (("flux", {}), ("pixart-sigma", {"negative_prompt": "blue"})):
+        worded(name).save_pretrained(tmp_path / name)
+        command = ["generate", "--model_id", name, *IMAGE, *(f"--{key}={value}" for key, value in guided.items())]
+        assert main([*command, "--method", "dense"]) == 0
+        capsys.readouterr()
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / name)
+        pipe.set_progress_bar_config(disable=True)
+        asked = {} if name == "flux" else {"use_resolution_binning": False}
+        stock = pipe(
+            prompt="a red ball", height=224, width=240, num_inference_steps=4, output_type="np",
+            generator=torch.Generator().manual_seed(0), **guided, **asked,
+        ).images[0]  # fmt: skip
+        made = iio.imread(tmp_path / f"{name}.224x240x1.4steps.dense.seed0.png")
+        assert np.abs(made - 255.0 * stock).max() <= 0.5 + 255e-4
+        # Both tell of their steps, each in its own way.
+        assert main([*command, "--method", "tail", "--density", "0.3", "--output_file", f"{name}.png"]) == 0
+        assert "step 4/4" in capsys.readouterr().err
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["files"] == [f"{name}.png"] and record["settings"]["num_frames"] == 1
+        assert record["attention"]["work"] < 1 and record["attention"]["fallbacks"] == {}
+        assert not np.array_equal(iio.imread(tmp_path / f"{name}.png"), made)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--output_file", "a.mp4"), "output_file of an image ends in .png, not '.mp4'."),
+        (("--num_frames", "5"), "num_frames is 1 for this model, which makes images, not 5."),
+        (("--negative_prompt", "blue"), "FluxPipeline goes by its guidance_scale in one forward"),
+        (("--height", "225"), "height is a multiple of 16 for this model, not 225"),
+    ],
+)
+def test_what_makes_no_sense_for_an_image_is_refused(tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    worded("flux").save_pretrained(tmp_path / "flux")
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("read weights"))
+    assert main(["generate", "--model_id", "flux", *IMAGE, *arguments]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert said in err
 
 
 @pytest.mark.slow

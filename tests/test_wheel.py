@@ -68,7 +68,8 @@ def in_tree() -> set[str]:
             ROOT / other for other in PACKAGES if other != folder and (ROOT / other).is_relative_to(ROOT / folder)
         ]
         for file in (ROOT / folder).rglob("*"):
-            if file.parent == ROOT / "samples" and file.suffix != ".py":
+            # A node for ComfyUI is copied there, and is no part of the package.
+            if folder == "samples" and (file.parent != ROOT / folder or file.suffix != ".py"):
                 continue
             made = "__pycache__" in file.parts or any(part.startswith(".") for part in file.relative_to(ROOT).parts)
             if file.is_file() and not made and not any(file.is_relative_to(other) for other in inner):

@@ -44,7 +44,7 @@ def tiny_wan(
     """
     torch.manual_seed(seed)
     return WanPipeline(
-        tokenizer=_tokenizer() if text else None,
+        tokenizer=word_tokenizer() if text else None,
         text_encoder=_text_encoder() if text else None,
         vae=_vae(vae),
         transformer=_transformer(heads, head_dim, layers),
@@ -163,7 +163,7 @@ def _vae(kind: str) -> AutoencoderKLWan:
     ).eval()
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer(longest: int = 512) -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -171,7 +171,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=longest
     )
 
 

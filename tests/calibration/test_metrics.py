@@ -9,7 +9,7 @@ from pytorch_msssim import ssim as their_ssim
 from torchmetrics.functional import mean_absolute_error
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from dit_sparse.calibration.metrics import flicker, ms_ssim, ms_ssim_scales, psnr, ssim
+from dit_sparse.calibration.metrics import flicker, ms_ssim, ms_ssim_scales, psnr, ssim, ssim_and_ms_ssim
 
 
 @pytest.fixture
@@ -56,6 +56,10 @@ def test_ssim_agrees_with_the_published_formula_written_as_a_convolution(pair):
         / ((mean_x**2 + mean_y**2 + 1e-4) * (variance_x + variance_y + 9e-4))
     ).mean()
     assert ssim(*pair) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_both_at_once_are_each_alone(pair):
+    assert ssim_and_ms_ssim(*pair) == (ssim(*pair), ms_ssim(*pair))
 
 
 def test_ssim_in_closed_form_on_constant_frames():

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from dit_sparse.calibration import report, table
-from dit_sparse.calibration.report import grid_of, ticks, write_report
+from dit_sparse.calibration.maps import Maps
+from dit_sparse.calibration.report import grid_of, overlay, ticks, write_report
 from dit_sparse.video import write_video
 
 SETTINGS = ("dense", "anchor 0.1", "none 0.1")
@@ -51,9 +52,20 @@ def layers() -> list[table.Row]:
     ]  # fmt: skip
 
 
-def facts() -> dict:
+def maps() -> Maps:
+    """An error that falls from left to right; two heads, two frames of 3 x 4 tokens, the second head keeps one row."""
+    error = np.tile(np.linspace(0.4, 0.0, 48, dtype=np.float32), (32, 1))
+    kept = np.zeros((2, 2, 3, 4), dtype=bool)
+    kept[0], kept[1, :, 1] = True, True
+    return Maps(
+        {"anchor 0.1": error / 2, "none 0.1": error}, {"anchor 0.1": kept}, {"anchor 0.1": 1},
+        np.full((2, 3, 4, 3), 100, dtype=np.uint8), "transformer.blocks.1.attn1", (1, 1, 2), (0, 1),
+    )  # fmt: skip
+
+
+def facts(frames: int = FRAMES) -> dict:
     return {
-        "model": "tiny", "request": {"num_frames": FRAMES, "height": HEIGHT, "width": WIDTH, "num_inference_steps": 3},
+        "model": "tiny", "request": {"num_frames": frames, "height": HEIGHT, "width": WIDTH, "num_inference_steps": 3},
         "prompts": list(PROMPTS), "negative_prompt": None, "seeds": [1, 2],
         "settings": {n: {"x": 1} for n in SETTINGS},
         "device": "cpu", "dtype": "float32", "versions": {"torch": "2"}, "fps": FPS, "missing": ["LPIPS is left out."],
@@ -69,8 +81,27 @@ def page(tmp_path_factory) -> Path:
             grey = 0.2 + 0.1 * s + 0.05 * np.arange(FRAMES).reshape(-1, 1, 1, 1)
             write_video(folder / f"{s}.{number}.mp4", np.broadcast_to(grey, (FRAMES, HEIGHT, WIDTH, 3)), FPS)
     write_report(
-        folder / "report.html", facts(), rows(), layers(), lambda name, n: folder / f"{SETTINGS.index(name)}.{n}.mp4"
+        folder / "report.html",
+        facts(),
+        rows(),
+        layers(),
+        maps(),
+        lambda name, n: folder / f"{SETTINGS.index(name)}.{n}.mp4",
     )
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory) -> Path:
+    """The page of images, each of one grey."""
+    folder = tmp_path_factory.mktemp("still")
+    for s, _ in enumerate(SETTINGS):
+        for number in (1, 2):
+            write_video(folder / f"{s}.{number}.png", np.full((1, HEIGHT, WIDTH, 3), 0.2 + 0.1 * s * number), FPS)
+    write_report(
+        folder / "report.html", facts(1), rows(), layers(), maps(),
+        lambda name, n: folder / f"{SETTINGS.index(name)}.{n}.png",
+    )  # fmt: skip
     return folder / "report.html"
 
 
@@ -166,19 +197,58 @@ def test_ticks_enclose_what_is_drawn_and_are_round(low, high):
 
 def test_maps_are_the_grids_of_the_layers(page):
     assert grid_of(layers(), "none 0.1", "error") == pytest.approx(np.array([[0, 0.2, 0.2], [0, 0.4, 0.4]]))
-    maps = {(a["data-map"], a["data-setting"]): a["src"] for tag, a in read(page).tags if "data-map" in a}
-    assert set(maps) == {(kind, name) for kind in ("work", "error") for name in SETTINGS[1:]}
-    picture = np.asarray(Image.open(BytesIO(base64.b64decode(maps["error", "none 0.1"].partition(",")[2]))))
+    drawn = pictures(page)
+    wanted = {(kind, name) for kind in ("work", "error", "place") for name in SETTINGS[1:]}
+    assert set(drawn) == wanted | {("kept", "anchor 0.1")}
+    picture = drawn["error", "none 0.1"]
     assert picture.shape == (2, 3, 3)
     # The worst of all settings is at the end of the ramp, no error at its start, half of the worst in the middle.
     assert picture[1, 1].tolist() == [253, 231, 37] and picture[0, 0].tolist() == [68, 1, 84]
     assert picture[0, 2].tolist() == [33, 145, 140]
 
 
+def pictures(page: Path) -> dict[tuple[str, str], np.ndarray]:
+    """By kind of map and setting."""
+    sources = {(a["data-map"], a["data-setting"]): a["src"] for tag, a in read(page).tags if "data-map" in a}
+    return {name: np.asarray(Image.open(BytesIO(base64.b64decode(source.partition(",")[2]))))
+            for name, source in sources.items()}  # fmt: skip
+
+
+def test_where_the_error_is_has_one_scale(page):
+    drawn = pictures(page)
+    worst, half = drawn["place", "none 0.1"], drawn["place", "anchor 0.1"]
+    assert worst.shape == half.shape == (32, 48, 3)
+    assert worst[5, 0].tolist() == [253, 231, 37] and worst[5, -1].tolist() == [68, 1, 84]
+    assert half[5, 0].tolist() == [33, 145, 140]
+    assert "none 0.1, mean 0.2, most 0.4" in page.read_text(encoding="utf-8")
+
+
+def test_what_heads_attend_to_is_drawn_over_the_frames(page):
+    drawn = pictures(page)["kept", "anchor 0.1"]
+    # Two heads of 3 rows and two frames of 4 columns, a white line between.
+    assert drawn.shape == (7, 9, 3) and np.array_equal(drawn, overlay(maps(), maps().kept["anchor 0.1"]))
+    kept, left_out, line = [185, 122, 45], [40, 40, 40], [255, 255, 255]
+    assert drawn[0, 0].tolist() == drawn[2, 8].tolist() == kept and drawn[4, 0].tolist() == left_out
+    assert drawn[5, 0].tolist() == kept and drawn[3, 0].tolist() == drawn[0, 4].tolist() == line
+    # The token that asks is in the second frame, for both heads.
+    asks = np.argwhere((drawn == report.ASKS).all(-1)).tolist()
+    assert asks == [[1, 7], [5, 7]]
+    text = page.read_text(encoding="utf-8")
+    assert "frame 1, row 1, column 2 (blue)" in text and "step 1, keeps 100.0%, 33.3% of the tokens shown" in text
+
+
+def test_images_are_shown_as_images(still):
+    data = told(still)
+    assert data["still"] is True and all(uri.startswith("data:image/png") for row in data["videos"] for uri in row)
+    text = still.read_text(encoding="utf-8")
+    assert "images of 32 x 48" in text and "frames of 32" not in text
+
+
 def test_without_maps_there_are_none_and_videos_beyond_the_room_are_left_out(page, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MOST_BYTES", 3 * 4 * (page.parent / "0.1.mp4").stat().st_size // 3 + 2000)
     out = tmp_path / "small.html"
-    write_report(out, facts(), rows(), [], lambda name, n: page.parent / f"{SETTINGS.index(name)}.{n}.mp4")
+    none = Maps({}, {}, {})
+    write_report(out, facts(), rows(), [], none, lambda name, n: page.parent / f"{SETTINGS.index(name)}.{n}.mp4")
     assert len(told(out)["videos"]) == 1
     text = out.read_text(encoding="utf-8")
     assert "The videos of 1 prompts are left out" in text and "data-map" not in text
@@ -271,9 +341,50 @@ def browser(tmp_path):
     opened.close()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_plays_both_videos_in_step(page, browser, width):
+# The same for images.
+LOOK = """
+(async () => {
+  const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
+  const grey = x => { const c = document.createElement("canvas"); c.width = c.height = 1;
+    const k = c.getContext("2d"); k.drawImage(x, 0, 0, 1, 1); return k.getImageData(0, 0, 1, 1).data[0]; };
+  const middle = () => ink.getImageData(canvas.width >> 1, canvas.height >> 1, 1, 1).data[0];
+  const saw = {};
+  const settled = async () => {
+    for (let i = 0; i < 200 && !(a.complete && b.complete); i++) await wait(25);
+    await wait(200);
+  };
+  await settled();
+  saw.first = [a.tagName, grey(a), grey(b), middle()];
+  at("gain").value = "1"; at("right").value = "2"; at("prompt").value = "1";
+  at("right").dispatchEvent(new Event("change"));
+  await settled();
+  saw.second = [grey(a), grey(b), middle(), canvas.width];
+  saw.time = getComputedStyle(at("time")).display;
+  saw.wide = document.documentElement.scrollWidth <= innerWidth;
+  return saw;
+})()
+"""
+
+# What a visitor sees of the maps: their size on the screen, and the colour of a pixel.
+MAPS = """
+(async () => {
+  const found = {};
+  for (const img of document.querySelectorAll("img[data-map]")) {
+    await img.decode();
+    const c = document.createElement("canvas"); c.width = img.naturalWidth; c.height = img.naturalHeight;
+    const k = c.getContext("2d"); k.drawImage(img, 0, 0);
+    const box = img.getBoundingClientRect();
+    found[img.dataset.map + " " + img.dataset.setting] =
+      [[...k.getImageData(0, 0, 1, 1).data].slice(0, 3), box.width / box.height, img.naturalWidth / img.naturalHeight];
+  }
+  return [found, document.documentElement.scrollWidth <= innerWidth];
+})()
+"""
+
+
+def visit(browser: Browser, page: Path, width: int, script: str) -> dict:
+    """What `script` finds in the page, in a window of that width; nothing is fetched and nothing goes wrong."""
+    browser.events.clear()
     target = browser.call("Target.createTarget", url="about:blank")["targetId"]
     session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
     browser.call("Network.enable", session)
@@ -286,12 +397,19 @@ def test_a_browser_plays_both_videos_in_step(page, browser, width):
         if ready["result"]["value"] == "completefile:":
             break
         time.sleep(0.05)
-    answer = browser.call("Runtime.evaluate", session, expression=VISIT, awaitPromise=True, returnByValue=True)
+    answer = browser.call("Runtime.evaluate", session, expression=script, awaitPromise=True, returnByValue=True)
     assert "exceptionDetails" not in answer, answer
     saw = answer["result"]["value"]
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
     assert not [event for event in browser.events if event["method"] == "Runtime.exceptionThrown"]
+    return saw
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_plays_both_videos_in_step(page, browser, width):
+    saw = visit(browser, page, width, VISIT)
     assert saw["ready"] and saw["loaded"]
     # The page is no wider than the window, on a laptop and on a phone.
     assert saw["wide"] and saw["inner"] == width and saw["columns"] == (3 if width > 640 else 2)
@@ -304,3 +422,18 @@ def test_a_browser_plays_both_videos_in_step(page, browser, width):
     left, right, about = saw["other"]
     assert left == pytest.approx(51 + 25.5, abs=4) and right == pytest.approx(102 + 25.5, abs=4)
     assert "PSNR dB 32.00" in about and saw["options"] == list(PROMPTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_images_and_maps(page, still, browser, width):
+    saw = visit(browser, still, width, LOOK)
+    assert saw["first"] == ["IMG", 51, 77, 4 * 26]
+    # The second prompt's, dense beside the third setting.
+    assert saw["second"] == [51, 153, 102, WIDTH] and saw["time"] == "none" and saw["wide"]
+    found, wide = visit(browser, page, width, MAPS)
+    assert wide and len(found) == 7
+    assert found["kept anchor 0.1"][0] == [185, 122, 45] and found["place none 0.1"][0] == [253, 231, 37]
+    for name in ("kept anchor 0.1", "place none 0.1", "place anchor 0.1"):
+        # Frames keep their proportions.
+        assert found[name][1] == pytest.approx(found[name][2], rel=0.03), name

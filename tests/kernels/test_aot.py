@@ -55,7 +55,19 @@ def gather(capability: int, dtype: str = "bf16", dim: int = 128, padded: int = 1
     return Build(permute.permute_fwd_kernel, signature, constexprs, capability, permute.WARPS)
 
 
-USUAL = [make(capability) for capability in CAPABILITIES for make in (stats, select, mask, gather)]
+def pooled(capability: int, dtype: str = "bf16", dim: int = 128, block: int = 128) -> Build:
+    signature = {
+        **dict.fromkeys(("xs", "ys"), (f"*{dtype}:16",) * 3),
+        "stats": (("*fp32:16",) * 3,) * 3,
+        **dict.fromkeys(("x_strides", "y_strides"), (("i32:16",) * 3,) * 3),
+        **dict.fromkeys(("index", "lengths"), "*i64:16"),
+        **dict.fromkeys(("n", "L", "H", "N"), "i32"),
+    }
+    constexprs = {"D": dim, "BT": block, "BD": min(dim, permute.TILE // block), "FIELDS": (3, 3, 2)}
+    return Build(permute.permute_pooled_fwd_kernel, signature, constexprs, capability, permute.WARPS)
+
+
+USUAL = [make(capability) for capability in CAPABILITIES for make in (stats, select, mask, gather, pooled)]
 # A tile of 8192 numbers in one warp is 256 a thread, and a thread has 255 registers.
 SPILLING = replace(stats(90, "fp32"), num_warps=1)
 
@@ -78,7 +90,11 @@ def test_usual_shapes_fit(usual: list[Resources]) -> None:
 
 def test_memory_is_read_16_bytes_at_a_time(usual: list[Resources]) -> None:
     for build, used in zip(USUAL, usual, strict=False):
-        if build.fn in (block_stats.block_stats_fwd_kernel, permute.permute_fwd_kernel):
+        if build.fn in (
+            block_stats.block_stats_fwd_kernel,
+            permute.permute_fwd_kernel,
+            permute.permute_pooled_fwd_kernel,
+        ):
             assert "LDG.E.128" in used.sass, build
 
 
@@ -100,6 +116,8 @@ def test_extreme_shapes_fit(capability: int) -> None:
         gather(capability, "fp32"),
         gather(capability, "fp32", 256, 256),
         gather(capability, "fp16", 72, 128),
+        pooled(capability, "fp32"),
+        pooled(capability, "fp16", 64, 32),
     ]
     for build, used in zip(builds, compile_kernels(builds), strict=True):
         assert_fits(build, used)

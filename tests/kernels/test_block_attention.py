@@ -261,3 +261,29 @@ def test_a_checked_plan_must_be_legal(counts, indices, message, impl):
     legal = BlockPlan.full(1, 2, 5, 5, DEVICE)
     checked = block_attention(q, k, v, legal, block=16, impl=impl, check_plan=True)
     assert torch.equal(checked[0], block_attention(q, k, v, legal, block=16, impl=impl)[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("beyond", [-7, 0, 5])
+def test_rows_are_scattered(beyond, impl):
+    q, k, v, plan, correction, options = build("text of several blocks", ("tail", "residual"))
+    q, k, v, correction = q.float(), k.float(), v.float(), cast(correction, torch.float32)
+    index = torch.randperm(48 + beyond, device=DEVICE).int()
+    there, lse = block_attention(q, k, v, plan, correction, impl=impl, **options)
+    out, same = block_attention(q, k, v, plan, correction, impl=impl, scatter=index, **options)
+    assert torch.equal(out[:, :, index.long()], there[:, :, : len(index)]) and torch.equal(lse, same)
+    assert torch.equal(out[:, :, len(index) :], there[:, :, len(index) :])
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (torch.arange(81), r"n at most 80, not \(81,\)"),
+        (torch.arange(4)[None], r"\(1, 4\)"),
+        (torch.arange(4).short(), "torch.int16"),
+    ],
+)
+def test_a_scatter_that_does_not_fit_is_refused(index, message):
+    q, k, v, plan, _, options = build("text", ())
+    with pytest.raises(ValueError, match=message):
+        block_attention(q, k, v, plan, scatter=index.to(DEVICE), **options)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dit_sparse.kernels.block_attention import _block_attention_kernel
+from dit_sparse.kernels.block_attention_triton import block_attention_fwd_kernel
 from dit_sparse.kernels.tuning import ATTENTION, attention_tile
 from tests.kernels.aot import Build, compile_kernels
 
@@ -16,18 +16,35 @@ OPTIONAL = {
     "p_tail_log": "TAIL",
     "p_tail_var": "SECOND",
     "p_routed": "TAIL",
+    "p_scatter": "SCATTER",
     "p_scale": "SCALE",
     "p_res": "RESIDUAL",
     "p_res_scale": "RESIDUAL",
 }
 BARE = dict(
-    TEXT=False, MASKED=False, TAIL=False, SECOND=False, SCALE=False, RESIDUAL=0, PER_ROW=False, SCALE_PER_ROW=False
+    TEXT=False,
+    MASKED=False,
+    TAIL=False,
+    SECOND=False,
+    SCATTER=False,
+    SCALE=False,
+    RESIDUAL=0,
+    PER_ROW=False,
+    SCALE_PER_ROW=False,
 )
 VARIANTS = {
     "bare": BARE,
-    "anchor": BARE | dict(TAIL=True, SECOND=True, RESIDUAL=2, PER_ROW=True),
+    "anchor": BARE | dict(TAIL=True, SECOND=True, SCATTER=True, RESIDUAL=2, PER_ROW=True),
     "everything": dict(
-        TEXT=True, MASKED=True, TAIL=True, SECOND=True, SCALE=True, RESIDUAL=3, PER_ROW=True, SCALE_PER_ROW=True
+        TEXT=True,
+        MASKED=True,
+        TAIL=True,
+        SECOND=True,
+        SCATTER=True,
+        SCALE=True,
+        RESIDUAL=3,
+        PER_ROW=True,
+        SCALE_PER_ROW=True,
     ),
 }
 
@@ -37,7 +54,7 @@ def build(kind: str, dim: int, block: int, flags: dict, capability: int) -> Buil
     tile = attention_tile(capability, itemsize, dim, block)
     types = {
         "p_lse": "*fp32", "p_counts": "*i32", "p_indices": "*i32", "p_every": "*i32", "p_key_mask": "*u8",
-        "p_tail_log": "*fp32", "p_routed": "*u8", "p_scale": "*fp32",
+        "p_scatter": "*i64", "p_tail_log": "*fp32", "p_routed": "*u8", "p_scale": "*fp32",
         "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}",
         "p_res_scale": "*fp32", "scale": "fp32",
     }  # fmt: skip
@@ -52,7 +69,7 @@ def build(kind: str, dim: int, block: int, flags: dict, capability: int) -> Buil
     )
     constexprs |= flags
     signature = {}
-    for name in _block_attention_kernel.arg_names:
+    for name in block_attention_fwd_kernel.arg_names:
         if name in constexprs:
             continue
         if not flags.get(OPTIONAL.get(name, ""), True):
@@ -63,7 +80,7 @@ def build(kind: str, dim: int, block: int, flags: dict, capability: int) -> Buil
             signature[name] = "fp32"
         else:
             signature[name] = "i32:16" if name[1:3] == "_s" else "i32"
-    return Build(_block_attention_kernel, signature, constexprs, capability, tile.warps, tile.stages)
+    return Build(block_attention_fwd_kernel, signature, constexprs, capability, tile.warps, tile.stages)
 
 
 # Hopper is where figures are measured; the others take as long again, each.

@@ -11,16 +11,16 @@ from triton.experimental.gluon import language as gl  # noqa: E402
 from dit_sparse.kernels.block_attention_hopper import BLOCK, ROWS, SLOTS, block_attention_hopper_kernel  # noqa: E402
 from tests.kernels.aot import Build, Resources, compile_kernels  # noqa: E402
 
-BARE = dict(
-    TEXT=False, TAIL=False, SECOND=False, ORDERED=True, SCALE=False, SCALE_PER_ROW=False, RESIDUAL=0, PER_ROW=False
+BARE = dict.fromkeys(
+    ("TEXT", "TAIL", "SECOND", "SCATTER", "SCALE", "SCALE_PER_ROW", "RESIDUAL", "PER_ROW", "COPIED"), False
 )
-EVERYTHING = dict(
-    TEXT=True, TAIL=True, SECOND=True, ORDERED=True, SCALE=True, SCALE_PER_ROW=True, RESIDUAL=3, PER_ROW=True
-)
+ANCHOR = BARE | dict(TAIL=True, SECOND=True, SCATTER=True, RESIDUAL=2, PER_ROW=True, COPIED=True)
+EVERYTHING = ANCHOR | dict(TEXT=True, SCALE=True, SCALE_PER_ROW=True, RESIDUAL=3)
 # Arguments that only some corrections need, and the flag that says so.
 OPTIONAL = {
     "d_tail_k": "TAIL", "d_tail_v": "TAIL", "d_tail_var": "SECOND", "d_routed": "TAIL", "d_weights": "TAIL",
-    "p_every": "TEXT", "p_order": "ORDERED", "p_scale": "SCALE", "p_res": "RESIDUAL", "p_res_scale": "RESIDUAL",
+    "d_codes": "COPIED", "p_every": "TEXT", "p_scatter": "SCATTER", "p_scale": "SCALE", "p_res": "RESIDUAL",
+    "p_res_scale": "RESIDUAL",
 }  # fmt: skip
 
 
@@ -29,12 +29,17 @@ def build(kind: str, dim: int, flags: dict) -> Build:
         layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], gl.bfloat16)
         return f"tensordesc<{kind}[1,1,{rows},{dim}],{layout!r}>"
 
+    def codes(width: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, width], gl.uint8)
+        return f"tensordesc<u8[1,1,{ROWS},{width}],{layout!r}>"
+
     def line(kind: str, bits: int) -> str:
         return f"tensordesc<{kind}[{BLOCK}],{gl.NVMMASharedLayout(0, bits, rank=1)!r}>"
 
     types = {
-        "d_q": tile(ROWS), "d_routed": line("u8", 8), "d_weights": line("fp32", 32),
-        "p_out": f"*{kind}", "p_lse": "*fp32", "p_scale": "*fp32", "p_res_scale": "*fp32",
+        "d_q": tile(ROWS), "d_codes": codes(dim if flags["RESIDUAL"] == 2 else dim // 2),
+        "d_routed": line("u8", 8), "d_weights": line("fp32", 32),
+        "p_out": f"*{kind}", "p_lse": "*fp32", "p_scatter": "*i64", "p_scale": "*fp32", "p_res_scale": "*fp32",
         "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}", "scale": "fp32", "limit": "fp32",
     }  # fmt: skip
     constexprs = flags | dict(D=dim, SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS)
@@ -42,7 +47,7 @@ def build(kind: str, dim: int, flags: dict) -> Build:
     for name in block_attention_hopper_kernel.arg_names:
         if name in constexprs:
             continue
-        if not flags.get(OPTIONAL.get(name, ""), True):
+        if not flags.get(OPTIONAL.get(name, ""), True) or (name == "p_res" and flags["COPIED"]):
             constexprs[name] = None
         elif name.startswith("d_"):
             signature[name] = types.get(name, tile(BLOCK))
@@ -71,25 +76,26 @@ def test_it_uses_what_hopper_has(built):
         assert used.shared_bytes <= 227 * 1024, name
 
 
-def test_the_main_loop_spills_nothing(built):
-    assert not built["bare"].spill_bytes and not built["bare, 64 channels"].spill_bytes
-    # The tail holds the queries twice; what it spills is addresses, outside of the loops over blocks.
-    assert built["everything"].spill_bytes <= 256
+def test_next_to_nothing_is_spilled(built):
+    # Of 240 registers 192 hold logits, outputs and two blocks' probabilities; what does not fit is addresses and
+    # counters. Triton 3.6 spills 16 bytes there, 3.9 152.
+    assert built["bare"].spill_bytes <= 160 and not built["bare, 64 channels"].spill_bytes
+    # The tail holds the queries twice; what it spills lies outside of the loops over blocks.
+    assert built["everything"].spill_bytes <= 288
 
 
 def test_the_exponentials_run_beside_the_product_of_the_values(built):
-    """After the logits are waited for (one group of products left), before the values are (none left)."""
+    """After the logits are waited for (one group of products left), before the next wait."""
     for name, used in built.items():
         marks = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])|(MUFU\.EX2)", used.sass)
         beside, steps = None, []
         for left, _ in marks:
-            if left == "0x1":
-                beside = 0
-            elif not left and beside is not None:
-                beside += 1
-            elif left == "0x0" and beside is not None:
+            if not left:
+                beside = None if beside is None else beside + 1
+                continue
+            if beside is not None:
                 steps.append(beside)
-                beside = None
-        # Two loops in each of two groups; 64 exponentials a thread and step. The tail's wait comes first.
+            beside = 0 if left == "0x1" else None
+        # 64 exponentials a thread and block: of a pair, of one block and of pooled ones, in each of two groups.
         full = [count for count in steps if count >= 64]
-        assert len(full) == 4, f"{name}: {steps}"
+        assert len(full) == (8 if name == "everything" else 6), f"{name}: {steps}"

@@ -3,7 +3,9 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels import reference
-from dit_sparse.kernels.permute import permute
+from dit_sparse.kernels.block_stats import block_stats
+from dit_sparse.kernels.permute import permute, permute_pooled
+from dit_sparse.layout import block_lengths
 from tests.kernels.strided import LAYOUTS, strided
 
 IMPLS = ("torch", "triton")
@@ -47,6 +49,62 @@ def test_any_number_of_tensors_each_with_its_own_strides(count: int, impl: str, 
 def test_torch_takes_float64() -> None:
     x, index = torch.randn(1, 1, 9, 8, dtype=torch.float64), torch.randperm(9)
     assert torch.equal(permute([x], index)[0], x[:, :, index])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("tokens", "moved", "block", "dim"), [(200, 190, 64, 64), (150, 128, 128, 24), (90, 90, 32, 72), (61, 50, 16, 8)]
+)
+def test_pooled_is_permuting_and_then_pooling(tokens, moved, block, dim, layout, impl, device) -> None:
+    tensors = [strided(layout, 2, 3, tokens, dim, device=device) for _ in range(3)]
+    # Behind the vision tokens, which are pooled, others may be moved too, and others stay.
+    vision = moved - 5
+    index, lengths = torch.randperm(moved, device=device), block_lengths(vision, block, device)
+    wants = ("all", None, "mean+var")
+    there, found = permute_pooled(tensors, index, lengths, block=block, wants=wants, impl=impl)
+    for y, once, want, stats in zip(there, permute(tensors, index), wants, found, strict=True):
+        assert torch.equal(y, once) and y.stride() == once.stride()
+        if want is None:
+            assert stats is None
+            continue
+        for got, expected in zip(stats, block_stats(y[:, :, :vision], lengths, block=block, want=want), strict=True):
+            assert (got is None) == (expected is None)
+            if got is not None:
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pooled_takes_float64() -> None:
+    x, index, lengths = torch.randn(1, 1, 40, 8, dtype=torch.float64), torch.randperm(40), block_lengths(40, 32, "cpu")
+    (y,), (stats,) = permute_pooled([x], index, lengths, block=32, wants=["mean"])
+    assert stats is not None and stats.mean.dtype == torch.float64 and torch.equal(y, x[:, :, index])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wants", "message"),
+    [
+        (torch.tensor([4, 2]), ("median",), "'median'"),
+        (torch.tensor([4, 2]), ("mean", "mean"), "'mean', 'mean'"),
+        (torch.tensor([4, 2, 1]), ("mean",), r"\(3,\)"),
+        (torch.tensor([[4, 2]]), ("mean",), r"\(1, 2\)"),
+    ],
+)
+def test_pooled_refusals(lengths, wants, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        permute_pooled([X], INDEX, lengths, block=4, wants=wants)
+
+
+def test_pooled_compiles_and_is_a_sound_op(device: str) -> None:
+    x, index = strided("BLHD", 2, 2, 40, 8, device=device), torch.randperm(36, device=device)
+    lengths = block_lengths(33, 32, device)
+
+    def program(x: Tensor) -> Tensor:
+        (y,), (stats,) = permute_pooled([x * 2], index, lengths, block=32, wants=["mean+var"], impl="triton")
+        return y.sum() + stats.mean.sum() + stats.var.sum()
+
+    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), program(x), rtol=0, atol=0)
+    torch.library.opcheck(torch.ops.dit_sparse.permute_pooled.default, ([x], index, lengths, 32, [2]))
 
 
 X, INDEX = torch.zeros(1, 2, 6, 8), torch.arange(5)

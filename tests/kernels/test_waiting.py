@@ -1,11 +1,15 @@
-"""A sparse layer on a GPU never waits for it, and can be captured in a graph."""
+"""A sparse layer on a GPU never waits for it, can be captured in a graph, and takes little memory."""
 
 import pytest
 import torch
 
 from dit_sparse.attention import sparse_attention
 from dit_sparse.config import SparseConfig
-from dit_sparse.layout import TokenGrid
+from dit_sparse.correction import pooled_tail
+from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.plan import Correction
+from dit_sparse.routing import pool, route
 from dit_sparse.state import Generation, Layer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -72,3 +76,35 @@ def test_in_a_graph_it_reads_what_is_there_at_replay(method):
     inputs[0].copy_(torch.randn_like(inputs[0]))
     graph.replay()
     assert torch.equal(captured, sparse_attention(*inputs, LAYER, generation))
+
+
+def test_block_attention_takes_little_memory():
+    grid, heads = TokenGrid(4, 32, 64), 8
+    q, k, v = (torch.randn(1, heads, grid.tokens, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    layout, config = Layout(grid), SparseConfig("tail", density=0.2, block=128)
+    pooled = pool(q, k, v, layout, config)
+    plan = route(pooled, layout, config, density=0.2, scale=128**-0.5).plan
+    correction = Correction(tail=pooled_tail(pooled, q.dtype, second_order=True))
+    run = lambda: block_attention(q, k, v, plan, correction, block=128)  # noqa: E731
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = run()
+    extra = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in found)
+    assert extra < 0.03 * (q.nbytes + k.nbytes + v.nbytes)
+
+
+@pytest.mark.parametrize("text", [(0, 0), (0, 33), (33, 0)])
+@pytest.mark.parametrize("method", METHODS)
+def test_it_computes_what_a_cpu_does(method, text):
+    """There, one op after the other permutes, pools and puts back; here they are one."""
+    found = []
+    inputs = [x.float().cpu() for x in qkv(sum(text))]
+    for device in ("cpu", "cuda"):
+        generation = Generation(METHODS[method], [LAYER])
+        for step in (0, 1):
+            generation.enter(GRID, batch=1, device=torch.device(device), timestep=0.0, step=step, total=10, text=text)
+            out = sparse_attention(*(x.to(device) for x in inputs), LAYER, generation)
+        found.append(out.cpu())
+    torch.testing.assert_close(*found, rtol=2e-3, atol=2e-3)

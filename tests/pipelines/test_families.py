@@ -4,6 +4,7 @@ import inspect
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -418,24 +419,54 @@ def test_a_mask_that_is_more_than_padding_runs_dense_and_is_counted():
         module(**inputs)
 
 
-def test_context_parallelism_runs_stock_and_is_counted():
+class Parallel:
+    """diffusers' configuration of context parallelism, as far as anybody asks for it."""
+
+    def __init__(self, **options):
+        self.context_parallel_config = SimpleNamespace(
+            **(dict(ring_degree=1, ulysses_degree=1, ulysses_anything=False, ring_anything=False) | options)
+        )
+
+
+@pytest.mark.parametrize("options", [dict(ring_degree=2), dict(ulysses_degree=2, ulysses_anything=True)], ids=str)
+def test_a_ring_runs_stock_and_is_counted(options):
     pipe, calls = make("flux"), forwards("flux")
-    stock = run(pipe.transformer, calls[:1])
-    seen = []
-
-    class Whole:
-        def __getattr__(self, name):
-            seen.append(name)
-            raise AttributeError(name)
-
     with sparsify(pipe.transformer, "none", density=0.15, dense_steps=0) as session:
         for module in attentions(pipe).values():
-            module.processor._parallel_config = Whole()
-        with pytest.raises(AttributeError):
+            module.processor._parallel_config = Parallel(**options)
+        # The stock processor hands it to diffusers' dispatcher, which wants a mesh.
+        with pytest.raises(AttributeError, match="_mesh"):
             run(pipe.transformer, calls[:1])
-        assert seen, "the stock processor hands it to diffusers' dispatcher"
-        assert session.report().fallbacks == {"context parallelism is on": 1}
-    assert torch.equal(run(pipe.transformer, calls[:1])[0], stock[0])
+        (said,) = session.report().fallbacks
+        assert said.startswith("context parallelism passes keys around or cuts the sequence unevenly")
+    with sparsify(pipe.transformer, "none", dense_steps=0, strict=True):
+        for module in attentions(pipe).values():
+            module.processor._parallel_config = Parallel(**options)
+        with pytest.raises(ValueError, match="passes keys around .*strict=True"):
+            run(pipe.transformer, calls[:1])
+
+
+@pytest.mark.parametrize("name", ["cogvideox-1.5", "mochi", "sd3", "pixart-sigma", "hunyuan-dit"])
+def test_context_parallelism_that_attention_never_hears_of_is_refused(name):
+    """diffusers would attend to each part of the sequence alone."""
+    pipe = make(name)
+    pipe.transformer._parallel_config = Parallel(ulysses_degree=2)
+    with sparsify(pipe, "none", dense_steps=0), pytest.raises(ValueError, match="attends to a part of it only: use a"):
+        generate(name, pipe)
+
+
+def test_parts_of_a_sequence_that_are_not_told_apart_run_stock():
+    pipe = make("hunyuan-video")
+    with sparsify(pipe, "none", dense_steps=0) as session:
+        generate("hunyuan-video", pipe, steps=2)
+        (one, *_) = attentions(pipe).values()
+        session.generation.text = (0, 9)
+        assert "text comes last" in one.processor.attend.unshardable(2)
+        session.generation.text = (9, 0)
+        assert one.processor.attend.unshardable(2) is None
+        session.generation.profile = object()
+        assert "a profile is for all of them" in one.processor.attend.unshardable(2)
+        session.generation.profile = None
 
 
 @pytest.mark.slow

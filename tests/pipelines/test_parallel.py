@@ -1,0 +1,74 @@
+"""Context parallelism of diffusers, in two processes on the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def two(tmp_path, name, method="anchor", order="before", degree="ulysses_degree"):
+    """What the processes print, and how they fail."""
+    file = tmp_path / "meeting"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.pipelines.parallel_worker"]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), name, method, order, degree, str(file)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ended = [process.communicate(timeout=300) for process in started]
+    lines = [line for out, _ in ended for line in out.splitlines() if line.startswith("RANK")]
+    return lines, "".join(error for _, error in ended)
+
+
+SLOW = pytest.mark.slow
+CASES = [
+    ("flux", "anchor", "after"),
+    *(
+        pytest.param(*case, marks=SLOW)
+        for case in (
+            ("wan", "anchor", "before"),
+            ("wan", "rectify", "after"),
+            ("wan", "svg", "before"),
+            ("wan", "dense", "before"),
+            ("flux", "reshape", "before"),
+            ("qwen-image", "tail", "before"),
+            ("qwen-image", "anchor", "after"),
+            ("ltx", "anchor", "before"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "order"), CASES)
+def test_ulysses_gives_what_one_process_gives(tmp_path, name, method, order):
+    lines, error = two(tmp_path, name, method, order)
+    assert len(lines) == 2, error[-3000:]
+    works = []
+    for line in lines:
+        _, _, worst, work, alone, *told = line.split(maxsplit=6)
+        assert float(worst) < 1e-4, lines
+        assert told == ["True", "{}"], lines
+        works.append(float(work))
+    # Each counts its own heads.
+    assert sum(works) / 2 == pytest.approx(float(alone), rel=1e-6)
+    assert max(works) < 1.05 * min(works)
+
+
+@pytest.mark.slow
+def test_a_ring_is_dense_and_says_so(tmp_path):
+    """On the CPU no backend of diffusers can do it either."""
+    lines, error = two(tmp_path, "wan", "anchor", "before", "ring_degree")
+    assert not lines
+    assert "dense fallback: context parallelism passes keys around" in error
+    assert "Native attention does not support return_lse" in error
