@@ -28,8 +28,8 @@ KEPT: tuple[Storage, ...] = ("bf16", "fp8", "int4")
 Cost = Literal["seconds", "work"]
 # Cosines are measured on a sample of rows: branches are never taken to cancel further than this share of the squares.
 LEAST_LEFT = 0.02
-# Rounds of looking for the best way where what one step costs depends on the others; two where a way is at hand.
-ROUNDS = 6
+# Rounds of looking for the best way where what one step costs depends on the others.
+ROUNDS = 10
 # How much of an error that was added up is there in the end, until a trial says so: about what the demo model's trials
 # say. Errors of many layers and steps cancel in part, and cannot grow for ever.
 LEFT = 0.1
@@ -347,7 +347,7 @@ class Problem:
         is: the best way is looked for with what the way before had, beginning with `biased` [x].
         """
         best, least, now = None, math.inf, biased
-        for turn in range(1 if only_dense else ROUNDS if biased is None else 2):
+        for turn in range(1 if only_dense else ROUNDS):
             path = self._cheapest_at(price, rent, only_dense, np.zeros(len(self.ran)) if now is None else now)
             value = path.added + price * path.cost + float((rent * path.state).sum())
             if value < least:
@@ -594,7 +594,7 @@ def _search(problem: Problem, rent: np.ndarray, enough, last_false: bool = False
     if not enough(most):
         return most
     before = most.biased
-    while high - low > 1e-4:
+    while high - low > 1e-3:
         middle = (low + high) / 2
         path = problem.cheapest(math.exp(middle), rent, biased=before)
         before = path.biased
