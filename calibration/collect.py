@@ -220,7 +220,8 @@ class _Latents:
     """Some numbers of the latents after each step of a run; calls `tick` after each."""
 
     def __init__(self, tick: Callable[[], None]):
-        self.tick, self._seen, self.steps = tick, [], 0
+        self.tick, self.steps = tick, 0
+        self._seen: list[Tensor] = []
 
     def __call__(self, latents: Tensor | None) -> None:
         if latents is not None:

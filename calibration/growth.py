@@ -33,7 +33,7 @@ class Run:
     found: np.ndarray
 
 
-def lasting(levels: Sequence[float], slopes: Sequence[float] = USUAL) -> np.ndarray:
+def lasting(levels: Sequence[float], slopes: Sequence[float] | np.ndarray = USUAL) -> np.ndarray:
     """[steps]: by what factor the length of an error made in a step has grown at the end."""
     after = np.minimum(np.append(np.asarray(levels, float)[1:], 0.0), FIRST)
     way, knots = -np.log1p(-after), [0.0, *(-math.log1p(-level) for level in KNOTS), math.inf]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -229,8 +230,8 @@ def verify(path: Path, profile: Profile, options: FitOptions, unseen: tuple[str,
             made = {}
             for name, config in (("dense", SparseConfig("dense")), ("sparse", SparseConfig(profile=str(path)))):
                 with sparsify(pipe, config) as session:
-                    said = f"prompt {number + 1}, {name}"
-                    made[name] = run(prompt, options.seed + number, lambda _, said=said: tick(said, 1))
+                    done = partial(_told, tick, f"prompt {number + 1}, {name}")
+                    made[name] = run(prompt, options.seed + number, done)
                     report = session.report()
                     seconds[name] += sum(step.seconds for step in report.steps)
             quality.append(min(psnr(made["sparse"], made["dense"]), 200.0))
@@ -302,6 +303,10 @@ def _runner(
         return generate.frames_of(pipe, replace(request, prompt=prompt), files, negative_prompt, seed, step_done)
 
     return run
+
+
+def _told(tick: Callable[[str, int], None], what: str, _latents: Any) -> None:
+    tick(what, 1)
 
 
 def _bar() -> tuple[Any, Callable[[str, int], None]]:
