@@ -1,5 +1,6 @@
 """The command that makes the same videos or images dense and sparse, scores and times them, and shows both."""
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -268,8 +269,10 @@ def _prepare(maker: Any, settings: list[Any], prompt: str, seed: int) -> list[An
                 finally:
                     transformer.reset_attention_backend()
         if cache := extras.cache_of(setting.extras):
-            with extras.switched_on(maker.pipe, list(maker.transformers), (cache,), steps, (1.0,) * steps):
-                pass
+            with ExitStack() as trial:
+                trial.enter_context(
+                    extras.switched_on(maker.pipe, list(maker.transformers), (cache,), steps, (1.0,) * steps)
+                )
     by_magnitude = [s for s in settings if (extras.cache_of(s.extras) or "").startswith("magcache")]
     ratios = maker.mag_ratios(prompt, seed) if by_magnitude else ()
     return [replace(s, ratios=ratios) if s in by_magnitude else s for s in settings]

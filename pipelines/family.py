@@ -24,7 +24,6 @@ class Attend(Protocol):
 
     def sharded(self, shards: int) -> "Attend":
         """The same call for tokens that lie part behind part, each with its share of text and of vision."""
-        ...
 
 
 @dataclass(frozen=True)
