@@ -46,17 +46,17 @@ def settings_of(method: str, density: float, every: int | None, dense_steps: int
 def pareto() -> dict[str, SparseConfig]:
     """Settings of different work: anchors by interval and softness, the rest by density alone."""
     found = {}
-    for every, soft, density in ((4, None, 0.05), (4, 0.5, 0.05), (4, 0.25, 0.05), (8, None, 0.05), (8, 0.5, 0.05)):
-        label = f"anchor every {every}, {'dense' if soft is None else soft}, {density}"
-        found[label] = SparseConfig(
-            density=density, refresh_every=every, anchor_density=soft, dense_steps=3, residual="bf16"
+    anchors = ((3, 4, 0.5, 0.05), (3, 4, 0.25, 0.05), (3, 8, 0.5, 0.05), (4, 6, 0.5, 0.05), (4, 6, 0.5, 0.1))
+    for dense_steps, every, soft, density in anchors:
+        found[f"anchor every {every}, {soft}, {density}, after {dense_steps}"] = SparseConfig(
+            density=density, refresh_every=every, anchor_density=soft, dense_steps=dense_steps, residual="bf16"
         )
     for density in (0.05, 0.2, 0.35):
         for method in ("tail", "rectify", "none"):
-            found[f"{method} {density}"] = SparseConfig(method, density=density, dense_steps=3)
-    for every, density in ((4, 0.1), (8, 0.1), (8, 0.2)):
-        found[f"reshape every {every}, {density}"] = SparseConfig(
-            "reshape", density=density, refresh_every=every, dense_steps=3, residual="bf16"
+            found[f"{method} {density}, after 3"] = SparseConfig(method, density=density, dense_steps=3)
+    for dense_steps, every, density in ((3, 4, 0.1), (3, 8, 0.1), (3, 8, 0.2), (4, 8, 0.1)):
+        found[f"reshape every {every}, {density}, after {dense_steps}"] = SparseConfig(
+            "reshape", density=density, refresh_every=every, dense_steps=dense_steps, residual="bf16"
         )
     return found
 
