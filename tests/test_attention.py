@@ -19,19 +19,12 @@ from dit_sparse.routing import pool, route
 from dit_sparse.state import Generation, Layer
 from tests.close import assert_no_worse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 GRID = TokenGrid(3, 5, 7)  # 105 tokens: 6 blocks of 16 and one of 9
 METHODS = ["none", "tail", "rectify", "reshape", "anchor"]
 PATTERNED = ["svg", "sta", "radial", "ditfastattn"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors as small as these only wait for a second one, for minutes on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(text=0, batch=1, heads=2, dim=16, dtype=torch.float64):

@@ -16,6 +16,8 @@ from dit_sparse.video import read_video
 from tests.tiny import tiny_wan
 from tests.worded import worded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = ("--height", "16", "--width", "32", "--num_frames", "5", "--num_inference_steps", "5")
 PROMPTS = ("a red ball", "the blue square moves left")
 # Whatever else is in a row must be the same when it is made again.
@@ -35,14 +37,6 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compare") / "tiny-wan"
     tiny_wan(vae="1x1").save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from dit_sparse.config import SparseConfig
 from tests.tiny import tiny_wan
 from tests.worded import worded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = ("--height", "32", "--width", "48", "--num_frames", "3", "--num_inference_steps", "5")
 
 
@@ -29,15 +31,6 @@ def model(tmp_path_factory) -> Path:
 def command(model, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     return ["generate", "--model_id", str(model), "--prompt", "a red ball", *SIZE]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tensors this small a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def files(folder: Path) -> list[str]:

@@ -13,16 +13,9 @@ from dit_sparse.pipelines.session import FAMILIES, sparsify
 from dit_sparse.predict import ModelShape
 from tests.tiny import tiny_wan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ModelShape(TokenGrid(4, 16, 16), heads=3, head_dim=32, layers=4, ffn_dim=200, text_tokens=7)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tensors this small a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def published(name: str, height: int, width: int) -> ModelShape:

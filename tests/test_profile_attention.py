@@ -16,19 +16,12 @@ from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.state import GIB, Generation, Layer, StateTooLarge
 from tests import profiles
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 GRID = TokenGrid(5, 8, 8)
 LEVELS = (1.0, 0.8, 0.6, 0.4, 0.2)
 RUNG = profiles.LADDER[0]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small take longer on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def layer(heads=2):

@@ -2,13 +2,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from dit_sparse import generate
 from dit_sparse.cli import main
 from tests.tiny import tiny_wan
 from tests.worded import worded
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = ("--height", "16", "--width", "32", "--num_frames", "5", "--num_inference_steps", "6")
 
@@ -24,14 +25,6 @@ def model(tmp_path_factory) -> Path:
 def command(model, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     return ["visualize", "--model_id", str(model), "--prompt", "a red ball", *SIZE]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_pictures_and_the_numbers_behind_them(command, tmp_path, capsys):

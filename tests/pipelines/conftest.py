@@ -2,7 +2,6 @@
 
 import diffusers
 import pytest
-import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 
@@ -21,10 +20,6 @@ def own_backend(monkeypatch):
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small take longer on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True, scope="module")
+def with_one_thread(one_thread: None) -> None:
+    """All that is tested here is small."""

@@ -1,6 +1,5 @@
 import importlib.util
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 
@@ -37,15 +38,6 @@ def clips(batch: world.SceneBatch, frames: int = 6, height: int = 112, width: in
 
 def right(score: world.GroupScore) -> bool:
     return score.colour and score.shape and score.direction and score.size and score.count
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    # The checker is many small operations: threads would wait for each other longer than they work.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
