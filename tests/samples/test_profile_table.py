@@ -3,6 +3,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from diffusers import WanTransformer3DModel
+
+from dit_sparse.profile import Profile
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 # The scripts import each other by name.
@@ -41,3 +44,16 @@ def test_every_method_is_among_the_uniform_settings_and_the_quick_ones_are_some_
     assert methods == {"anchor", "tail", "reshape", "rectify", "none", "topp", "svg", "sta", "radial", "ditfastattn"}
     assert {config.method for config in quick.values()} == {"anchor", "tail"} and len(quick) < len(every) / 4
     assert any(config.anchor_density for config in every.values())
+
+
+def test_the_profiles_that_come_along_belong_to_the_weights_that_do():
+    found = sorted(SAMPLES.glob("*.profile.safetensors"))
+    assert len(found) == 2
+    demo = WanTransformer3DModel.from_pretrained(SAMPLES / "demo" / "transformer")
+    for path in found:
+        profile = Profile.load(path)
+        profile.check({"transformer": demo})
+        assert abs(profile.header.predicted["work"] - profile.header.targets["work"]) < 0.01
+    demo.blocks[0].attn1.to_q.weight.data *= 1.01
+    with pytest.raises(ValueError, match="other weights"):
+        profile.check({"transformer": demo})
