@@ -1,5 +1,6 @@
 """The command that makes the same videos or images dense and sparse, scores and times them, and shows both."""
 
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -321,7 +322,7 @@ def _make(
     seen: dict[str, Any] = {}
     with bar:
         for setting in settings:
-            videos = []
+            start, videos = time.perf_counter(), []
             for job, result in zip(jobs[setting.name], maker.make(setting, jobs[setting.name]), strict=True):
                 if job.probed:
                     layers += [{"setting": setting.name} | row for row in result.maps]
@@ -349,6 +350,8 @@ def _make(
                 write_video(video_name(options.output_dir, setting.name, number + 1, len(video)), video, options.fps)
             if setting.name != "dense":
                 errors[setting.name] = error_map(videos, [dense[number].frames for number in range(len(told))])
+            # A file shows no bar.
+            bar.console.print(f"{setting.name}: {time.perf_counter() - start:.1f} s with all that belongs to it")
     return rows, layers, _maps(errors, seen, dense[0].frames), [missing] if missing else []
 
 

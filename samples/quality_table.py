@@ -2,11 +2,13 @@
 
     python samples/quality_table.py
     python samples/quality_table.py --num_prompts 4 --density 0.1 --refresh_every 4 --methods anchor,rectify
-    python samples/quality_table.py --pareto
+    python samples/quality_table.py --pareto --seed 40000 --profile anchor40.profile.safetensors
 
 All methods of a row have the same dense steps: the first `--dense_steps`, then one in every `refresh_every`. With
-`--pareto`, settings of different attention work are listed, for comparing methods at equal work. `error` is that of
-attention in the calls computed sparse, relative to exact attention on the same inputs, layer by layer.
+`--pareto`, settings of different attention work are listed, for comparing methods at equal work, and profiles, which
+may be fitted to one method each (`dit-sparse fit --methods anchor --target_work 0.4`): give another seed than that of
+the prompts they came from. `error` is that of attention in the calls computed sparse, relative to exact attention on
+the same inputs, layer by layer.
 """
 
 import argparse
@@ -91,10 +93,11 @@ def measure(
     scenes: tuple[world.Scene, ...],
     settings: check_prompts.Settings,
     workers: int = 1,
+    seed: int = check_prompts.HELD_OUT_SEED,
 ) -> list[dict]:
     """A row for each setting, after one for dense; `workers` processes score clips while the next ones are made."""
     captions = [world.caption(scene) for scene in scenes]
-    seeds = [check_prompts.HELD_OUT_SEED + index for index in range(len(scenes))]
+    seeds = [seed + index for index in range(len(scenes))]
     rows: list[dict] = []
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         scored: list[Future[dict[str, float]]] = []
@@ -129,6 +132,8 @@ def main() -> None:
     parser.add_argument("--refresh_every", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--dense_steps", type=int, default=4)
     parser.add_argument("--pareto", action="store_true", help="list settings by attention work instead")
+    parser.add_argument("--profile", nargs="+", default=[], help="with --pareto: files of dit-sparse fit")
+    parser.add_argument("--seed", type=int, default=check_prompts.HELD_OUT_SEED, help="of the prompts and the noise")
     parser.add_argument("--num_frames", type=int, default=check_prompts.Settings.frames)
     parser.add_argument("--height", type=int, default=check_prompts.Settings.height)
     parser.add_argument("--width", type=int, default=check_prompts.Settings.width)
@@ -136,19 +141,23 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_file", type=Path, help="also write the rows as JSON")
     args = parser.parse_args()
+    if args.profile and not args.pareto:
+        parser.error("--profile is listed with --pareto only.")
     gpu = args.device.startswith("cuda")
     dtype = {"transformer": torch.bfloat16 if gpu else torch.float32, "default": torch.float32}
     pipe = WanPipeline.from_pretrained(args.model_id, torch_dtype=dtype).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     settings = check_prompts.Settings(args.num_frames, args.height, args.width, batch=args.batch or (16 if gpu else 1))
-    configs = pareto() if args.pareto else {
+    fitted = {Path(path).name: SparseConfig(profile=path) for path in args.profile}
+    configs = fitted | pareto() if args.pareto else {
         f"{method}, {density:g}, every {every}": settings_of(method, density, every, args.dense_steps)
         for every in args.refresh_every
         for density in args.density
         for method in args.methods.split(",")
     }  # fmt: skip
     workers = (os.cpu_count() or 1) - 2 if gpu else 1
-    rows = measure(pipe, configs, check_prompts.held_out(args.num_prompts).scenes, settings, max(workers, 1))
+    scenes = check_prompts.held_out(args.num_prompts, args.seed).scenes
+    rows = measure(pipe, configs, scenes, settings, max(workers, 1), args.seed)
     table = Table(
         title=f"{args.num_prompts} prompts, {settings.steps} steps, {args.device}, torch {torch.__version__}"
     )
