@@ -45,6 +45,7 @@ CASES: dict[str, Case] = {
     "wan-14b-720p": Case(40, (21, 45, 80)),
     "wan-14b-480p": Case(40, (21, 30, 52)),
     "wan-1.3b-480p": Case(12, (21, 30, 52)),
+    "wan-14b-720p-17s": Case(40, (70, 45, 80)),
     "hunyuanvideo-720p": Case(24, (33, 45, 80), text=256),
     "cogvideox-480p": Case(48, (13, 30, 45), head_dim=64, text=226),
     "flux-4096": Case(24, (1, 256, 256), text=512),
@@ -69,7 +70,7 @@ class BenchOptions:
 
     case: tuple[str, ...] = ()
     """Shapes by name: wan-14b-720p, wan-14b-480p, wan-1.3b-480p, cogvideox-480p, flux-4096, small, and but for forward
-    hunyuanvideo-720p; if none is given, small on a CPU, wan-14b-720p on a GPU (wan-1.3b-480p of forward)."""
+    wan-14b-720p-17s (252,000 tokens) and hunyuanvideo-720p; if none is given, small on a CPU, wan-14b-720p on a GPU (wan-1.3b-480p of forward)."""
     density: tuple[float, ...] = ()
     """Shares of key blocks computed: 0.05, 0.1, 0.2, 0.5 and 1 if none is given, of a forward 0.1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -78,6 +79,9 @@ class BenchOptions:
     """Type of q, k and v: bfloat16 on a GPU and float32 on a CPU if not given."""
     repeats: int = 7
     """Timed runs of each; the median counts."""
+    compile: Literal["no", "blocks", "whole"] = "no"
+    """Of a forward: through torch.compile, block by block or in one piece, sparse and dense alike. Sparse attention must
+    be one graph then, that no step compiles again."""
     seed: int = 0
     """Of the random inputs and plans."""
     output_file: Path | None = None

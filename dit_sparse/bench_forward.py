@@ -120,14 +120,17 @@ def _forward_of(bench: Bench, name: str, case: ForwardCase) -> None:
     inputs = INPUTS[case.class_name](transformer, case, bench.device, bench.dtype)
     backend = dense_backend(bench.device, bench.dtype, case.transformer["attention_head_dim"])
     repeats = bench.options.repeats
+    compiled = {"no": "", "blocks": ", compiled by blocks", "whole": ", compiled"}[bench.options.compile]
 
     stock = _DIFFUSERS.get(backend, "native")
     transformer.set_attention_backend(stock)
-    dense = _steps(bench, transformer, inputs, lambda _: f"dense, {stock}", 1 + repeats)
+    _compile(bench, transformer)
+    dense = _steps(bench, transformer, inputs, lambda _: f"dense, {stock}{compiled}", 1 + repeats)
     transformer.reset_attention_backend()
     if backend not in _DIFFUSERS:
         with sparsify(transformer, method="dense"):
-            dense |= _steps(bench, transformer, inputs, lambda _: f"dense, {backend}", 1 + repeats)
+            _compile(bench, transformer)
+            dense |= _steps(bench, transformer, inputs, lambda _: f"dense, {backend}{compiled}", 1 + repeats)
     best = min((ms for ms in dense.values() if ms), default=None)
     for what, ms in dense.items():
         _add(bench, name, what, None, ms, best)
@@ -135,15 +138,27 @@ def _forward_of(bench: Bench, name: str, case: ForwardCase) -> None:
         for method, steps in (("tail", 1 + repeats), ("anchor", 1 + REFRESH_EVERY * max(1, repeats))):
             own = {"refresh_every": REFRESH_EVERY} if method == "anchor" else {}
             with sparsify(transformer, method=method, density=density, dense_steps=0, **own) as session:
-                kinds = {"sparse": f"{method}, sparse step", "anchor": f"{method}, anchor step"}
+                kinds = {kind: f"{method}, {kind} step{compiled}" for kind in ("sparse", "anchor")}
                 phase = lambda step, session=session, kinds=kinds: kinds[session.phase(step)]  # noqa: E731
-                for what, ms in _steps(bench, transformer, inputs, phase, steps).items():
-                    _add(bench, name, what, density, ms, best)
+                _compile(bench, transformer, strict=True)
+                with torch._dynamo.config.patch(error_on_recompile=True):
+                    times = _steps(bench, transformer, inputs, phase, steps)
+            for what, ms in times.items():
+                _add(bench, name, what, density, ms, best)
 
 
 def _add(bench: Bench, name: str, what: str, density: float | None, ms: float | None, best: float | None) -> None:
     bench.add(case=name, what=what, density=density, ms=ms, error=None if ms else float("inf"),
               speedup=best / ms if ms and best else None)  # fmt: skip
+
+
+def _compile(bench: Bench, transformer: Any, *, strict: bool = False) -> None:
+    """As the options say, from scratch; strict allows no break of the graph."""
+    torch.compiler.reset()
+    if bench.options.compile == "blocks":
+        transformer.compile_repeated_blocks(fullgraph=strict)
+    elif bench.options.compile == "whole":
+        transformer.compile(fullgraph=strict)
 
 
 def _random(case: ForwardCase, device: torch.device, dtype: torch.dtype) -> Any:

@@ -75,6 +75,14 @@ def test_forwards_of_other_families_run(class_name, options, size, tmp_path, mon
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["blocks", "whole"])
+def test_a_compiled_forward_is_one_graph_for_every_step(compile, tmp_path):
+    code, got = rows("forward", tmp_path, density=(0.5,), compile=compile)
+    assert code == 0 and all(", compiled" in row["what"] and row["ms"] > 0 for row in got)
+    assert {row["what"].split(" step")[0] for row in got[1:]} == {"tail, sparse", "anchor, sparse", "anchor, anchor"}
+
+
 def test_a_forward_with_nan_is_not_timed(tmp_path, monkeypatch, capsys):
     made = bench_forward._random
 

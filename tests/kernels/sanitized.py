@@ -1,0 +1,53 @@
+"""Every kernel once on small ragged shapes, for compute-sanitizer, on a GPU:
+
+compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernels/sanitized.py
+compute-sanitizer --tool racecheck --error-exitcode 1 python tests/kernels/sanitized.py
+"""
+
+import torch
+
+from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.block_select import block_select, plan_mask
+from dit_sparse.kernels.block_stats import block_stats
+from dit_sparse.kernels.permute import permute, permute_pooled
+from tests.kernels.attention_inputs import cast, corrected, inputs, random_plan
+
+PARTS = ((), ("tail", "second", "scale", "residual"), ("tail", "int4"), ("block_scale", "fp8"))
+
+
+def attention(impl: str, dim: int, block: int, text: int) -> None:
+    q, k, v = inputs(batch=2, heads=2, queries=5 * block - 53 + text, dim=dim, strided=True)
+    rows = -(-(q.shape[2] - text) // block)
+    plan = random_plan(2, 2, rows, rows)
+    for parts in PARTS:
+        correction = cast(corrected(q, k, v, plan, block, text, parts), torch.bfloat16)
+        qkv = [x.bfloat16() for x in (q, k, v)]
+        block_attention(*qkv, plan, correction, block=block, text=text, impl=impl)
+        scatter = torch.randperm(q.shape[2] - text, device="cuda").int()
+        block_attention(*qkv, plan, correction, block=block, text=text, impl=impl, scatter=scatter)
+
+
+def the_rest() -> None:
+    x = torch.randn(2, 700, 3, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    order = torch.randperm(667, device="cuda").int()
+    lengths = torch.tensor([64] * 10 + [27], device="cuda")
+    permute((x, x, x), order)
+    permute_pooled((x, x, x), order, lengths, block=64, wants=("all", "mean+var", "mean"))
+    block_stats(x[:, :, :667], lengths, block=64)
+    scores = torch.rand(2, 3, 11, 11, device="cuda")
+    forced = torch.eye(11, dtype=torch.bool, device="cuda")
+    block_select(scores, density=0.3, forced=forced)
+    plan_mask(block_select(scores, density=0.1, top_p=0.6, k_max=7))
+
+
+if __name__ == "__main__":
+    kinds = [("triton", 64), ("triton", 128)]
+    if torch.cuda.get_device_capability()[0] == 9:
+        kinds.append(("gluon", 128))
+    for impl, block in kinds:
+        for dim in (64, 128):
+            for text in (0, 33):
+                attention(impl, dim, block, text)
+    the_rest()
+    torch.cuda.synchronize()
+    print("done")
