@@ -70,7 +70,8 @@ class BenchOptions:
 
     case: tuple[str, ...] = ()
     """Shapes by name: wan-14b-720p, wan-14b-480p, wan-1.3b-480p, cogvideox-480p, flux-4096, small, and but for forward
-    wan-14b-720p-17s (252,000 tokens) and hunyuanvideo-720p; if none is given, small on a CPU, wan-14b-720p on a GPU (wan-1.3b-480p of forward)."""
+    wan-14b-720p-17s (252,000 tokens) and hunyuanvideo-720p; if none is given, small on a CPU, wan-14b-720p on a GPU
+    (wan-1.3b-480p of forward)."""
     density: tuple[float, ...] = ()
     """Shares of key blocks computed: 0.05, 0.1, 0.2, 0.5 and 1 if none is given, of a forward 0.1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -80,8 +81,8 @@ class BenchOptions:
     repeats: int = 7
     """Timed runs of each; the median counts."""
     compile: Literal["no", "blocks", "whole"] = "no"
-    """Of a forward: through torch.compile, block by block or in one piece, sparse and dense alike. Sparse attention must
-    be one graph then, that no step compiles again."""
+    """Of a forward: through torch.compile, block by block or in one piece, sparse and dense alike. Sparse attention
+    must be one graph then, that no step compiles again."""
     seed: int = 0
     """Of the random inputs and plans."""
     output_file: Path | None = None
