@@ -141,6 +141,9 @@ def _forward_of(bench: Bench, name: str, case: ForwardCase) -> None:
                 kinds = {kind: f"{method}, {kind} step{compiled}" for kind in ("sparse", "anchor")}
                 phase = lambda step, session=session, kinds=kinds: kinds[session.phase(step)]  # noqa: E731
                 _compile(bench, transformer, strict=True)
+                if bench.options.compile != "no":
+                    # Blocks that differ by their inputs' strides are compiled one by one, dense ones as well.
+                    _steps(bench, transformer, inputs, phase, 1 + REFRESH_EVERY)
                 with torch._dynamo.config.patch(error_on_recompile=True):
                     times = _steps(bench, transformer, inputs, phase, steps)
             for what, ms in times.items():

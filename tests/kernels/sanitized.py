@@ -1,8 +1,10 @@
-"""Every kernel once on small ragged shapes, for compute-sanitizer, on a GPU:
+"""Every kernel once on small ragged shapes, for compute-sanitizer, on a GPU; all, or those named behind:
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernels/sanitized.py
-compute-sanitizer --tool racecheck --error-exitcode 1 python tests/kernels/sanitized.py
+compute-sanitizer --tool racecheck --error-exitcode 1 --num-cuda-barriers 64 python tests/kernels/sanitized.py gluon
 """
+
+import sys
 
 import torch
 
@@ -41,13 +43,16 @@ def the_rest() -> None:
 
 
 if __name__ == "__main__":
-    kinds = [("triton", 64), ("triton", 128)]
-    if torch.cuda.get_device_capability()[0] == 9:
-        kinds.append(("gluon", 128))
-    for impl, block in kinds:
-        for dim in (64, 128):
-            for text in (0, 33):
-                attention(impl, dim, block, text)
-    the_rest()
+    kinds = {"triton": (64, 128), "gluon": (128,)}
+    if torch.cuda.get_device_capability()[0] != 9:
+        del kinds["gluon"]
+    wanted = sys.argv[1:] or [*kinds, "rest"]
+    for impl in wanted:
+        for block in kinds.get(impl, ()):
+            for dim in (64, 128):
+                for text in (0, 33):
+                    attention(impl, dim, block, text)
+    if "rest" in wanted:
+        the_rest()
     torch.cuda.synchronize()
     print("done")
