@@ -303,6 +303,75 @@ def _tail_step(
 
 
 @gluon.jit
+def _fetch(
+    o_m, o_d, i_bh, is_text, sizes, p_scatter, scattered, correction,
+    D: gl.constexpr, SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
+    PER_ROW: gl.constexpr, COPIED: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """What the store of these rows needs from memory: where they go, factor, residual's scale and codes."""
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals = correction
+    b, h = (i_bh // H).to(gl.int64), (i_bh % H).to(gl.int64)
+    m_r = (o_m < VISION) & (is_text == 0)
+    o_o = o_m.to(gl.int64)
+    factor, unit, codes = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    if SCATTER:
+        o_o = gl.where(o_m < scattered, gl.load(p_scatter + o_m, mask=o_m < scattered, other=0).to(gl.int64), o_o)
+    if SCALE:
+        o_r = o_m if SCALE_PER_ROW else o_m // BLOCK
+        factor = gl.load(p_scale + i_bh.to(gl.int64) * scales + o_r, mask=m_r, other=1.0)
+    if RESIDUAL > 0:
+        o_r = o_m if PER_ROW else o_m // BLOCK
+        if RESIDUAL > 1:
+            unit = gl.load(p_res_scale + i_bh.to(gl.int64) * residuals + o_r, mask=m_r, other=0.0)
+        if not COPIED:
+            p_r = p_res + b * r_sb + h * r_sh + o_r.to(gl.int64)[:, None] * r_st
+            if RESIDUAL == 3:
+                p_r += (o_d % (D // 2))[None, :]
+            else:
+                p_r += o_d[None, :]
+            codes = gl.load(p_r, mask=m_r[:, None], other=0)
+    return o_o, factor, unit, codes
+
+
+@gluon.jit
+def _store(
+    o, o_m, o_d, end, i_bh, H, fetched, p_out, out_strides, codes_parts, q_phase,
+    group: gl.constexpr, D: gl.constexpr, SCALE: gl.constexpr, RESIDUAL: gl.constexpr, COPIED: gl.constexpr,
+    ROWS: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """out = factor * o + residual, to where the rows go."""
+    o_o, factor, unit, codes = fetched
+    o_sb, o_sh, o_st = out_strides
+    b, h = (i_bh // H).to(gl.int64), (i_bh % H).to(gl.int64)
+    if SCALE:
+        o = o * factor[:, None]
+    if COPIED:
+        d_codes, codes_ring, codes_full, codes_empty = codes_parts
+        mbarrier.wait(codes_full.index(group), q_phase)
+        if RESIDUAL == 3:
+            half = codes_ring.index(group).load(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16]))
+            # A byte holds channel d in its low half and channel d + D/2 in its high half.
+            codes = gl.join(half & 15, half >> 4).permute((0, 2, 1)).reshape([ROWS, D])
+            codes = gl.convert_layout(codes, o_layout)
+        else:
+            codes = codes_ring.index(group).load(o_layout)
+        mbarrier.arrive(codes_empty.index(group))
+    if RESIDUAL == 1:
+        o += codes.to(gl.float32)
+    elif RESIDUAL == 2:
+        o += codes.to(gl.float8e4nv, bitcast=True).to(gl.float32) * unit[:, None]
+    elif RESIDUAL == 3:
+        if COPIED:
+            o += (codes.to(gl.float32) - 8.0) * unit[:, None]
+        else:
+            nibble = (codes.to(gl.int32) >> (4 * (o_d // (D // 2)))[None, :]) & 15
+            o += (nibble.to(gl.float32) - 8.0) * unit[:, None]
+    p_o = p_out + b * o_sb + h * o_sh + o_o[:, None] * o_st + o_d[None, :]
+    gl.store(p_o, o.to(p_out.dtype.element_ty), mask=(o_m < end)[:, None])
+
+
+@gluon.jit
 def _consume(
     group: gl.constexpr,
     p_out, p_lse, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts, sizes, scattered,
@@ -321,8 +390,6 @@ def _consume(
     full, empty = bars
     q_full, q_empty = q_bars
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
-    o_sb, o_sh, o_st = out_strides
-    p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals = correction
     scale2 = scale * LOG2E
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
@@ -382,55 +449,19 @@ def _consume(
         o = _add_values(p, o, shrink, ring, full, slot, phase, o_layout)
         o_m = row + gl.arange(0, ROWS, o_rows)
         o_d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
-        b, h = (i_bh // H).to(gl.int64), (i_bh % H).to(gl.int64)
-        m_r = (o_m < VISION) & (is_text == 0)
-        o_o = o_m.to(gl.int64)
-        if SCATTER:
-            o_o = gl.where(o_m < scattered, gl.load(p_scatter + o_m, mask=o_m < scattered, other=0).to(gl.int64), o_o)
-        if SCALE:
-            o_r = o_m if SCALE_PER_ROW else o_m // BLOCK
-            factor = gl.load(p_scale + i_bh.to(gl.int64) * scales + o_r, mask=m_r, other=1.0)
-        if RESIDUAL > 0:
-            o_r = o_m if PER_ROW else o_m // BLOCK
-            if RESIDUAL > 1:
-                unit = gl.load(p_res_scale + i_bh.to(gl.int64) * residuals + o_r, mask=m_r, other=0.0)
-            if not COPIED:
-                p_r = p_res + b * r_sb + h * r_sh + o_r.to(gl.int64)[:, None] * r_st
-                if RESIDUAL == 3:
-                    p_r += (o_d % (D // 2))[None, :]
-                else:
-                    p_r += o_d[None, :]
-                codes = gl.load(p_r, mask=m_r[:, None], other=0)
+        fetched = _fetch(
+            o_m, o_d, i_bh, is_text, sizes, p_scatter, scattered, correction,
+            D, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, BLOCK,
+        )  # fmt: skip
         o = warpgroup_mma_wait(0, deps=[o])
         mbarrier.arrive(empty.index(slot))
         slot, phase = _next(slot, phase, SLOTS)
 
         o = o * gl.convert_layout(1.0 / l, o_rows)[:, None]
-        if SCALE:
-            o = o * factor[:, None]
-        if COPIED:
-            d_codes, codes_ring, codes_full, codes_empty = codes_parts
-            mbarrier.wait(codes_full.index(group), q_phase)
-            if RESIDUAL == 3:
-                half = codes_ring.index(group).load(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16]))
-                # A byte holds channel d in its low half and channel d + D/2 in its high half.
-                codes = gl.join(half & 15, half >> 4).permute((0, 2, 1)).reshape([ROWS, D])
-                codes = gl.convert_layout(codes, o_layout)
-            else:
-                codes = codes_ring.index(group).load(o_layout)
-            mbarrier.arrive(codes_empty.index(group))
-        if RESIDUAL == 1:
-            o += codes.to(gl.float32)
-        elif RESIDUAL == 2:
-            o += codes.to(gl.float8e4nv, bitcast=True).to(gl.float32) * unit[:, None]
-        elif RESIDUAL == 3:
-            if COPIED:
-                o += (codes.to(gl.float32) - 8.0) * unit[:, None]
-            else:
-                nibble = (codes.to(gl.int32) >> (4 * (o_d // (D // 2)))[None, :]) & 15
-                o += (nibble.to(gl.float32) - 8.0) * unit[:, None]
-        p_o = p_out + b * o_sb + h * o_sh + o_o[:, None] * o_st + o_d[None, :]
-        gl.store(p_o, o.to(ring.dtype), mask=(o_m < end)[:, None])
+        _store(
+            o, o_m, o_d, end, i_bh, H, fetched, p_out, out_strides, codes_parts, q_phase,
+            group, D, SCALE, RESIDUAL, COPIED, ROWS, o_layout,
+        )  # fmt: skip
 
         q_phase ^= 1
         i_bh, row, n, steps, short = _hear(facts, q_full, group, q_phase)

@@ -1,0 +1,542 @@
+"""block_attention for Hopper in 8 bits: int8 products of queries and keys, e4m3 products with the values.
+
+The data path is block_attention_hopper.py's: one warp copies, two groups of four attend to 64 rows each. A block's
+values are multiplied into registers of their own and added in float32, because Hopper's 8-bit products keep 14 bits of
+a sum. That leaves no registers to run exponentials beside a group's own products; they run beside the other group's.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dit_sparse.kernels.block_attention_hopper import (
+    BLOCK,
+    ROWS,
+    _copyable,
+    _descriptor,
+    _fetch,
+    _hear,
+    _line,
+    _load_tile,
+    _next,
+    _padded,
+    _store,
+    _tell,
+    _tile,
+)
+from dit_sparse.kernels.block_select import plan_mask
+from dit_sparse.kernels.quantise import key_order, quantise, quantise_keys, quantise_values
+from dit_sparse.plan import BlockPlan, Correction, Tail
+
+# Blocks of keys and of values in their rings.
+SLOTS = 4
+
+# An int32 sum of products on top of these bits is, read as float32, that sum plus MAGIC: no conversion is needed.
+MAGIC_BITS = gl.constexpr(0x4B400000)
+MAGIC = gl.constexpr(12582912.0)
+# Probabilities are kept 2^UP times as large, so that e4m3 tells small ones from zero.
+UP = gl.constexpr(8.0)
+
+
+@gluon.jit
+def _copy(desc, at, ring, bars, slot, phase, more: gl.constexpr):
+    """Copy a tile into the slot once it is empty; `more` bytes are to follow."""
+    full, empty = bars
+    mbarrier.wait(empty.index(slot), phase ^ 1)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes + more)
+    _load_tile(desc, at, full.index(slot), ring.index(slot))
+
+
+@gluon.jit
+def _produce(
+    descs, tail_descs, pointers, rings, k_bars, v_bars, q_bars, facts, codes_parts, sizes, tiles, padded, weight_step,
+    key_blocks,
+    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, COPIED: gl.constexpr,
+    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Keys of a step, then values of the step before: the order in which they are used."""
+    d_q, d_k, d_unit, d_v = descs
+    q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring = rings
+    q_full, q_empty = q_bars
+    k_full = k_bars[0]
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    k_slot, k_phase = gl.to_tensor(0), gl.to_tensor(0)
+    v_slot, v_phase = gl.to_tensor(0), gl.to_tensor(0)
+    q_phase = gl.to_tensor(0)
+    t = gl.program_id(0)
+    while t < tiles:
+        i_bh, i_list, row, is_text, p_list, n, steps = _tile(t, pointers, sizes, TEXT, BLOCK)
+        b, h = i_bh // H, i_bh % H
+        before = gl.load(p_list)
+        # Lists ascend, so only the last listed block can be the short one.
+        short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
+        for group in gl.static_range(2):
+            mbarrier.wait(q_empty.index(group), q_phase ^ 1)
+        _tell(facts, i_bh, row, n, steps, short)
+        for group in gl.static_range(2):
+            mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
+            _load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
+        q_phase ^= 1
+        _copy(d_k, [b, h, before * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 16)
+        _load_tile(d_unit, [(i_bh * key_blocks + before) * 4], k_full.index(k_slot), unit_ring.index(k_slot))
+        k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+        t = gl.num_programs(0) + gl.atomic_add(pointers[4], 1)
+        for i in range(1, steps):
+            now = gl.load(p_list + i, mask=i < n, other=0)
+            if TEXT:
+                # Text keys lie behind the last block of vision, which is filled up.
+                now = gl.where(i < n, now, NK + i - n)
+            _copy(d_k, [b, h, now * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 16)
+            _load_tile(d_unit, [(i_bh * key_blocks + now) * 4], k_full.index(k_slot), unit_ring.index(k_slot))
+            k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+            _copy(d_v, [b, h, 0, before * BLOCK], v_ring, v_bars, v_slot, v_phase, 0)
+            v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+            before = now
+        _copy(d_v, [b, h, 0, before * BLOCK], v_ring, v_bars, v_slot, v_phase, 0)
+        v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+        if TAIL:
+            d_tail_k, d_tail_unit, d_tail_v, d_tail_var, d_routed, d_weights = tail_descs
+            for i in range(0, gl.where(is_text, 0, padded // BLOCK)):
+                if SECOND:
+                    _copy(d_tail_var, [b, h, i * BLOCK, 0], v_ring, v_bars, v_slot, v_phase, 0)
+                    v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+                _copy(d_tail_k, [b, h, i * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 16 + BLOCK * 5)
+                at = (i_bh * (padded // BLOCK) + i) * 4
+                _load_tile(d_tail_unit, [at], k_full.index(k_slot), unit_ring.index(k_slot))
+                routed_at = (i_list * padded).to(gl.int32) + i * BLOCK
+                _load_tile(d_routed, [routed_at], k_full.index(k_slot), routed_ring.index(k_slot))
+                weights_at = b * weight_step + i * BLOCK
+                _load_tile(d_weights, [weights_at], k_full.index(k_slot), weight_ring.index(k_slot))
+                k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+                _copy(d_tail_v, [b, h, 0, i * BLOCK], v_ring, v_bars, v_slot, v_phase, 0)
+                v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+        if COPIED:
+            # Rows of text lie behind the last one, where the copy engine reads zeros.
+            d_codes, codes, codes_full, codes_empty = codes_parts
+            for group in gl.static_range(2):
+                mbarrier.wait(codes_empty.index(group), q_phase)
+                mbarrier.expect(codes_full.index(group), d_codes.block_type.nbytes)
+                at = [b, h, row + group * ROWS, 0]
+                _load_tile(d_codes, at, codes_full.index(group), codes.index(group))
+    for group in gl.static_range(2):
+        mbarrier.wait(q_empty.index(group), q_phase ^ 1)
+    _tell(facts, 0, 0, 0, 0, 0)
+    for group in gl.static_range(2):
+        mbarrier.arrive(q_full.index(group), count=1)
+
+
+@gluon.jit
+def _products(q, ring, slot, ROWS: gl.constexpr, BLOCK: gl.constexpr, s_layout: gl.constexpr):
+    """Start codes of queries times codes of keys, which as float32 read MAGIC too much."""
+    s = gl.full([ROWS, BLOCK], MAGIC_BITS, gl.int32, s_layout)
+    return warpgroup_mma(q, ring.index(slot).permute((1, 0)), s, is_async=True)
+
+
+@gluon.jit
+def _values(p, ring, slot, ROWS: gl.constexpr, D: gl.constexpr, o_layout: gl.constexpr):
+    """Start the output of one block's values alone."""
+    o = gl.zeros([ROWS, D], gl.float32, o_layout)
+    return warpgroup_mma(p, ring.index(slot).permute((1, 0)), o, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _unit(unit_ring, slot):
+    """What the products of this block's codes and one more code stand for."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    return gl.max(unit_ring.index(slot).load(layout), 0)
+
+
+@gluon.jit
+def _probabilities(e, ROWS: gl.constexpr, BLOCK: gl.constexpr, o_layout: gl.constexpr):
+    """Exponentials by row of the keys' tile -> e4m3 by key, where each thread holds them already."""
+    e = e.reshape([ROWS, BLOCK // 32, 2, 2, 4, 2]).permute((0, 1, 2, 4, 3, 5)).reshape([ROWS, BLOCK])
+    return gl.convert_layout(e, gl.DotOperandLayout(0, o_layout, 4)).to(gl.float8e4nv)
+
+
+@gluon.jit
+def _masked(s, left, BLOCK: gl.constexpr, s_layout: gl.constexpr):
+    """The first `left` keys of the block count."""
+    row = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
+    key = (row & ~14) | ((row & 8) >> 2) | ((row & 6) << 1)
+    return gl.where((key < left)[None, :], s, float("-inf"))
+
+
+@gluon.jit
+def _exponentials(s, unit, m, l):
+    """Products s, MAGIC too large, in units (base 2) a row -> as block_attention_hopper's, but 2^UP times as large."""
+    top = gl.maximum(m, (gl.max(s, 1) - MAGIC) * unit)
+    e = gl.exp2(s * unit[:, None] - (MAGIC * unit + top - UP)[:, None])
+    shrink = gl.exp2(m - top)
+    return e, top, shrink, l * shrink + gl.sum(e, 1)
+
+
+@gluon.jit
+def _step(
+    s, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
+    MASKED: gl.constexpr, LAST: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr,
+    ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """One block with products s in `unit` a row; also the next block's products, unless this is the last."""
+    q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring = rings
+    k_full, k_empty = k_bars
+    v_full, v_empty = v_bars
+    t = s.to(gl.float32, bitcast=True)
+    if MASKED:
+        t = _masked(t, left, BLOCK, s_layout)
+    e, m, shrink, l = _exponentials(t, unit, m, l)
+    p = _probabilities(e, ROWS, BLOCK, o_layout)
+    mbarrier.wait(v_full.index(v_slot), v_phase)
+    part = _values(p, v_ring, v_slot, ROWS, D, o_layout)
+    if LAST:
+        part = warpgroup_mma_wait(0, deps=[part])
+    else:
+        mbarrier.wait(k_full.index(k_slot), k_phase)
+        s = _products(q, k_ring, k_slot, ROWS, BLOCK, s_layout)
+        unit = q_unit * _unit(unit_ring, k_slot)
+        part = warpgroup_mma_wait(1, deps=[part])
+    mbarrier.arrive(v_empty.index(v_slot))
+    v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None] + part
+    if not LAST:
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_empty.index(k_slot))
+        k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+    return s, unit, o, m, l, k_slot, k_phase, v_slot, v_phase
+
+
+@gluon.jit
+def _tail_step(
+    q, q2, q_unit, q2_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, limit,
+    SECOND: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """A block of pooled keys, with weight, second-order term and mask."""
+    LOG2E: gl.constexpr = 1.4426950408889634
+    q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring = rings
+    k_full, k_empty = k_bars
+    v_full, v_empty = v_bars
+    column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    if SECOND:
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        second = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
+        second = warpgroup_mma(q2, v_ring.index(v_slot).permute((1, 0)), second, use_acc=False, is_async=True)
+        second = warpgroup_mma_wait(0, deps=[second])
+        mbarrier.arrive(v_empty.index(v_slot))
+        v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+        second = gl.minimum(second * q2_unit[:, None], limit) * LOG2E
+    mbarrier.wait(k_full.index(k_slot), k_phase)
+    s = _products(q, k_ring, k_slot, ROWS, BLOCK, s_layout)
+    unit = q_unit * _unit(unit_ring, k_slot)
+    weight = weight_ring.index(k_slot).load(column_layout)
+    weight = gl.where(routed_ring.index(k_slot).load(column_layout) != 0, float("-inf"), weight) * LOG2E
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_empty.index(k_slot))
+    k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+    s = (s.to(gl.float32, bitcast=True) - MAGIC) * unit[:, None] + weight[None, :]
+    if SECOND:
+        s += second
+    top = gl.maximum(m, gl.max(s, 1))
+    e = gl.exp2(s - (top - UP)[:, None])
+    shrink = gl.exp2(m - top)
+    l = l * shrink + gl.sum(e, 1)
+    p = _probabilities(e, ROWS, BLOCK, o_layout)
+    mbarrier.wait(v_full.index(v_slot), v_phase)
+    part = warpgroup_mma_wait(0, deps=[_values(p, v_ring, v_slot, ROWS, D, o_layout)])
+    mbarrier.arrive(v_empty.index(v_slot))
+    v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None] + part
+    return o, top, l, k_slot, k_phase, v_slot, v_phase
+
+
+@gluon.jit
+def _consume(
+    group: gl.constexpr,
+    p_out, p_lse, p_scatter, p_units, out_strides, correction, rings, k_bars, v_bars, q_bars, facts, codes_parts,
+    sizes, scattered, padded, scale, limit,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
+    SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
+    COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Half of a tile's rows, from the first listed block to the store."""
+    LOG2E: gl.constexpr = 1.4426950408889634
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring = rings
+    k_full, k_empty = k_bars
+    v_full, v_empty = v_bars
+    q_full, q_empty = q_bars
+    p_q_unit, p_q_shift, p_v_unit, p_var_unit = p_units
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    k_slot, k_phase = gl.to_tensor(0), gl.to_tensor(0)
+    v_slot, v_phase = gl.to_tensor(0), gl.to_tensor(0)
+    q_phase = gl.to_tensor(0)
+    q = q_ring.index(group)
+    i_bh, row, n, steps, short = _hear(facts, q_full, group, q_phase)
+    while steps > 0:
+        is_text = row >= VISION
+        row += group * ROWS
+        whole = n - (short < BLOCK).to(gl.int32)
+        o_l = row + gl.arange(0, ROWS, s_rows)
+        at = i_bh.to(gl.int64) * LQ + o_l
+        code = gl.load(p_q_unit + at, mask=o_l < LQ, other=0.0)
+        q_unit = code * (scale * LOG2E)
+
+        m = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
+        l = gl.zeros([ROWS], gl.float32, s_rows)
+        o = gl.zeros([ROWS, D], gl.float32, o_layout)
+        mbarrier.wait(k_full.index(k_slot), k_phase)
+        s = warpgroup_mma_wait(0, deps=[_products(q, k_ring, k_slot, ROWS, BLOCK, s_layout)])
+        unit = q_unit * _unit(unit_ring, k_slot)
+        mbarrier.arrive(k_empty.index(k_slot))
+        k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+        ahead = gl.minimum(whole, steps - 1)
+        for _ in range(0, ahead):
+            s, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
+                s, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, BLOCK,
+                False, False, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+            )  # fmt: skip
+        if TEXT:
+            for i in range(ahead, steps - 1):
+                left = gl.where(i < n, short, LK - COLUMNS - (i - n) * BLOCK)
+                s, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
+                    s, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
+                    True, False, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+                )  # fmt: skip
+        left = short
+        if TEXT:
+            left = gl.where(steps > n, LK - COLUMNS - (steps - 1 - n) * BLOCK, left)
+        s, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
+            s, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
+            True, True, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+        )  # fmt: skip
+
+        # The log-sum-exp of the exact part, before the tail joins the sum.
+        end = VISION
+        if TEXT:
+            end = gl.where(is_text, LQ, end)
+        shift = gl.load(p_q_shift + at, mask=o_l < LQ, other=0.0)
+        gl.store(p_lse + at, (m + gl.log2(l) - UP) / LOG2E + shift, mask=o_l < end)
+
+        if TAIL:
+            q2 = gl.zeros([ROWS, D], gl.float8e4nv, gl.DotOperandLayout(0, s_layout, 4))
+            q2_unit = code
+            if SECOND:
+                codes = q.load(gl.DotOperandLayout(0, s_layout, 4)).to(gl.float32)
+                q2 = (codes * codes * (448.0 / 127.0 / 127.0)).to(gl.float8e4nv)
+                var_unit = gl.load(p_var_unit + i_bh)
+                q2_unit = code * code * (scale * scale * (0.5 * 127.0 * 127.0 / 448.0)) * var_unit
+            for _ in range(0, gl.where(is_text, 0, padded // BLOCK)):
+                o, m, l, k_slot, k_phase, v_slot, v_phase = _tail_step(
+                    q, q2, q_unit, q2_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, limit,
+                    SECOND, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+                )  # fmt: skip
+        mbarrier.arrive(q_empty.index(group))
+
+        o_m = row + gl.arange(0, ROWS, o_rows)
+        o_d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+        v_unit = gl.load(p_v_unit + i_bh * D + o_d)
+        fetched = _fetch(
+            o_m, o_d, i_bh, is_text, sizes, p_scatter, scattered, correction,
+            D, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, BLOCK,
+        )  # fmt: skip
+        o = o * gl.convert_layout(1.0 / l, o_rows)[:, None] * v_unit[None, :]
+        _store(
+            o, o_m, o_d, end, i_bh, H, fetched, p_out, out_strides, codes_parts, q_phase,
+            group, D, SCALE, RESIDUAL, COPIED, ROWS, o_layout,
+        )  # fmt: skip
+
+        q_phase ^= 1
+        i_bh, row, n, steps, short = _hear(facts, q_full, group, q_phase)
+
+
+# Sizes that change from plan to plan: nothing is gained from compiling again for each.
+_SIZES = (
+    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "texts", "tiles", "scattered", "padded", "weight_step",
+    "key_blocks", "scales", "residuals",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_SIZES)
+def block_attention_hopper8_kernel(
+    d_q, d_k, d_unit, d_v, d_tail_k, d_tail_unit, d_tail_v, d_tail_var, d_routed, d_weights, d_codes,
+    p_out, p_lse, p_q_unit, p_q_shift, p_v_unit, p_var_unit, p_counts, p_indices, p_every, p_order, p_next, p_scatter,
+    p_scale, p_res, p_res_scale, o_sb, o_sh, o_st, r_sb, r_sh, r_st,
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, weight_step, key_blocks, scales, residuals,
+    scale, limit,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
+    SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
+    COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Persistent: every program takes the next tile of BLOCK query rows when it is done with one."""
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], gl.int8)
+    q_ring = gl.allocate_shared_memory(gl.int8, [2, ROWS, D], tile_layout)
+    k_ring = gl.allocate_shared_memory(gl.int8, [SLOTS, BLOCK, D], tile_layout)
+    v_ring = gl.allocate_shared_memory(gl.float8e4nv, [SLOTS, D, BLOCK], tile_layout)
+    unit_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, 4], d_unit.layout)
+    rings = (q_ring, k_ring, unit_ring, v_ring, k_ring, k_ring)
+    if TAIL:
+        routed_ring = gl.allocate_shared_memory(gl.uint8, [SLOTS, BLOCK], d_routed.layout)
+        weight_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, BLOCK], d_weights.layout)
+        rings = (q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring)
+    k_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    k_bars, v_bars, q_bars = (k_full, k_empty), (v_full, v_empty), (q_full, q_empty)
+    facts = gl.allocate_shared_memory(gl.int32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    codes_parts = (facts, facts, k_full, k_empty)
+    if COPIED:
+        WIDTH: gl.constexpr = D // 2 if RESIDUAL == 3 else D
+        codes_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], gl.uint8)
+        codes = gl.allocate_shared_memory(gl.uint8, [2, ROWS, WIDTH], codes_layout)
+        codes_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        codes_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(codes_full.index(i), count=1)
+            mbarrier.init(codes_empty.index(i), count=1)
+        codes_parts = (d_codes, codes, codes_full, codes_empty)
+    pointers = (p_counts, p_indices, p_every, p_order, p_next)
+    p_units = (p_q_unit, p_q_shift, p_v_unit, p_var_unit)
+    sizes = (H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts)
+    out_strides = (o_sb, o_sh, o_st)
+    correction = (p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals)
+    descs = (d_q, d_k, d_unit, d_v)
+    tail_descs = (d_tail_k, d_tail_unit, d_tail_v, d_tail_var, d_routed, d_weights)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, p_out, p_lse, p_scatter, p_units, out_strides, correction, rings, k_bars, v_bars, q_bars, facts,
+                codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
+                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
+            )),
+            (_consume, (
+                1, p_out, p_lse, p_scatter, p_units, out_strides, correction, rings, k_bars, v_bars, q_bars, facts,
+                codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
+                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
+            )),
+            (_produce, (
+                descs, tail_descs, pointers, rings, k_bars, v_bars, q_bars, facts, codes_parts, sizes, tiles, padded,
+                weight_step, key_blocks, TEXT, TAIL, SECOND, COPIED, SLOTS, BLOCK, ROWS,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def _tile_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A contiguous tensor of bytes [B, H, N, M] -> tiles of `rows` by `columns`."""
+    kind = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}[x.dtype]
+    shape = [1, 1, rows, columns]
+    return TensorDescriptor(
+        x, list(x.shape), list(x.stride()), shape, gl.NVMMASharedLayout.get_default_for(shape, kind)
+    )
+
+
+def _units(x: Tensor) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(x, [x.numel()], [1], [4], layout)
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """[..., n * BLOCK] by key -> by row of the keys' tiles."""
+    return x.unflatten(-1, (-1, BLOCK))[..., key_order(x.device)].flatten(-2)
+
+
+def _pooled(
+    tail: Tail, plan: BlockPlan, mean: Tensor, v_unit: Tensor
+) -> tuple[list[TensorDescriptor | None], Tensor | None]:
+    """The pooled keys in 8 bits like the keys, and what a code of the variances stands for, [B, H]."""
+    padded = _padded(plan.key_blocks)
+    # Pooled keys that do not exist weigh nothing.
+    weights = tail.log_weights.new_full((*tail.log_weights.shape[:-1], padded), float("-inf"), dtype=torch.float32)
+    weights[..., : plan.key_blocks] = tail.log_weights
+    routed = plan_mask(BlockPlan(plan.counts, plan.indices, padded), impl="triton")
+    keys, unit = quantise_keys(tail.keys, mean, 0)
+    values = quantise_values(tail.values, v_unit, 0)
+    variances = var_unit = None
+    if tail.variances is not None:
+        var_unit = tail.variances.float().amax((-1, -2)).clamp(min=1e-20) / 448
+        filled = tail.variances.new_zeros((*tail.variances.shape[:2], padded, tail.variances.shape[-1]))
+        filled[:, :, : plan.key_blocks] = tail.variances
+        codes = (filled.float() / var_unit[..., None, None]).to(torch.float8_e4m3fn)
+        rows = (
+            torch.arange(padded // BLOCK, device=codes.device)[:, None] * BLOCK + key_order(codes.device)
+        ).flatten()
+        variances = codes.view(torch.uint8)[:, :, rows].view(torch.float8_e4m3fn)
+    return [
+        _tile_descriptor(keys, BLOCK, keys.shape[-1]),
+        _units(unit),
+        _tile_descriptor(values, values.shape[2], BLOCK),
+        None if variances is None else _tile_descriptor(variances, BLOCK, variances.shape[-1]),
+        _line(_by_row(routed).contiguous()),
+        _line(_by_row(weights).contiguous()),
+    ], var_unit
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    correction: Correction,
+    scale: float,
+    text: int,
+    every: Tensor,
+    scatter: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As block_attention_hopper.attend, for 128 channels."""
+    batch, heads, queries, dim = q.shape
+    keys, rows = k.shape[2], queries - text
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    codes = quantise(q, k, v, text, scale)
+    tail, residual, row_scale = correction.tail, correction.residual, correction.scale
+    pooled, var_unit = _pooled(tail, plan, codes.k_mean, codes.v_unit) if tail else ([None] * 6, None)
+    counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
+    # Longest first within a head, so that programs end together, while the head's keys and values stay in the cache.
+    order = counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True).indices.int()
+    padded = _padded(plan.key_blocks)
+    texts = batch * heads * triton.cdiv(text, BLOCK)
+    tiles = texts + counts.numel()
+    programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    per_row = residual is not None and residual.codes.shape[2] == rows
+    copied = residual is not None and residual.kind != "full" and per_row and _copyable(residual.codes)
+    block_attention_hopper8_kernel[(programs,)](
+        _tile_descriptor(codes.q, ROWS, dim), _tile_descriptor(codes.k, BLOCK, dim), _units(codes.k_unit),
+        _tile_descriptor(codes.v, dim, BLOCK), *pooled,
+        _descriptor(residual.codes, ROWS) if residual and copied else None,
+        out, lse, codes.q_unit, codes.q_shift, codes.v_unit, var_unit,
+        counts, indices, every if text else None, order, counts.new_zeros(1), scatter,
+        row_scale.float().contiguous() if row_scale is not None else None,
+        residual.codes if residual and not copied else None,
+        residual.scales.contiguous() if residual and residual.scales is not None else None,
+        *out.stride()[:3], *(residual.codes.stride()[:3] if residual else (0, 0, 0)),
+        heads, queries, keys, rows, keys - text, counts.shape[-1], plan.key_blocks, indices.shape[-1],
+        texts, tiles, 0 if scatter is None else scatter.numel(),
+        padded, padded if tail and tail.log_weights.dim() == 2 else 0, codes.k_unit.shape[2],
+        row_scale.shape[2] if row_scale is not None else 0, residual.codes.shape[2] if residual else 0,
+        scale, tail.limit if tail else 0.0,
+        D=dim, TEXT=text > 0, TAIL=tail is not None, SECOND=tail is not None and tail.variances is not None,
+        SCATTER=scatter is not None,
+        SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
+        RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
+        PER_ROW=per_row, COPIED=copied, SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,140 @@
+"""q, k and v in 8 bits as the Hopper kernel reads them: int8 queries and keys, e4m3 values with keys contiguous."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Keys of one block, as the kernel takes them.
+BLOCK = 128
+
+
+class Quantised(NamedTuple):
+    """What stands for q, k and v; padded is the vision keys and then the text keys, each filled up to whole blocks."""
+
+    q: Tensor  # [B, H, Lq, D] int8
+    q_unit: Tensor  # [B, H, Lq] float32: what a code stands for
+    q_shift: Tensor  # [B, H, Lq] float32: scale * q . mean of the keys, which the log-sum-exp lacks
+    k: Tensor  # [B, H, padded, D] int8, mean subtracted, each block's rows in the order of key_order
+    k_unit: Tensor  # [B, H, padded / BLOCK, 4] float32, one number a block, four times: the copy engine takes 16 bytes
+    k_mean: Tensor  # [B, H, D] float32
+    v: Tensor  # [B, H, D, padded] e4m3
+    v_unit: Tensor  # [B, H, D] float32
+
+
+def key_order(device: torch.device | str = "cpu") -> Tensor:
+    """[BLOCK] int64: the key that stands in each row of a block.
+
+    A thread holds of every 32 logits four pairs, of every 32 probabilities two fours: in this order they are the same.
+    """
+    row = torch.arange(BLOCK, device=device)
+    return row & ~14 | (row & 8) >> 2 | (row & 6) << 1
+
+
+@triton.jit
+def _key_of(row):
+    return (row & ~14) | ((row & 8) >> 2) | ((row & 6) << 1)
+
+
+@triton.jit
+def _rounded(x):
+    # Half goes up, which is as good as to even here.
+    return tl.floor(x + 0.5).to(tl.int8)
+
+
+@triton.jit
+def _queries_kernel(
+    p_q, p_mean, p_codes, p_unit, p_shift, s_b, s_h, s_t, H, L, scale, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    i_bh = tl.program_id(1).to(tl.int64)
+    o_t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    o_d = tl.arange(0, D)
+    m_t = o_t < L
+    p = p_q + i_bh // H * s_b + i_bh % H * s_h + o_t[:, None] * s_t + o_d[None, :]
+    x = tl.load(p, mask=m_t[:, None], other=0.0).to(tl.float32)
+    mean = tl.load(p_mean + i_bh * D + o_d)
+    unit = tl.maximum(tl.max(tl.abs(x), 1), 1e-20) / 127
+    tl.store(p_codes + (i_bh * L + o_t[:, None]) * D + o_d[None, :], _rounded(x / unit[:, None]), mask=m_t[:, None])
+    tl.store(p_unit + i_bh * L + o_t, unit, mask=m_t)
+    tl.store(p_shift + i_bh * L + o_t, tl.sum(x * mean[None, :], 1) * scale, mask=m_t)
+
+
+@triton.jit
+def _keys_kernel(
+    p_k, p_mean, p_codes, p_unit, s_b, s_h, s_t, H, VISION, L, blocks, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    i_bh = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0)
+    o_t, m_t = _tokens(i, _key_of(tl.arange(0, BLOCK)), VISION, L, BLOCK)
+    o_d = tl.arange(0, D)
+    p = p_k + i_bh // H * s_b + i_bh % H * s_h + o_t[:, None] * s_t + o_d[None, :]
+    x = tl.load(p, mask=m_t[:, None], other=0.0).to(tl.float32)
+    x = tl.where(m_t[:, None], x - tl.load(p_mean + i_bh * D + o_d)[None, :], 0.0)
+    unit = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-20) / 127
+    o_out = (i_bh * blocks + i) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_codes + o_out[:, None] * D + o_d[None, :], _rounded(x / unit))
+    tl.store(p_unit + (i_bh * blocks + i) * 4 + tl.arange(0, 4), unit + tl.zeros([4], tl.float32))
+
+
+@triton.jit
+def _values_kernel(p_v, p_unit, p_codes, s_b, s_h, s_t, H, VISION, L, blocks, D: tl.constexpr, BLOCK: tl.constexpr):
+    i_bh = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0)
+    o_t, m_t = _tokens(i, tl.arange(0, BLOCK), VISION, L, BLOCK)
+    o_d = tl.arange(0, D)
+    p = p_v + i_bh // H * s_b + i_bh % H * s_h + o_t[:, None] * s_t + o_d[None, :]
+    x = tl.load(p, mask=m_t[:, None], other=0.0).to(tl.float32) / tl.load(p_unit + i_bh * D + o_d)[None, :]
+    x = tl.trans(x.to(tl.float8e4nv))
+    o_out = i * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_codes + (i_bh * D + o_d[:, None]) * (blocks * BLOCK) + o_out[None, :], x)
+
+
+@triton.jit
+def _tokens(i, place, VISION, L, BLOCK: tl.constexpr):
+    """Tokens at these places of block i, and whether they exist: blocks of text begin behind the vision tokens."""
+    vision_blocks = tl.cdiv(VISION, BLOCK)
+    is_text = i >= vision_blocks
+    start = tl.where(is_text, VISION + (i - vision_blocks) * BLOCK, i * BLOCK)
+    o_t = start + place
+    return o_t.to(tl.int64), o_t < tl.where(is_text, L, VISION)
+
+
+def quantise_keys(k: Tensor, mean: Tensor, text: int) -> tuple[Tensor, Tensor]:
+    """Keys [B, H, L, D], the last `text` of them text -> codes [B, H, padded, D] int8 and units [B, H, blocks, 4]."""
+    batch, heads, length, dim = k.shape
+    blocks = triton.cdiv(length - text, BLOCK) + triton.cdiv(text, BLOCK)
+    codes = k.new_empty((batch, heads, blocks * BLOCK, dim), dtype=torch.int8)
+    unit = k.new_empty((batch, heads, blocks, 4), dtype=torch.float32)
+    _keys_kernel[(blocks, batch * heads)](
+        k, mean, codes, unit, *k.stride()[:3], heads, length - text, length, blocks, D=dim, BLOCK=BLOCK
+    )
+    return codes, unit
+
+
+def quantise_values(v: Tensor, unit: Tensor, text: int) -> Tensor:
+    """Values [B, H, L, D] and what a code of each channel stands for, [B, H, D] -> [B, H, D, padded] e4m3."""
+    batch, heads, length, dim = v.shape
+    blocks = triton.cdiv(length - text, BLOCK) + triton.cdiv(text, BLOCK)
+    codes = v.new_empty((batch, heads, dim, blocks * BLOCK), dtype=torch.float8_e4m3fn)
+    _values_kernel[(blocks, batch * heads)](
+        v, unit, codes, *v.stride()[:3], heads, length - text, length, blocks, D=dim, BLOCK=BLOCK
+    )
+    return codes
+
+
+def quantise(q: Tensor, k: Tensor, v: Tensor, text: int, scale: float) -> Quantised:
+    """q, k and v [B, H, L, D], any strides with D contiguous, in 8 bits: queries with a unit a row, keys without their
+    mean and with a unit a block, values with a unit a channel (SageAttention2, arXiv 2411.10958, section 3)."""
+    batch, heads, queries, dim = q.shape
+    mean = k.mean(2, dtype=torch.float32)
+    least, most = v.aminmax(dim=2)
+    v_unit = torch.maximum(-least, most).float().clamp(min=1e-20) / 448
+    codes = torch.empty((batch, heads, queries, dim), device=q.device, dtype=torch.int8)
+    unit, shift = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    _queries_kernel[(triton.cdiv(queries, BLOCK), batch * heads)](
+        q, mean, codes, unit, shift, *q.stride()[:3], heads, queries, scale, D=dim, BLOCK=BLOCK
+    )
+    k_codes, k_unit = quantise_keys(k, mean, text)
+    return Quantised(codes, unit, shift, k_codes, k_unit, mean, quantise_values(v, v_unit, text), v_unit)
