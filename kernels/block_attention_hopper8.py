@@ -81,8 +81,8 @@ def _produce(
             mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
             _load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
         q_phase ^= 1
-        _copy(d_k, [b, h, before * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 16)
-        _load_tile(d_unit, [(i_bh * key_blocks + before) * 4], k_full.index(k_slot), unit_ring.index(k_slot))
+        _copy(d_k, [b, h, before * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 128)
+        _load_tile(d_unit, [(i_bh * key_blocks + before) * 32], k_full.index(k_slot), unit_ring.index(k_slot))
         k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
         t = gl.num_programs(0) + gl.atomic_add(pointers[4], 1)
         for i in range(1, steps):
@@ -90,8 +90,8 @@ def _produce(
             if TEXT:
                 # Text keys lie behind the last block of vision, which is filled up.
                 now = gl.where(i < n, now, NK + i - n)
-            _copy(d_k, [b, h, now * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 16)
-            _load_tile(d_unit, [(i_bh * key_blocks + now) * 4], k_full.index(k_slot), unit_ring.index(k_slot))
+            _copy(d_k, [b, h, now * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 128)
+            _load_tile(d_unit, [(i_bh * key_blocks + now) * 32], k_full.index(k_slot), unit_ring.index(k_slot))
             k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
             _copy(d_v, [b, h, 0, before * BLOCK], v_ring, v_bars, v_slot, v_phase, 0)
             v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
@@ -104,8 +104,8 @@ def _produce(
                 if SECOND:
                     _copy(d_tail_var, [b, h, i * BLOCK, 0], v_ring, v_bars, v_slot, v_phase, 0)
                     v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
-                _copy(d_tail_k, [b, h, i * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 16 + BLOCK * 5)
-                at = (i_bh * (padded // BLOCK) + i) * 4
+                _copy(d_tail_k, [b, h, i * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 128 + BLOCK * 5)
+                at = (i_bh * (padded // BLOCK) + i) * 32
                 _load_tile(d_tail_unit, [at], k_full.index(k_slot), unit_ring.index(k_slot))
                 routed_at = (i_list * padded).to(gl.int32) + i * BLOCK
                 _load_tile(d_routed, [routed_at], k_full.index(k_slot), routed_ring.index(k_slot))
@@ -147,7 +147,7 @@ def _values(p, ring, slot, ROWS: gl.constexpr, D: gl.constexpr, o_layout: gl.con
 def _unit(unit_ring, slot):
     """What the products of this block's codes and one more code stand for."""
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    return gl.max(unit_ring.index(slot).load(layout), 0)
+    return gl.max(unit_ring.index(slot).slice(0, 4).load(layout), 0)
 
 
 @gluon.jit
@@ -378,7 +378,7 @@ def block_attention_hopper8_kernel(
     q_ring = gl.allocate_shared_memory(gl.int8, [2, ROWS, D], tile_layout)
     k_ring = gl.allocate_shared_memory(gl.int8, [SLOTS, BLOCK, D], tile_layout)
     v_ring = gl.allocate_shared_memory(gl.float8e4nv, [SLOTS, D, BLOCK], tile_layout)
-    unit_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, 4], d_unit.layout)
+    unit_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, 32], d_unit.layout)
     rings = (q_ring, k_ring, unit_ring, v_ring, k_ring, k_ring)
     if TAIL:
         routed_ring = gl.allocate_shared_memory(gl.uint8, [SLOTS, BLOCK], d_routed.layout)
@@ -451,7 +451,7 @@ def _tile_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def _units(x: Tensor) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(x, [x.numel()], [1], [4], layout)
+    return TensorDescriptor(x, [x.numel()], [1], [32], layout)
 
 
 def _by_row(x: Tensor) -> Tensor:

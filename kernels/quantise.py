@@ -18,7 +18,7 @@ class Quantised(NamedTuple):
     q_unit: Tensor  # [B, H, Lq] float32: what a code stands for
     q_shift: Tensor  # [B, H, Lq] float32: scale * q . mean of the keys, which the log-sum-exp lacks
     k: Tensor  # [B, H, padded, D] int8, mean subtracted, each block's rows in the order of key_order
-    k_unit: Tensor  # [B, H, padded / BLOCK, 4] float32, one number a block, four times: the copy engine takes 16 bytes
+    k_unit: Tensor  # [B, H, padded / BLOCK, 32] float32, one number a block, 32 times: copies lie on 128 bytes
     k_mean: Tensor  # [B, H, D] float32
     v: Tensor  # [B, H, D, padded] e4m3
     v_unit: Tensor  # [B, H, D] float32
@@ -75,7 +75,7 @@ def _keys_kernel(
     unit = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-20) / 127
     o_out = (i_bh * blocks + i) * BLOCK + tl.arange(0, BLOCK)
     tl.store(p_codes + o_out[:, None] * D + o_d[None, :], _rounded(x / unit))
-    tl.store(p_unit + (i_bh * blocks + i) * 4 + tl.arange(0, 4), unit + tl.zeros([4], tl.float32))
+    tl.store(p_unit + (i_bh * blocks + i) * 32 + tl.arange(0, 32), unit + tl.zeros([32], tl.float32))
 
 
 @triton.jit
@@ -102,11 +102,11 @@ def _tokens(i, place, VISION, L, BLOCK: tl.constexpr):
 
 
 def quantise_keys(k: Tensor, mean: Tensor, text: int) -> tuple[Tensor, Tensor]:
-    """Keys [B, H, L, D], the last `text` of them text -> codes [B, H, padded, D] int8 and units [B, H, blocks, 4]."""
+    """Keys [B, H, L, D], the last `text` of them text -> codes [B, H, padded, D] int8 and units [B, H, blocks, 32]."""
     batch, heads, length, dim = k.shape
     blocks = triton.cdiv(length - text, BLOCK) + triton.cdiv(text, BLOCK)
     codes = k.new_empty((batch, heads, blocks * BLOCK, dim), dtype=torch.int8)
-    unit = k.new_empty((batch, heads, blocks, 4), dtype=torch.float32)
+    unit = k.new_empty((batch, heads, blocks, 32), dtype=torch.float32)
     _keys_kernel[(blocks, batch * heads)](
         k, mean, codes, unit, *k.stride()[:3], heads, length - text, length, blocks, D=dim, BLOCK=BLOCK
     )
