@@ -1,6 +1,7 @@
 """Which processor each attention module of a sparse transformer has, and which it had before."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from dit_sparse.attention import address, attend
 from dit_sparse.pipelines.registry import family_of, processor_of, set_processor, unwrap
 from dit_sparse.pipelines.sparse_processor import SparseAttnProcessor
-from dit_sparse.pipelines.swap import carry, shards_of
+from dit_sparse.pipelines.swap import carry, share_of
 from dit_sparse.state import Generation, Layer
 
 
@@ -34,8 +35,6 @@ class Attention:
         reason = None
         if not shards:
             reason = "passes keys around or cuts the sequence unevenly, which plans know nothing of"
-        elif self.generation.profile is not None:
-            reason = "gives each process some of the heads, and a profile is for all of them"
         elif self.joint and (after is None or (after and not before)):
             reason = "cuts a sequence whose text comes last"
         return reason and f"context parallelism {reason}"
@@ -103,14 +102,23 @@ class Placement:
             self._places[transformer] = [len(layers) + i for i in range(len(ours))]
             for index, (name, module) in enumerate(ours):
                 heads, head_dim = family.heads(module)
-                # One of several processes has some of the heads.
-                heads //= max(1, shards_of(module.processor))
                 layers.append(Layer(f"{part}.{name}", index, len(ours), heads, head_dim, family.is_joint(name)))
                 self._modules.append(module)
                 self._named[layers[-1].name] = module
                 took = self._took.get(module.processor, self._before[module])
                 self._place(transformer, module, len(layers) - 1, took)
             self._fused[transformer] = _fusions(transformer)
+            self.share(transformer)
+
+    def share(self, transformer: nn.Module) -> None:
+        """Tell the layers which of their heads this process has: diffusers may have begun to deal them out since."""
+        layers = self._generation.layers
+        for at in self._places[transformer]:
+            layer, (share, shares) = layers[at], share_of(self._modules[at].processor)
+            if (layer.share, layer.shares) != (share, shares):
+                layers[at] = replace(layer, heads=layer.heads * layer.shares // shares, share=share, shares=shares)
+                # What other heads learned is no use to these.
+                self._generation.reset()
 
     def _place(self, transformer: nn.Module, module: nn.Module, index: int, took: Any) -> None:
         processor = family_of(transformer).processors[type(took)](Attention(self._generation, index))

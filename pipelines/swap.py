@@ -70,6 +70,14 @@ def shards_of(processor: Any) -> int:
     return 0 if parallel.ring_degree > 1 or parallel.ulysses_anything else parallel.ulysses_degree
 
 
+def share_of(processor: Any) -> tuple[int, int]:
+    """Which part of a module's heads this process has, and of how many: diffusers deals them out in order."""
+    shards = shards_of(processor)
+    if shards <= 1:
+        return 0, 1
+    return processor._parallel_config.context_parallel_config._ulysses_local_rank, shards
+
+
 class _Swap(TorchFunctionMode):
     """While it is on, `scaled_dot_product_attention` is `attend`."""
 

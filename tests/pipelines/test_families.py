@@ -464,9 +464,6 @@ def test_parts_of_a_sequence_that_are_not_told_apart_run_stock():
         assert "text comes last" in one.processor.attend.unshardable(2)
         session.generation.text = (9, 0)
         assert one.processor.attend.unshardable(2) is None
-        session.generation.profile = object()
-        assert "a profile is for all of them" in one.processor.attend.unshardable(2)
-        session.generation.profile = None
 
 
 @pytest.mark.slow
