@@ -184,7 +184,7 @@ def test_a_table_for_some_of_the_heads():
     index = torch.arange(2 + heads)[:, None, None] % 3 + torch.zeros(2 + heads, 2, steps, dtype=torch.long)
     made = profiles.profile(layers, steps=steps)
     one = profiles.chosen(made, choices, index, torch.arange(steps) == 0)
-    known, name, held = {}
+    known, name, held = {name: heads for name, heads, _ in layers}, layers[1][0], (6, 1, 2, 4)
     whole = one.table(one.header.levels, known, CPU)
     some = one.table(one.header.levels, known, CPU, {layers[0][0]: (1,), name: held})
 
