@@ -54,11 +54,13 @@ class Layer:
     joint: bool = True  # whether text is among its tokens
     share: int = 0  # which of `shares` equal parts of the module's heads these are
     shares: int = 1
+    dealt: tuple[int, ...] = ()  # all of the module's heads in the order they are shared out, if not in their own
 
     @property
-    def held(self) -> range:
+    def held(self) -> Sequence[int]:
         """Which of the module's heads these are."""
-        return range(self.share * self.heads, (self.share + 1) * self.heads)
+        order = self.dealt or range(self.heads * self.shares)
+        return order[self.share * self.heads : (self.share + 1) * self.heads]
 
 
 @dataclass(frozen=True)

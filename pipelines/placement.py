@@ -9,6 +9,7 @@ from diffusers.hooks._helpers import AttentionProcessorRegistry
 from torch import Tensor, nn
 
 from dit_sparse.attention import address, attend
+from dit_sparse.dealing import deal, order_on, work_of
 from dit_sparse.pipelines.registry import family_of, processor_of, set_processor, unwrap
 from dit_sparse.pipelines.sparse_processor import SparseAttnProcessor
 from dit_sparse.pipelines.swap import carry, share_of
@@ -42,6 +43,10 @@ class Attention:
     def sharded(self, shards: int) -> "Sharded":
         return Sharded(self, shards)
 
+    def dealt(self, device: torch.device) -> Tensor | None:
+        order = self.generation.layers[self.layer].dealt
+        return order_on(order, device) if order else None
+
     def fall_back(self, reason: str, pairs: float) -> None:
         """Count a call of `pairs` query-key pairs that somebody else computes. Raises ValueError under strict."""
         generation = self.generation
@@ -54,7 +59,8 @@ class Sharded:
 
     def __init__(self, attend: Attention, shards: int):
         self.attend, self.shards, self.joint = attend, shards, attend.joint
-        self.fall_back, self.unshardable, self.sharded = attend.fall_back, attend.unshardable, attend.sharded
+        self.fall_back, self.unshardable = attend.fall_back, attend.unshardable
+        self.sharded, self.dealt = attend.sharded, attend.dealt
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         # Of text before the vision tokens; `unshardable` refuses text behind them.
@@ -116,7 +122,9 @@ class Placement:
         for at in self._places[transformer]:
             layer, (share, shares) = layers[at], share_of(self._modules[at].processor)
             if (layer.share, layer.shares) != (share, shares):
-                layers[at] = replace(layer, heads=layer.heads * layer.shares // shares, share=share, shares=shares)
+                heads, profile = layer.heads * layer.shares // shares, self._generation.profile
+                dealt = () if profile is None or shares == 1 else deal(work_of(profile, layer.name), shares)
+                layers[at] = replace(layer, heads=heads, share=share, shares=shares, dealt=dealt)
                 # What other heads learned is no use to these.
                 self._generation.reset()
 

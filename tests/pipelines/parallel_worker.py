@@ -29,8 +29,8 @@ def make(name):
     return pipe
 
 
-def profile_of(pipe):
-    """Each head does something else than the one before it, at each step."""
+def profile_of(pipe, method):
+    """Each head does something else than the one before it, step by step; lopsided, the first half is dense."""
     with sparsify(pipe, "dense") as session:
         layers = tuple((layer.name, layer.heads, layer.head_dim) for layer in session.generation.layers)
     low, high = profiles.LADDER[0], profiles.LADDER[2]
@@ -40,6 +40,9 @@ def profile_of(pipe):
     index = torch.arange(heads)[:, None, None] % 6 + torch.zeros(heads, 1, STEPS, dtype=torch.long)
     # From the last step but one on.
     index[..., -1] = (index[..., -1] + 1) % 6
+    if method == "lopsided":
+        first = torch.cat([torch.arange(heads) < heads // 2 for _, heads, _ in layers])
+        index = torch.where(first, 2, torch.arange(heads) % 2)[:, None, None].expand_as(index)
     weights = {"transformer": {"class": type(pipe.transformer).__name__} | fingerprint(pipe.transformer)}
     made = profiles.profile(layers, ("branch 0",), STEPS, levels_of(pipe.scheduler), weights, block=16)
     return profiles.chosen(made, choices, index, torch.arange(STEPS) == 0)
@@ -89,9 +92,9 @@ def main(rank, name, method, order, degree, file):
     torch.accelerator.device_count = lambda: 1
     dist.init_process_group("gloo", f"file://{file}", timedelta(seconds=60), rank=rank, world_size=2)
     alone = make(name)
-    if method == "profile":
+    if method in ("profile", "lopsided"):
         path = f"{file}.{rank}.profile.safetensors"
-        profile_of(alone).save(path)
+        profile_of(alone, method).save(path)
         config = SparseConfig(profile=path)
     else:
         options = {"dense_steps": 0} if method == "dense" else {"density": 0.15, "dense_steps": 1}
