@@ -276,6 +276,11 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     saved in is still recognised."""
     digests = {kind: hashlib.sha256() for kind in (torch.bfloat16, torch.float16)}
     for name, weight in sorted(model.named_parameters()):
+        if hasattr(weight, "full_tensor"):
+            raise ValueError(
+                "The weights are spread over processes, so no profile can be told to fit them: call sparsify() before "
+                "enable_parallelism()."
+            )
         flat = (_offloaded(model, name) if weight.is_meta else weight.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float().cpu()
         for kind, digest in digests.items():

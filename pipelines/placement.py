@@ -118,12 +118,13 @@ class Placement:
 
     def share(self, transformer: nn.Module) -> None:
         """Tell the layers which of their heads this process has: diffusers may have begun to deal them out since."""
-        layers = self._generation.layers
+        layers, by_weights = self._generation.layers, _share_by_weights(transformer)
         for at in self._places[transformer]:
-            layer, (share, shares) = layers[at], share_of(self._modules[at].processor)
+            layer, (share, shares) = layers[at], by_weights or share_of(self._modules[at].processor)
             if (layer.share, layer.shares) != (share, shares):
                 heads, profile = layer.heads * layer.shares // shares, self._generation.profile
-                dealt = () if profile is None or shares == 1 else deal(work_of(profile, layer.name), shares)
+                own = profile is None or shares == 1 or by_weights
+                dealt = () if own else deal(work_of(profile, layer.name), shares)
                 layers[at] = replace(layer, heads=heads, share=share, shares=shares, dealt=dealt)
                 # What other heads learned is no use to these.
                 self._generation.reset()
@@ -197,6 +198,13 @@ class Placement:
                 kept[name] = self._took.get(processor, processor)
         self._before, self._took = {}, {}
         self._modules, self._named, self._places = [], {}, {}
+
+
+def _share_by_weights(transformer: nn.Module) -> tuple[int, int] | None:
+    """Which part of each layer's heads this process has, and of how many, under tensor parallelism."""
+    parallel = getattr(transformer, "_parallel_config", None)
+    tensor = None if parallel is None else parallel.tensor_parallel_config
+    return None if tensor is None else (tensor._mesh.get_local_rank(), tensor._mesh.size())
 
 
 def _fusions(transformer: nn.Module) -> tuple[object, int]:

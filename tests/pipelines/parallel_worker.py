@@ -5,7 +5,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig
+from diffusers import ContextParallelConfig, TensorParallelConfig
+from diffusers.hooks import tensor_parallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional
 
 from dit_sparse import SparseConfig, sparsify
 from dit_sparse.choices import DENSE, Choice
@@ -78,7 +81,12 @@ def calls(name):
         else:
             grid = torch.cartesian_prod(torch.zeros(1), torch.arange(14.0), torch.arange(15.0))
             call = dict(hidden_states=tensor(1, 210, 16), timestep=timestep, img_ids=grid, txt_ids=torch.zeros(10, 3))
-            call["encoder_hidden_states"], call["pooled_projections"] = torch.ones(1, 10, 16), torch.ones(1, 8)
+            call["encoder_hidden_states"] = torch.ones(1, 10, 16)
+            if name == "flux":
+                call["pooled_projections"] = torch.ones(1, 8)
+            else:
+                # Flux.2 counts along four axes.
+                call |= {which: functional.pad(call[which], (0, 1)) for which in ("img_ids", "txt_ids")}
         yield call
 
 
@@ -103,7 +111,12 @@ def main(rank, name, method, order, degree, file):
     with sparsify(alone, config) as session:
         expected, work = run(alone.transformer, name), session.report().work
     shared = make(name)
-    parallel = ContextParallelConfig(**{degree: 2})
+    if degree == "tp_degree":
+        # By its own word diffusers does this on accelerators alone.
+        tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
+        parallel = TensorParallelConfig(mesh=init_device_mesh("cpu", (2,)))
+    else:
+        parallel = ContextParallelConfig(**{degree: 2})
     if order == "before":
         shared.transformer.enable_parallelism(config=parallel)
     with sparsify(shared, config) as session:

@@ -422,6 +422,8 @@ def test_a_mask_that_is_more_than_padding_runs_dense_and_is_counted():
 class Parallel:
     """diffusers' configuration of context parallelism, as far as anybody asks for it."""
 
+    tensor_parallel_config = None
+
     def __init__(self, **options):
         self.context_parallel_config = SimpleNamespace(
             **(dict(ring_degree=1, ulysses_degree=1, ulysses_anything=False, ring_anything=False) | options)

@@ -74,6 +74,40 @@ def test_ulysses_gives_what_one_process_gives(tmp_path, name, method, order):
         assert max(works) < 1.05 * min(works), works
 
 
+TENSOR = [
+    ("flux", "anchor", "after"),
+    *(
+        pytest.param(*case, marks=SLOW)
+        for case in (
+            ("flux", "tail", "before"),
+            ("qwen-image", "anchor", "before"),
+            ("flux2", "anchor", "before"),
+            ("flux", "profile", "after"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "order"), TENSOR)
+def test_tensor_parallelism_gives_what_one_process_gives(tmp_path, name, method, order):
+    lines, error = two(tmp_path, name, method, order, "tp_degree")
+    assert len(lines) == 2, error[-3000:]
+    works = []
+    for line in lines:
+        _, _, worst, work, alone, *told = line.split(maxsplit=6)
+        assert float(worst) < 1e-4, lines
+        assert told == ["True", "{}"], lines
+        works.append(float(work))
+    assert sum(works) / 2 == pytest.approx(float(alone), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_profile_cannot_be_told_to_fit_weights_in_parts(tmp_path):
+    lines, error = two(tmp_path, "flux", "profile", "before", "tp_degree")
+    assert not lines
+    assert "call sparsify() before enable_parallelism()" in error
+
+
 @pytest.mark.slow
 def test_a_ring_is_dense_and_says_so(tmp_path):
     """On the CPU no backend of diffusers can do it either."""
