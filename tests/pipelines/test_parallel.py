@@ -74,6 +74,17 @@ def test_ulysses_gives_what_one_process_gives(tmp_path, name, method, order):
         assert max(works) < 1.05 * min(works), works
 
 
+@pytest.mark.slow
+def test_topp_shares_blocks_out_among_the_heads_of_a_process(tmp_path):
+    """And so gives something else than one process, but every process does as much as any other."""
+    lines, error = two(tmp_path, "wan", "topp")
+    assert len(lines) == 2, error[-3000:]
+    for line in lines:
+        _, _, worst, work, alone, *told = line.split(maxsplit=6)
+        assert 1e-4 < float(worst) < 0.1 and told == ["True", "{}"], lines
+        assert float(work) == pytest.approx(float(alone), rel=1e-3)
+
+
 TENSOR = [
     ("flux", "anchor", "after"),
     *(
