@@ -22,8 +22,8 @@ from dit_sparse.predict import attention_share
 from tests.families import FAMILIES as TINY
 from tests.families import generate
 
-# Tail and none are parts of anchor and reshape, and sta is a plan like theirs.
-SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("tail", "none", "sta")]
+# Tail and none are parts of anchor and reshape, and the others choose blocks for these.
+SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in ("tail", "none", "topp", "sta", "radial", "ditfastattn")]
 METHODS = ["anchor", "reshape", "rectify", "svg", *SLOW]
 
 
