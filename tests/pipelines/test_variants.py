@@ -30,6 +30,7 @@ class Variant:
     built   by argument, how its transformer is made otherwise
     text    tokens before and after the vision tokens, and the grid of these, where not as in the family
     steps   that are run, of three
+    beside  (transformer) -> other components
     """
 
     family: str
@@ -39,6 +40,7 @@ class Variant:
     text: tuple[int, int] | None = None
     grid: tuple[int, int, int] | None = None
     steps: int = 3
+    beside: Callable[[Any], Mapping[str, Any]] = lambda _: {}
 
 
 def image(width: int, height: int, frames: int) -> Image.Image:
@@ -56,6 +58,30 @@ def mask(width: int, height: int, frames: int) -> Image.Image:
 
 def fixed(value: Any) -> Callable[[int, int, int], Any]:
     return lambda *_: value
+
+
+def controlled_by(kind: Any, **options: Any) -> Callable[[Any], Mapping[str, Any]]:
+    """A ControlNet, whose own attention is not the transformer's and stays as it is."""
+
+    def beside(transformer: Any) -> Mapping[str, Any]:
+        controlnet = kind.from_transformer(transformer, **options).eval()
+        for weight in controlnet.parameters():
+            # Those that add to the transformer's blocks begin at zero.
+            if not weight.any():
+                weight.data.normal_(std=0.1)
+        return {"controlnet": controlnet}
+
+    return beside
+
+
+HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
+
+
+def of_cosmos_2(_: Any) -> Mapping[str, Any]:
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[1.5] * 4
+    )
+    return {"vae": vae, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)}
 
 
 # Of three steps, two are left.
@@ -128,6 +154,40 @@ VARIANTS = {
         {"visual_cond": True, "in_visual_dim": 4},
         grid=(6, 7, 9),
     ),
+    "flux, controlnet": Variant(
+        "flux",
+        "FluxControlNetPipeline",
+        {"control_image": image},
+        beside=controlled_by(diffusers.FluxControlNetModel, num_layers=1, num_single_layers=1, **HEADS),
+    ),
+    "sd3, controlnet": Variant(
+        "sd3",
+        "StableDiffusion3ControlNetPipeline",
+        {"control_image": image},
+        beside=controlled_by(diffusers.SD3ControlNetModel, num_layers=1, num_extra_conditioning_channels=0),
+    ),
+    "qwen-image, controlnet": Variant(
+        "qwen-image",
+        "QwenImageControlNetPipeline",
+        {"control_image": image},
+        beside=controlled_by(diffusers.QwenImageControlNetModel, num_layers=1, **HEADS),
+    ),
+    "cosmos 2, text": Variant(
+        "cosmos",
+        "Cosmos2TextToImagePipeline",
+        {"height": fixed(224), "width": fixed(256)},
+        grid=(1, 14, 16),
+        beside=of_cosmos_2,
+    ),
+    "cosmos 2, video": Variant(
+        "cosmos",
+        "Cosmos2VideoToWorldPipeline",
+        {"image": image},
+        {"in_channels": 5},
+        # Unlike Cosmos 1's autoencoder, four frames are one.
+        grid=(5, 7, 9),
+        beside=of_cosmos_2,
+    ),
     "pixart-alpha": Variant(
         "pixart-sigma",
         "PixArtAlphaPipeline",
@@ -151,12 +211,14 @@ def make(variant: Variant) -> Any:
         if not weight.any():
             weight.data.normal_(std=0.1)
     kind = getattr(diffusers, variant.kind)
-    own = {**base.components, "transformer": transformer}
+    own = {**base.components, "transformer": transformer} | dict(variant.beside(transformer))
     wanted = inspect.signature(kind).parameters
     return kind(**{name: own.get(name) for name, p in wanted.items() if name in own or p.default is p.empty})
 
 
 def run(variant: Variant, pipe: Any) -> torch.Tensor:
+    # Some sample from the autoencoder without the generator that they are given.
+    torch.manual_seed(1)
     tiny = TINY[variant.family]
     said = {"num_frames": 1} | tiny.sizes[0][0]
     given = {name: of(said["width"], said["height"], said["num_frames"]) for name, of in variant.given.items()}
@@ -190,3 +252,10 @@ def test_a_pipeline_of_the_same_transformer(name):
         assert sparse.isfinite().all() and not torch.equal(sparse, stock)
         assert torch.equal(run(variant, pipe), sparse)
     assert torch.equal(run(variant, pipe), stock)
+
+
+def test_keys_of_an_image_that_are_kept_from_step_to_step_are_refused():
+    """Its processors store them in the model's blocks, and mask them."""
+    pipe = make(Variant("flux2", "Flux2KleinKVPipeline"))
+    with pytest.raises(ValueError, match="has Flux2KVAttnProcessor, which would be lost"):
+        sparsify(pipe)
