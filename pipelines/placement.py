@@ -123,8 +123,9 @@ class Placement:
             layer, (share, shares) = layers[at], by_weights or share_of(self._modules[at].processor)
             if (layer.share, layer.shares) != (share, shares):
                 heads, profile = layer.heads * layer.shares // shares, self._generation.profile
-                own = profile is None or shares == 1 or by_weights
-                dealt = () if own else deal(work_of(profile, layer.name), shares)
+                dealt: tuple[int, ...] = ()
+                if profile is not None and shares > 1 and by_weights is None:
+                    dealt = deal(work_of(profile, layer.name), shares)
                 layers[at] = replace(layer, heads=heads, share=share, shares=shares, dealt=dealt)
                 # What other heads learned is no use to these.
                 self._generation.reset()

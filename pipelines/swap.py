@@ -143,7 +143,9 @@ class _Deal(_Swap):
             query, key, value = (x.index_select(1, order) for x in (query, key, value))
         with _Swap(self.attend.sharded(self.shards)):
             out = dispatch_attention_fn(
-                *(x.transpose(1, 2) for x in (query, key, value)),
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
                 *args,
                 **kwargs,
                 backend=AttentionBackendName.NATIVE,
