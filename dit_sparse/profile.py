@@ -211,9 +211,16 @@ class Profile:
             told.append("{} tokens instead of {}, {:.2f} times as many".format(*sizes, ratio))
         return f"profile {self.source} is stretched to {' and '.join(told)}" if told else ""
 
-    def table(self, levels: Sequence[float], layers: Mapping[str, int], device: torch.device) -> Table:
+    def table(
+        self,
+        levels: Sequence[float],
+        layers: Mapping[str, int],
+        device: torch.device,
+        held: Mapping[str, Sequence[int]] | None = None,
+    ) -> Table:
         """The choices for a run with these noise levels: the nearest step's, and rho interpolated between two steps.
-        layers is name -> heads; raises ValueError for others."""
+        layers is name -> heads; raises ValueError for others. held is name -> those of its heads that the table is
+        for, which it numbers from 0; all if None."""
         header = self.header
         own = {name: heads for name, heads, _ in header.layers}
         if dict(layers) != own:
@@ -229,8 +236,9 @@ class Profile:
         for name, rows in header.rows_of.items():
             part = name.partition(".")[0]
             origin = source[part]
+            here = [rows.start + head for head in (range(own[name]) if held is None else held[name])]
             for b, branch in enumerate(header.branches):
-                chosen, anchor = (self.tensors[key][rows, b].tolist() for key in ("choice", "anchor"))
+                chosen, anchor = (self.tensors[key][here, b].tolist() for key in ("choice", "anchor"))
                 told = [
                     laid_out([choices[i] for i in head], [bool(x) for x in begins], origin)
                     for head, begins in zip(chosen, anchor, strict=True)
@@ -241,7 +249,7 @@ class Profile:
                         if group.choice.method == "calibrated":
                             assert group.choice.rung is not None
                             k = ladder.index(group.choice.rung)
-                            at = [rows.start + head for head in group.heads]
+                            at = [here[head] for head in group.heads]
                             first, second, share = bracket(levels[step], known[part])
                             pair = self.tensors["rho"][at, b][:, [first, second], k].float()
                             picked.append(torch.lerp(pair[:, 0], pair[:, 1], share))
@@ -268,6 +276,11 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     saved in is still recognised."""
     digests = {kind: hashlib.sha256() for kind in (torch.bfloat16, torch.float16)}
     for name, weight in sorted(model.named_parameters()):
+        if hasattr(weight, "full_tensor"):
+            raise ValueError(
+                "The weights are spread over processes, so no profile can be told to fit them: call sparsify() before "
+                "enable_parallelism()."
+            )
         flat = (_offloaded(model, name) if weight.is_meta else weight.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float().cpu()
         for kind, digest in digests.items():

@@ -49,9 +49,18 @@ class Layer:
     name: str  # "transformer_2.blocks.0.attn1"
     index: int  # among the self-attention modules of its transformer
     of: int  # how many there are
-    heads: int
+    heads: int  # that this process has
     head_dim: int
     joint: bool = True  # whether text is among its tokens
+    share: int = 0  # which of `shares` equal parts of the module's heads these are
+    shares: int = 1
+    dealt: tuple[int, ...] = ()  # all of the module's heads in the order they are shared out, if not in their own
+
+    @property
+    def held(self) -> Sequence[int]:
+        """Which of the module's heads these are."""
+        order = self.dealt or range(self.heads * self.shares)
+        return order[self.share * self.heads : (self.share + 1) * self.heads]
 
 
 @dataclass(frozen=True)
@@ -251,7 +260,9 @@ class Generation:
         if distance and not self._warned:
             logger.warning("%s", distance)
             self._warned = True
-        self._table = profile.table(levels, {layer.name: layer.heads for layer in self.layers}, self._device)
+        heads = {layer.name: layer.heads * layer.shares for layer in self.layers}
+        held = {layer.name: layer.held for layer in self.layers}
+        self._table = profile.table(levels, heads, self._device, held)
         free = _free_bytes(self._device) if self.config.max_state_gib is None else self.config.max_state_gib * GIB
         need = self._planned_bytes(self._table)
         if need > free:

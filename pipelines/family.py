@@ -25,6 +25,9 @@ class Attend(Protocol):
     def sharded(self, shards: int) -> "Attend":
         """The same call for tokens that lie part behind part, each with its share of text and of vision."""
 
+    def dealt(self, device: torch.device) -> Tensor | None:
+        """The order in which heads are to go to the processes, if not in their own."""
+
 
 @dataclass(frozen=True)
 class Forward:

@@ -1,6 +1,7 @@
 """Which processor each attention module of a sparse transformer has, and which it had before."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,9 +9,10 @@ from diffusers.hooks._helpers import AttentionProcessorRegistry
 from torch import Tensor, nn
 
 from dit_sparse.attention import address, attend
+from dit_sparse.dealing import deal, order_on, work_of
 from dit_sparse.pipelines.registry import family_of, processor_of, set_processor, unwrap
 from dit_sparse.pipelines.sparse_processor import SparseAttnProcessor
-from dit_sparse.pipelines.swap import carry, shards_of
+from dit_sparse.pipelines.swap import carry, share_of
 from dit_sparse.state import Generation, Layer
 
 
@@ -34,14 +36,16 @@ class Attention:
         reason = None
         if not shards:
             reason = "passes keys around or cuts the sequence unevenly, which plans know nothing of"
-        elif self.generation.profile is not None:
-            reason = "gives each process some of the heads, and a profile is for all of them"
         elif self.joint and (after is None or (after and not before)):
             reason = "cuts a sequence whose text comes last"
         return reason and f"context parallelism {reason}"
 
     def sharded(self, shards: int) -> "Sharded":
         return Sharded(self, shards)
+
+    def dealt(self, device: torch.device) -> Tensor | None:
+        order = self.generation.layers[self.layer].dealt
+        return order_on(order, device) if order else None
 
     def fall_back(self, reason: str, pairs: float) -> None:
         """Count a call of `pairs` query-key pairs that somebody else computes. Raises ValueError under strict."""
@@ -55,7 +59,8 @@ class Sharded:
 
     def __init__(self, attend: Attention, shards: int):
         self.attend, self.shards, self.joint = attend, shards, attend.joint
-        self.fall_back, self.unshardable, self.sharded = attend.fall_back, attend.unshardable, attend.sharded
+        self.fall_back, self.unshardable = attend.fall_back, attend.unshardable
+        self.sharded, self.dealt = attend.sharded, attend.dealt
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         # Of text before the vision tokens; `unshardable` refuses text behind them.
@@ -103,14 +108,27 @@ class Placement:
             self._places[transformer] = [len(layers) + i for i in range(len(ours))]
             for index, (name, module) in enumerate(ours):
                 heads, head_dim = family.heads(module)
-                # One of several processes has some of the heads.
-                heads //= max(1, shards_of(module.processor))
                 layers.append(Layer(f"{part}.{name}", index, len(ours), heads, head_dim, family.is_joint(name)))
                 self._modules.append(module)
                 self._named[layers[-1].name] = module
                 took = self._took.get(module.processor, self._before[module])
                 self._place(transformer, module, len(layers) - 1, took)
             self._fused[transformer] = _fusions(transformer)
+            self.share(transformer)
+
+    def share(self, transformer: nn.Module) -> None:
+        """Tell the layers which of their heads this process has: diffusers may have begun to deal them out since."""
+        layers, by_weights = self._generation.layers, _share_by_weights(transformer)
+        for at in self._places[transformer]:
+            layer, (share, shares) = layers[at], by_weights or share_of(self._modules[at].processor)
+            if (layer.share, layer.shares) != (share, shares):
+                heads, profile = layer.heads * layer.shares // shares, self._generation.profile
+                dealt: tuple[int, ...] = ()
+                if profile is not None and shares > 1 and by_weights is None:
+                    dealt = deal(work_of(profile, layer.name), shares)
+                layers[at] = replace(layer, heads=heads, share=share, shares=shares, dealt=dealt)
+                # What other heads learned is no use to these.
+                self._generation.reset()
 
     def _place(self, transformer: nn.Module, module: nn.Module, index: int, took: Any) -> None:
         processor = family_of(transformer).processors[type(took)](Attention(self._generation, index))
@@ -181,6 +199,13 @@ class Placement:
                 kept[name] = self._took.get(processor, processor)
         self._before, self._took = {}, {}
         self._modules, self._named, self._places = [], {}, {}
+
+
+def _share_by_weights(transformer: nn.Module) -> tuple[int, int] | None:
+    """Which part of each layer's heads this process has, and of how many, under tensor parallelism."""
+    parallel = getattr(transformer, "_parallel_config", None)
+    tensor = None if parallel is None else parallel.tensor_parallel_config
+    return None if tensor is None else (tensor._mesh.get_local_rank(), tensor._mesh.size())
 
 
 def _fusions(transformer: nn.Module) -> tuple[object, int]:

@@ -41,6 +41,7 @@ FAMILIES: dict[str, Family] = {
     "QwenImageTransformer2DModel": qwen_image.FAMILY,
     "SD3Transformer2DModel": sd3.FAMILY,
     "WanTransformer3DModel": wan.FAMILY,
+    "WanVACETransformer3DModel": wan.FAMILY,
     "ZImageTransformer2DModel": z_image.FAMILY,
 }
 

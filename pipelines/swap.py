@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -45,9 +45,7 @@ def _swapping(stock: type) -> type:
                 carry(self, whole)
                 self.attend.fall_back(reason, 0.0)
                 return whole(attn, hidden_states, *args, **kwargs)
-            # Ulysses hands the call inside some of the heads, and the whole sequence.
-            self.stock._parallel_config = self._parallel_config
-            with _Swap(self.attend if shards == 1 else self.attend.sharded(shards)):
+            with _Swap(self.attend) if shards == 1 else _Deal(self.attend, self._parallel_config, shards):
                 return self.stock(attn, hidden_states, *args, **kwargs)
 
     SparseProcessor.__name__ = SparseProcessor.__qualname__ = f"Sparse{stock.__name__}"
@@ -68,6 +66,14 @@ def shards_of(processor: Any) -> int:
         return 1
     # Parts of unequal length lie elsewhere.
     return 0 if parallel.ring_degree > 1 or parallel.ulysses_anything else parallel.ulysses_degree
+
+
+def share_of(processor: Any) -> tuple[int, int]:
+    """Which part of a module's heads this process has, and of how many: diffusers deals them out in order."""
+    shards = shards_of(processor)
+    if shards <= 1:
+        return 0, 1
+    return processor._parallel_config.context_parallel_config._ulysses_local_rank, shards
 
 
 class _Swap(TorchFunctionMode):
@@ -121,3 +127,28 @@ class _Swap(TorchFunctionMode):
 
     def _hides_text(self, mask: Tensor) -> bool:
         return self.attend.joint and mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1)
+
+
+class _Deal(_Swap):
+    """While it is on, attention is Ulysses': each process has some of the heads and the whole sequence, for which
+    `scaled_dot_product_attention` is `attend`."""
+
+    def __init__(self, attend: Attend, config: Any, shards: int):
+        super().__init__(attend)
+        self.config, self.shards = config, shards
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        order = self.attend.dealt(query.device)
+        if order is not None:
+            query, key, value = (x.index_select(1, order) for x in (query, key, value))
+        with _Swap(self.attend.sharded(self.shards)):
+            out = dispatch_attention_fn(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                *args,
+                **kwargs,
+                backend=AttentionBackendName.NATIVE,
+                parallel_config=self.config,
+            ).transpose(1, 2)
+        return out if order is None else torch.empty_like(out).index_copy_(1, order, out)

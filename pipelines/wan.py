@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: self-attention is `attn1`, vision tokens only; text comes through cross-attention."""
+"""Wan 2.1 and 2.2, and VACE: self-attention is `attn1`, vision tokens only; text comes through cross-attention."""
 
 import math
 from collections.abc import Mapping
@@ -35,7 +35,8 @@ def _shape(
         grid=TokenGrid(*(n // p for n, p in zip(latent, transformer["patch_size"], strict=True))),
         heads=transformer["num_attention_heads"],
         head_dim=transformer["attention_head_dim"],
-        layers=transformer["num_layers"],
+        # VACE has blocks beside, which go over what it is to be controlled by.
+        layers=transformer["num_layers"] + len(transformer.get("vace_layers", ())),
         ffn_dim=transformer["ffn_dim"],
         text_tokens=512,
     )

@@ -340,7 +340,7 @@ def _sd3_arguments(tensor: Callable[..., Tensor], rows: int, guided: bool) -> Ma
 
 
 def _qwen_image() -> QwenImagePipeline:
-    vae = AutoencoderKLQwenImage(base_dim=4, z_dim=4, num_res_blocks=1)
+    vae = AutoencoderKLQwenImage(base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[1.5] * 4)
     transformer = QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
@@ -589,6 +589,9 @@ FAMILIES: dict[str, Tiny] = {
         VIDEOS,
         modules=2,
         text=(9, 0),
+    ),
+    "cogvideox-5b": Tiny(
+        lambda: _cogvideox(use_rotary_positional_embeddings=True), _plain_arguments(16), VIDEOS, modules=2, text=(9, 0)
     ),
     "cogvideox-1.5": Tiny(
         lambda: _cogvideox(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False),

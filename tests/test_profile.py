@@ -174,3 +174,28 @@ def test_a_table_follows_the_choices_by_noise_level():
         table.at(name, "other", 0)
     with pytest.raises(ValueError, match="laid out for 4 steps, and step 4 lies past"):
         table.at(name, "cond", 4)
+
+
+def test_a_table_for_some_of_the_heads():
+    """They do what they do in the whole table, in the order asked for."""
+    heads, steps = 8, 5
+    layers = (("transformer.blocks.0.attn1", 2, 32), ("transformer.blocks.1.attn1", heads, 32))
+    choices = [Choice("calibrated", Rung(0.1)), Choice("anchor", Rung(0.3), "fp8"), DENSE]
+    index = torch.arange(2 + heads)[:, None, None] % 3 + torch.zeros(2 + heads, 2, steps, dtype=torch.long)
+    made = profiles.profile(layers, steps=steps)
+    one = profiles.chosen(made, choices, index, torch.arange(steps) == 0)
+    known, name, held = {name: heads for name, heads, _ in layers}, layers[1][0], (6, 1, 2, 4)
+    whole = one.table(one.header.levels, known, CPU)
+    some = one.table(one.header.levels, known, CPU, {layers[0][0]: (1,), name: held})
+
+    def by_head(groups):
+        return {
+            head: (group.choice, group.phase, None if group.rho is None else group.rho[i].tolist())
+            for group in groups
+            for i, head in enumerate(group.heads)
+        }
+
+    for step in range(steps):
+        all_told, told = (by_head(table.at(name, "uncond", step)) for table in (whole, some))
+        assert told == {i: all_told[head] for i, head in enumerate(held)}
+    assert {choice.method for choice, *_ in told.values()} == {"calibrated", "anchor", "dense"}

@@ -8,6 +8,8 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
     WanVideoToVideoPipeline,
 )
 from PIL import Image
@@ -85,6 +87,22 @@ def tiny_video_to_video(seed: int = 0) -> WanVideoToVideoPipeline:
     )
 
 
+def tiny_vace(seed: int = 0) -> WanVACEPipeline:
+    torch.manual_seed(seed)
+    # What to keep of a video, what to make anew, and the mask.
+    told = {"vace_layers": [0, 2], "vace_in_channels": 33}
+    transformer = _transformer(2, 32, 3, kind=WanVACETransformer3DModel, **told)
+    for block in transformer.vace_blocks:
+        block.proj_out.weight.data.normal_(std=0.1)
+    return WanVACEPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=_vae("1x1"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer,
+    )
+
+
 def generate(
     pipe: DiffusionPipeline,
     *,
@@ -110,6 +128,8 @@ def generate(
         options["image"] = _image(size, 0)
         if pipe.transformer.config.image_dim is not None:
             tokens = 512
+    if isinstance(pipe, WanVACEPipeline):
+        options["reference_images"] = [_image(size, 0)]
     embeds = torch.randn(2, prompts, tokens, 32, generator=random)
     return pipe(
         prompt_embeds=embeds[0].to(dtype),
@@ -130,8 +150,8 @@ def _image(size: int, frame: int) -> Image.Image:
     return Image.fromarray(((rows + columns + 20 * frame) % 256).to(torch.uint8).numpy())
 
 
-def _transformer(heads: int, head_dim: int, layers: int, **options) -> WanTransformer3DModel:
-    return WanTransformer3DModel(
+def _transformer(heads: int, head_dim: int, layers: int, kind: type = WanTransformer3DModel, **options):
+    return kind(
         **{
             "patch_size": (1, 2, 2),
             "num_attention_heads": heads,

@@ -5,9 +5,16 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig
+from diffusers import ContextParallelConfig, TensorParallelConfig
+from diffusers.hooks import tensor_parallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional
 
 from dit_sparse import SparseConfig, sparsify
+from dit_sparse.choices import DENSE, Choice
+from dit_sparse.pipelines.session import levels_of
+from dit_sparse.profile import fingerprint
+from tests import profiles
 from tests.families import FAMILIES as TINY
 from tests.tiny import tiny_wan
 
@@ -16,13 +23,32 @@ STEPS = 4
 
 def make(name):
     torch.manual_seed(0)
-    if name == "wan":
-        return tiny_wan(text=False, heads=4).transformer
-    transformer = TINY[name].make().transformer.eval()
-    for weight in transformer.parameters():
+    pipe = tiny_wan(text=False, heads=4) if name == "wan" else TINY[name].make()
+    for weight in pipe.transformer.eval().parameters():
         if not weight.any():
             weight.data.normal_(std=0.1)
-    return transformer
+    # Who runs the transformer without the pipeline's loop says what steps there are.
+    pipe.scheduler.set_timesteps(STEPS)
+    return pipe
+
+
+def profile_of(pipe, method):
+    """Each head does something else than the one before it, step by step; lopsided, the first half is dense."""
+    with sparsify(pipe, "dense") as session:
+        layers = tuple((layer.name, layer.heads, layer.head_dim) for layer in session.generation.layers)
+    low, high = profiles.LADDER[0], profiles.LADDER[2]
+    choices = [Choice("anchor", low, "bf16"), Choice("tail", high), DENSE]
+    choices += [Choice("calibrated", low), Choice("reshape", low, "fp8"), Choice("rectify", high)]
+    heads = sum(heads for _, heads, _ in layers)
+    index = torch.arange(heads)[:, None, None] % 6 + torch.zeros(heads, 1, STEPS, dtype=torch.long)
+    # From the last step but one on.
+    index[..., -1] = (index[..., -1] + 1) % 6
+    if method == "lopsided":
+        first = torch.cat([torch.arange(heads) < heads // 2 for _, heads, _ in layers])
+        index = torch.where(first, 2, torch.arange(heads) % 2)[:, None, None].expand_as(index)
+    weights = {"transformer": {"class": type(pipe.transformer).__name__} | fingerprint(pipe.transformer)}
+    made = profiles.profile(layers, ("branch 0",), STEPS, levels_of(pipe.scheduler), weights, block=16)
+    return profiles.chosen(made, choices, index, torch.arange(STEPS) == 0)
 
 
 def calls(name):
@@ -55,7 +81,12 @@ def calls(name):
         else:
             grid = torch.cartesian_prod(torch.zeros(1), torch.arange(14.0), torch.arange(15.0))
             call = dict(hidden_states=tensor(1, 210, 16), timestep=timestep, img_ids=grid, txt_ids=torch.zeros(10, 3))
-            call["encoder_hidden_states"], call["pooled_projections"] = torch.ones(1, 10, 16), torch.ones(1, 8)
+            call["encoder_hidden_states"] = torch.ones(1, 10, 16)
+            if name == "flux":
+                call["pooled_projections"] = torch.ones(1, 8)
+            else:
+                # Flux.2 counts along four axes.
+                call |= {which: functional.pad(call[which], (0, 1)) for which in ("img_ids", "txt_ids")}
         yield call
 
 
@@ -68,23 +99,33 @@ def main(rank, name, method, order, degree, file):
     # What diffusers asks of the accelerator there is not.
     torch.accelerator.device_count = lambda: 1
     dist.init_process_group("gloo", f"file://{file}", timedelta(seconds=60), rank=rank, world_size=2)
-    options = {"dense_steps": 0} if method == "dense" else {"density": 0.15, "dense_steps": 1}
-    config = SparseConfig(method, **options)
     alone = make(name)
-    stock = run(alone, name)
+    if method in ("profile", "lopsided"):
+        path = f"{file}.{rank}.profile.safetensors"
+        profile_of(alone, method).save(path)
+        config = SparseConfig(profile=path)
+    else:
+        options = {"dense_steps": 0} if method == "dense" else {"density": 0.15, "dense_steps": 1}
+        config = SparseConfig(method, **options)
+    stock = run(alone.transformer, name)
     with sparsify(alone, config) as session:
-        expected, work = run(alone, name), session.report().work
+        expected, work = run(alone.transformer, name), session.report().work
     shared = make(name)
-    parallel = ContextParallelConfig(**{degree: 2})
+    if degree == "tp_degree":
+        # By its own word diffusers does this on accelerators alone.
+        tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
+        parallel = TensorParallelConfig(mesh=init_device_mesh("cpu", (2,)))
+    else:
+        parallel = ContextParallelConfig(**{degree: 2})
     if order == "before":
-        shared.enable_parallelism(config=parallel)
+        shared.transformer.enable_parallelism(config=parallel)
     with sparsify(shared, config) as session:
         if order == "after":
-            shared.enable_parallelism(config=parallel)
-        out, report = run(shared, name), session.report()
+            shared.transformer.enable_parallelism(config=parallel)
+        out, report = run(shared.transformer, name), session.report()
     told = [] if work == 1 else [(out - stock).abs().max() > 1e-4]
     print(f"RANK {rank}", (out - expected).abs().max().item(), report.work, work, all(told), report.fallbacks)
-    assert torch.equal(run(alone, name), stock)
+    assert torch.equal(run(alone.transformer, name), stock)
     dist.destroy_process_group()
 
 

@@ -14,8 +14,10 @@ from diffusers import (
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
     SmoothedEnergyGuidance,
     TaylorSeerCacheConfig,
+    TextKVCacheConfig,
 )
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.layer_skip import LayerSkipConfig, _apply_layer_skip_hook
@@ -369,6 +371,7 @@ CACHES = {
         tensor_format="BFCHW",
         is_guidance_distilled=pipe.__class__.__name__ != "CogVideoXPipeline",
     ),
+    "sea": lambda pipe: SeaCacheConfig(threshold=0.8),
 }
 
 
@@ -381,13 +384,18 @@ def cached(pipe, cache):
         pipe.transformer.disable_cache()
 
 
-CACHED = [(name, cache, order) for name in ("wan", "cogvideox-1.5", "flux") for cache in CACHES for order in ORDERS]
+# Of these, only Wan's pipeline tells SeaCache the noise level that it asks for.
+CACHED = [
+    (name, cache, order)
+    for name in ("wan", "cogvideox-1.5", "flux")
+    for cache in CACHES
+    for order in ORDERS
+    if name == "wan" or cache != "sea"
+]
+DEFAULT = [case for case in CACHED if case[0] == "cogvideox-1.5" and case[2] == "cache first"]
 
 
-@pytest.mark.parametrize(
-    ("name", "cache", "order"),
-    some(CACHED, [case for case in CACHED if case[0] == "cogvideox-1.5" and case[2] == "cache first"]),
-)
+@pytest.mark.parametrize(("name", "cache", "order"), some(CACHED, [*DEFAULT, ("wan", "sea", "sparse first")]))
 def test_a_cache_skips_and_anchors_come_when_due(name, cache, order):
     pipe = make(name)
     with cached(pipe, cache):
@@ -416,6 +424,22 @@ def test_a_cache_skips_and_anchors_come_when_due(name, cache, order):
         torch.testing.assert_close(generate(name, pipe, steps=STEPS), stock, atol=2e-3, rtol=2e-3)
     with cached(pipe, cache):
         assert torch.equal(generate(name, pipe, steps=STEPS), stock)
+
+
+@pytest.mark.parametrize("cache", [SeaCacheConfig(threshold=0.8), TextKVCacheConfig()], ids=["sea", "text"])
+def test_a_cache_that_does_nothing_here(cache):
+    """SeaCache is told no noise level by CogVideoX, and TextKVCache looks for blocks of NucleusMoE alone."""
+    name = "cogvideox-1.5"
+    pipe = make(name)
+    stock = generate(name, pipe)
+    with sparsify(pipe, ANCHOR) as session:
+        sparse, steps = generate(name, pipe), phases(session)
+        pipe.transformer.enable_cache(cache)
+        assert torch.equal(generate(name, pipe), sparse)
+        assert phases(session) == steps
+        pipe.transformer.disable_cache()
+        assert torch.equal(generate(name, pipe), sparse)
+    assert torch.equal(generate(name, pipe), stock)
 
 
 # ---- weights that are elsewhere, in other dtypes, or adapted ----

@@ -22,8 +22,8 @@ from dit_sparse.predict import attention_share
 from tests.families import FAMILIES as TINY
 from tests.families import generate
 
-# Tail and none are parts of anchor and reshape, and sta is a plan like theirs.
-SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("tail", "none", "sta")]
+# Tail and none are parts of anchor and reshape, and the others choose blocks for these.
+SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in ("tail", "none", "topp", "sta", "radial", "ditfastattn")]
 METHODS = ["anchor", "reshape", "rectify", "svg", *SLOW]
 
 
@@ -422,6 +422,8 @@ def test_a_mask_that_is_more_than_padding_runs_dense_and_is_counted():
 class Parallel:
     """diffusers' configuration of context parallelism, as far as anybody asks for it."""
 
+    tensor_parallel_config = None
+
     def __init__(self, **options):
         self.context_parallel_config = SimpleNamespace(
             **(dict(ring_degree=1, ulysses_degree=1, ulysses_anything=False, ring_anything=False) | options)
@@ -464,9 +466,6 @@ def test_parts_of_a_sequence_that_are_not_told_apart_run_stock():
         assert "text comes last" in one.processor.attend.unshardable(2)
         session.generation.text = (9, 0)
         assert one.processor.attend.unshardable(2) is None
-        session.generation.profile = object()
-        assert "a profile is for all of them" in one.processor.attend.unshardable(2)
-        session.generation.profile = None
 
 
 @pytest.mark.slow

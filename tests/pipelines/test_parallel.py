@@ -34,6 +34,8 @@ def two(tmp_path, name, method="anchor", order="before", degree="ulysses_degree"
 SLOW = pytest.mark.slow
 CASES = [
     ("flux", "anchor", "after"),
+    ("wan", "profile", "after"),
+    ("wan", "lopsided", "after"),
     *(
         pytest.param(*case, marks=SLOW)
         for case in (
@@ -45,6 +47,10 @@ CASES = [
             ("qwen-image", "tail", "before"),
             ("qwen-image", "anchor", "after"),
             ("ltx", "anchor", "before"),
+            ("wan", "profile", "before"),
+            ("flux", "profile", "before"),
+            ("qwen-image", "profile", "after"),
+            ("wan", "lopsided", "before"),
         )
     ),
 ]
@@ -60,9 +66,57 @@ def test_ulysses_gives_what_one_process_gives(tmp_path, name, method, order):
         assert float(worst) < 1e-4, lines
         assert told == ["True", "{}"], lines
         works.append(float(work))
-    # Each counts its own heads.
+    # Each counts its own heads, which are dealt out by what a profile says that they do.
     assert sum(works) / 2 == pytest.approx(float(alone), rel=1e-6)
-    assert max(works) < 1.05 * min(works)
+    if method == "profile":
+        assert works[0] != works[1]
+    else:
+        assert max(works) < 1.05 * min(works), works
+
+
+@pytest.mark.slow
+def test_topp_shares_blocks_out_among_the_heads_of_a_process(tmp_path):
+    """And so gives something else than one process, but every process does as much as any other."""
+    lines, error = two(tmp_path, "wan", "topp")
+    assert len(lines) == 2, error[-3000:]
+    for line in lines:
+        _, _, worst, work, alone, *told = line.split(maxsplit=6)
+        assert 1e-4 < float(worst) < 0.1 and told == ["True", "{}"], lines
+        assert float(work) == pytest.approx(float(alone), rel=1e-3)
+
+
+TENSOR = [
+    ("flux", "anchor", "after"),
+    *(
+        pytest.param(*case, marks=SLOW)
+        for case in (
+            ("flux", "tail", "before"),
+            ("qwen-image", "anchor", "before"),
+            ("flux2", "anchor", "before"),
+            ("flux", "profile", "after"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "order"), TENSOR)
+def test_tensor_parallelism_gives_what_one_process_gives(tmp_path, name, method, order):
+    lines, error = two(tmp_path, name, method, order, "tp_degree")
+    assert len(lines) == 2, error[-3000:]
+    works = []
+    for line in lines:
+        _, _, worst, work, alone, *told = line.split(maxsplit=6)
+        assert float(worst) < 1e-4, lines
+        assert told == ["True", "{}"], lines
+        works.append(float(work))
+    assert sum(works) / 2 == pytest.approx(float(alone), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_profile_cannot_be_told_to_fit_weights_in_parts(tmp_path):
+    lines, error = two(tmp_path, "flux", "profile", "before", "tp_degree")
+    assert not lines
+    assert "call sparsify() before enable_parallelism()" in error
 
 
 @pytest.mark.slow

@@ -2,12 +2,12 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, WanVACETransformer3DModel, WanVideoToVideoPipeline
+from diffusers import ChronoEditTransformer3DModel, FlowMatchHeunDiscreteScheduler, WanVideoToVideoPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from dit_sparse import SparseConfig, sparsify
 from dit_sparse.pipelines import wan
-from tests.tiny import generate, tiny_image_to_video, tiny_video_to_video, tiny_wan
+from tests.tiny import generate, tiny_image_to_video, tiny_vace, tiny_video_to_video, tiny_wan
 
 (SparseWanAttnProcessor,) = wan.FAMILY.processors.values()
 
@@ -19,6 +19,7 @@ MAKERS = {
     "image-2.2": lambda: tiny_image_to_video("2.2"),
     "image-5B": lambda: tiny_image_to_video("5B"),
     "video": tiny_video_to_video,
+    "vace": tiny_vace,
 }
 # Every method on every kind takes minutes; by default all methods on text to video, and anchors on the others.
 PAIRS = [
@@ -102,7 +103,7 @@ def test_dense_equals_the_stock_processor_in_every_module(kind, fused):
             transformer.fuse_qkv_projections()
     with sparsify(pipe, "dense"):
         errors = errors_by_module(pipe)
-    assert len(errors) == 4 * len(transformers(pipe))
+    assert len(errors) == (10 if kind == "vace" else 4 * len(transformers(pipe)))
     assert max(errors.values()) <= 1e-6, errors
 
 
@@ -394,16 +395,14 @@ def test_several_videos_a_prompt(options):
 
 
 def test_other_wan_transformers_are_named_in_the_error():
-    transformer = WanVACETransformer3DModel(
+    transformer = ChronoEditTransformer3DModel(
         num_attention_heads=1,
         attention_head_dim=12,
         text_dim=8,
         freq_dim=8,
         ffn_dim=8,
         num_layers=1,
-        vace_layers=[0],
-        vace_in_channels=4,
         rope_max_seq_len=8,
     )
-    with pytest.raises(ValueError, match="WanVACETransformer3DModel.*known are.*WanTransformer3DModel"):
+    with pytest.raises(ValueError, match="ChronoEditTransformer3DModel.*known are.*WanTransformer3DModel"):
         sparsify(transformer)
