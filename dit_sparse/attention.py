@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned, calibrated, learn_anchor, learn_reshape, pooled_tail, rectify, reshape
 from dit_sparse.head_kinds import KINDS, HeadKinds, head_kinds
-from dit_sparse.kernels.block_attention import block_attention, chosen_impl
+from dit_sparse.kernels.block_attention import Precision, block_attention, chosen_impl, refused_8bit
 from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
 from dit_sparse.kernels.permute import permute, permute_pooled
 from dit_sparse.layout import Layout
@@ -95,7 +95,10 @@ def attend_part(
     if not order.is_raster and q.is_cuda and (not config.learns or part.phase != "anchor"):
         scatter = order.take
     learned = generation.recall(layer)
-    call = Call(q, k, v, layout, config, text_mask, key_mask, routes=routes, given=pooled, scatter=scatter)
+    call = Call(
+        q, k, v, layout, config, text_mask, key_mask,
+        routes=routes, precision=generation.config.precision, given=pooled, scatter=scatter,
+    )  # fmt: skip
     if not config.learns:
         out, routed = _at_once(call, part.rho)
     elif part.phase == "anchor":
@@ -109,9 +112,18 @@ def attend_part(
         out, routed = _between(call, learned, moment.step), learned.visited
     possible = q.shape[0] * q.shape[1] * layout.blocks**2
     visited = torch.stack(call.listed).sum() * layout.block**2
-    generation.kernel = call.kernel
+    _account(call, layer, generation)
     generation.tally.sparse(moment.step, part.phase, pairs, call.known, visited, routed, possible)
     return out if order.is_raster or scatter is not None else permute((out,), order.place)[0]
+
+
+def _account(call: "Call", layer: Layer, generation: Generation) -> None:
+    """Tell the generation which kernel a call ran, and how much 8 bits err in this layer, once in a run."""
+    generation.kernel = call.kernel
+    if call.refused is not None:
+        generation.fall_back(f"attention in 8 bits {call.refused}", to="full-precision")
+    elif call.precision == "8bit" and call.plans and layer.name not in generation.tally.precision_errors:
+        generation.tally.precision_errors[layer.name] = call.error_of_8bit(call.plans[-1])
 
 
 def _order(config: SparseConfig, layout: Layout, device: torch.device, before: int) -> TokenOrder:
@@ -157,11 +169,14 @@ def _by_kind(
         own = tuple(x[:, list(heads)] for x in (q, k, v))
         if not order.is_raster:
             own = permute(own, order.take)
-        call = Call(own[0], own[1], own[2], layout, config, text_mask, key_mask, routes=False)
+        precision = generation.config.precision
+        call = Call(
+            own[0], own[1], own[2], layout, config, text_mask, key_mask, routes=False, precision=precision
+        )  # fmt: skip
         some = call.over(plan, routed[-1], Correction())[0]
         out[:, list(heads)] = some if order.is_raster else permute((some,), order.place)[0]
         known += call.known
-        generation.kernel = call.kernel
+        _account(call, part.layer, generation)
         listed += call.listed
     visited = torch.stack(listed).sum() * layout.block**2 if listed else routed[0].new_zeros(())
     possible = q.shape[0] * q.shape[1] * layout.blocks**2
@@ -227,11 +242,14 @@ class Call:
     """The inputs of one call in routing order, what the methods do with them, and the token pairs that took.
 
     routes  whether it chooses blocks, for which the queries are pooled too
+    precision of block attention
     given   the statistics, where they are known
     scatter where block attention writes each row of its output, None for where it stands
     listed  query-key block pairs visited, () int64 on the device for each pass over a plan
     known   pairs of tokens, or of a token and a pooled key, visited besides
     kernel  the implementation of block attention that ran
+    plans   that it ran over
+    refused why it did not run in 8 bits although it should have
     """
 
     q: Tensor
@@ -242,11 +260,14 @@ class Call:
     text_mask: Tensor | None
     key_mask: Tensor | None
     routes: bool
+    precision: Precision = "full"
     given: Pooled | None = None
     scatter: Tensor | None = None
     listed: list[Tensor] = field(default_factory=list)
     known: float = 0.0
     kernel: str = ""
+    plans: list[BlockPlan] = field(default_factory=list)
+    refused: str | None = None
 
     @property
     def scale(self) -> float:
@@ -301,7 +322,12 @@ class Call:
         self.known += rows * (text * layout.tokens + vision * text)
         if correction.tail is not None:
             self.known += rows * vision * layout.blocks
-        self.kernel = chosen_impl("auto", self.q, self.k, self.v, plan, layout.block, self.key_mask)
+        inputs = self.q, self.k, self.v, plan, layout.block, self.key_mask
+        if self.precision == "8bit":
+            self.refused = refused_8bit(*inputs)
+        precision: Precision = "full" if self.refused else self.precision
+        self.kernel = chosen_impl("auto", *inputs, precision)
+        self.plans.append(plan)
         return block_attention(
             self.q,
             self.k,
@@ -312,7 +338,18 @@ class Call:
             key_mask=self.key_mask,
             text=text,
             scatter=self.scatter,
+            precision=precision,
         )
+
+    def error_of_8bit(self, plan: BlockPlan) -> Tensor:
+        """() float32: what 8 bits make wrong in the exact part of the first head, over that part."""
+        q, k, v = (x[:, :1] for x in (self.q, self.k, self.v))
+        first = BlockPlan(plan.counts[:, :1], plan.indices[:, :1], plan.key_blocks)
+        full, low = (
+            block_attention(q, k, v, first, block=self.layout.block, text=self.layout.text, precision=precision)[0]
+            for precision in ("full", "8bit")
+        )
+        return (low.float() - full.float()).norm() / full.float().norm()
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Attention to every key: out and lse."""

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,7 @@ from dit_sparse.attention import sparse_attention
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import Learned, pooled_tail
 from dit_sparse.kernels import reference
-from dit_sparse.kernels.block_attention import AttentionImpl, block_attention, chosen_impl
+from dit_sparse.kernels.block_attention import AttentionImpl, Precision, block_attention, chosen_impl, refused_8bit
 from dit_sparse.kernels.dense_attention import Backend, dense_attention, dense_backend
 from dit_sparse.kernels.permute import permute, permute_pooled
 from dit_sparse.layout import Layout, TokenGrid
@@ -52,6 +52,8 @@ CASES: dict[str, Case] = {
     "small": Case(4, (8, 32, 32), head_dim=64, block=64),
 }
 DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
+# What 8 bits may err by, relative, on random inputs, whose values share nothing that averages keep.
+ERROR_8BIT = 0.05
 # Densities at which counts are also spread, as top-p makes them.
 UNEVEN = (0.1,)
 
@@ -63,9 +65,9 @@ class BenchOptions:
     """Time sparse attention beside the fastest dense attention here. Ratios are within one run.
 
     attention: the kernel over random plans; operator: a layer's sparse step and its parts; forward: a transformer with
-    random weights. Each result is first checked against float64 on a sample of its rows, a forward for NaN and Inf;
-    what fails is not timed, and the exit code is 1. TFLOP/s count kept work only. Extra memory is the peak beyond
-    inputs and outputs.
+    random weights. Each result is first checked against float64 on a sample of its rows, one in 8 bits for an error of
+    at most 5 %, a forward for NaN and Inf; what fails is not timed, and the exit code is 1. TFLOP/s count kept work
+    only. Extra memory is the peak beyond inputs and outputs.
     """
 
     case: tuple[str, ...] = ()
@@ -83,6 +85,8 @@ class BenchOptions:
     compile: Literal["no", "blocks", "whole"] = "no"
     """Of a forward: through torch.compile, block by block or in one piece, sparse and dense alike. Sparse attention
     must be one graph then, that no step compiles again."""
+    precision: Precision = "full"
+    """Of a forward's sparse attention: full or 8bit."""
     seed: int = 0
     """Of the random inputs and plans."""
     output_file: Path | None = None
@@ -187,9 +191,17 @@ def random_plan(case: Case, density: float, device: torch.device, *, spread: flo
 
 
 def verify(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, correction: Correction | None, case: Case, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan | None,
+    correction: Correction | None,
+    case: Case,
+    out: Tensor,
+    precision: Precision = "full",
 ) -> float:
-    """Error of `out` on sampled query blocks, over twice what PyTorch makes in that precision; at most 1 passes.
+    """Error of `out` on sampled query blocks, over twice what PyTorch makes in that precision (in 8 bits, relative
+    error over ERROR_8BIT); at most 1 passes.
 
     Every sampled block is computed with its listed keys alone, by kernels/reference.py in float64 and in q's dtype.
     """
@@ -209,7 +221,10 @@ def verify(
         got = out[:, one, rows].double()
         band = 2 * ((exact.to(q.dtype) + 0.3 - 0.3).double() - exact).abs().max()
         allowed = 2 * (eager - exact).abs().max() + band
-        worst = max(worst, ((got - exact).abs().max() / allowed).item())
+        if precision == "8bit":
+            worst = max(worst, ((got - exact).norm() / exact.norm() / ERROR_8BIT).item())
+        else:
+            worst = max(worst, ((got - exact).abs().max() / allowed).item())
         if not got.isfinite().all():
             return float("inf")
     return worst
@@ -266,24 +281,34 @@ def _attention_of(bench: Bench, name: str, case: Case) -> None:
                   tflops=ms and flops / ms / 1e9, extra_mib=None)  # fmt: skip
     for density, spread in [(x, 1) for x in bench.densities(*DENSITIES)] + [(x, 10) for x in UNEVEN]:
         plan = random_plan(case, density, bench.device, spread=spread)
-        for impl in implementations(q, k, v, plan, case.block):
-            call = partial(block_attention, q, k, v, plan, block=case.block, text=case.text, impl=impl)
-            error = verify(q, k, v, plan, None, case, call()[0])
+        for impl, precision in implementations(q, k, v, plan, case.block):
+            call = partial(
+                block_attention, q, k, v, plan, block=case.block, text=case.text, impl=impl, precision=precision
+            )
+            error = verify(q, k, v, plan, None, case, call()[0], precision)
             ms = bench.milliseconds(call) if error <= 1 else None
             # Listed blocks, text keys for every row, and every key for text rows.
             tokens = q.shape[2] - case.text
             share = (tokens * (plan.density() * tokens + case.text) + case.text * q.shape[2]) / q.shape[2] ** 2
-            what = impl if spread == 1 else f"{impl}, counts spread {spread} times"
+            what = impl + (", 8bit" if precision == "8bit" else "")
+            what += f", counts spread {spread} times" if spread > 1 else ""
             bench.add(case=name, what=what, density=plan.density(), ms=ms, error=error,
                       speedup=best / ms if ms and best else None, tflops=ms and share * flops / ms / 1e9,
                       extra_mib=bench.extra_bytes(call) / 2**20)  # fmt: skip
 
 
-def implementations(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int) -> list[AttentionImpl]:
+def implementations(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int
+) -> list[tuple[AttentionImpl, Precision]]:
     """The kernels that can run here, the one `auto` takes first."""
     if not q.is_cuda:
-        return ["torch"]
-    return ["gluon", "triton"] if chosen_impl("auto", q, k, v, plan, block, None) == "gluon" else ["triton"]
+        return [("torch", "full")]
+    found: list[tuple[AttentionImpl, Precision]] = [("triton", "full")]
+    if chosen_impl("auto", q, k, v, plan, block, None) == "gluon":
+        found.insert(0, ("gluon", "full"))
+    if refused_8bit(q, k, v, plan, block, None) is None:
+        found.insert(1, ("gluon", "8bit"))
+    return found
 
 
 def dense_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Backend]:
@@ -327,9 +352,19 @@ def _operator_of(
 
     tails = Generation(SparseConfig("tail", density=density, block=case.block, dense_steps=0), [layer])
     anchors = Generation(config, [layer])
-    for generation, step in ((tails, 0), (anchors, 1)):
+    low = Generation(replace(config, precision="8bit"), [layer])
+    for generation, step in ((tails, 0), (anchors, 1), (low, 1)):
         generation.enter(grid, batch=1, device=bench.device, timestep=0.0, step=step, total=100)
-    anchors.record(layer, Learned(plan, residual, None, 0, plan.counts.sum()))
+    for generation in (anchors, low):
+        generation.record(layer, Learned(plan, residual, None, 0, plan.counts.sum()))
+    in_8bit = {}
+    if refused_8bit(q, k, v, plan, case.block, None) is None:
+        found = kernel(full, precision="8bit")[0]
+        error = max(error, verify(q, k, v, plan, full, case, found, "8bit"))
+        in_8bit = {
+            "bare block attention, 8bit": partial(kernel, precision="8bit"),
+            "whole, between anchors, 8bit": partial(sparse_attention, *qkv, layer, low),
+        }
 
     bare = None
     for what, call in {
@@ -351,6 +386,7 @@ def _operator_of(
         "permute out": partial(permute, (q,), order.place),
         "whole, tail": partial(sparse_attention, *qkv, layer, tails),
         "whole, between anchors": partial(sparse_attention, *qkv, layer, anchors),
+        **in_8bit,
     }.items():
         ms = bench.milliseconds(call) if error <= 1 else None
         bare = ms if what == "bare block attention" else bare

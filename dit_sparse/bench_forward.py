@@ -136,9 +136,11 @@ def _forward_of(bench: Bench, name: str, case: ForwardCase) -> None:
         _add(bench, name, what, None, ms, best)
     for density in bench.densities(0.1):
         for method, steps in (("tail", 1 + repeats), ("anchor", 1 + REFRESH_EVERY * max(1, repeats))):
-            own = {"refresh_every": REFRESH_EVERY} if method == "anchor" else {}
+            own: dict[str, Any] = {"refresh_every": REFRESH_EVERY} if method == "anchor" else {}
+            own["precision"] = bench.options.precision
+            low = ", 8bit" if bench.options.precision == "8bit" else ""
             with sparsify(transformer, method=method, density=density, dense_steps=0, **own) as session:
-                kinds = {kind: f"{method}, {kind} step{compiled}" for kind in ("sparse", "anchor")}
+                kinds = {kind: f"{method}, {kind} step{low}{compiled}" for kind in ("sparse", "anchor")}
                 phase = lambda step, session=session, kinds=kinds: kinds[session.phase(step)]  # noqa: E731
                 _compile(bench, transformer, strict=True)
                 if bench.options.compile != "no":

@@ -13,6 +13,7 @@ Method = Literal[
 ]
 Order = Literal["hilbert", "tile", "raster", "pixel"]
 Storage = Literal["bf16", "fp8", "int4"]
+Precision = Literal["full", "8bit"]
 
 # Methods that choose blocks by what they hold. The others but dense go by a pattern, see dit_sparse.patterns.
 _ROUTED = ("anchor", "tail", "reshape", "rectify", "none", "topp")
@@ -33,6 +34,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "clamp": ("reshape",),
     "keep_mass": ("reshape",),
     "critical_mass": ("rectify",),
+    "precision": get_args(Method)[:-1],
 }
 
 
@@ -89,9 +91,12 @@ class SparseConfig:
     """Re-ttention: weigh the residual so that each row's attention sums to 1."""
     critical_mass: bool = False
     """Rectified SpaAttn: scale by the kept mass alone, as the paper describes, not as the code does."""
+    precision: Precision = "full"
+    """Products of sparse attention: full, or 8bit (int8 for queries and keys, e4m3 for probabilities and values),
+    which is faster on Hopper and errs by a percent or two, told in the run report."""
     profile: str | None = None
     """File written by `dit-sparse fit`, which then chooses method, density, anchors and storage for each head and
-    step, and leaves only strict and max_state_gib to choose."""
+    step, and leaves only precision, max_state_gib and strict to choose."""
     strict: bool = False
     """Raise where attention would otherwise fall back to dense, and on NaN or Inf in q, k or v."""
 
@@ -99,6 +104,7 @@ class SparseConfig:
         for name, kind in (("method", Method), ("order", Order)):
             _one_of(name, getattr(self, name), get_args(kind))
         _one_of("routing", self.routing, ("auto", "mass", "error"))
+        _one_of("precision", self.precision, get_args(Precision))
         _one_of("residual", self.residual, ("auto", *get_args(Storage)))
         _one_of("block", self.block, ("auto", 16, 32, 64, 128))
         for name in ("density", "top_p", "anchor_density"):
@@ -132,7 +138,7 @@ class SparseConfig:
         for field in fields(self):
             if field.type is bool and not isinstance(getattr(self, field.name), bool):
                 raise ValueError(f"{field.name} is True or False, not {getattr(self, field.name)!r}.")
-            if self.profile is not None and field.name not in ("profile", "strict", "max_state_gib"):
+            if self.profile is not None and field.name not in ("profile", "precision", "strict", "max_state_gib"):
                 if getattr(self, field.name) != field.default:
                     raise ValueError(f"A profile decides on {field.name}: leave out either of the two.")
                 continue

@@ -137,7 +137,8 @@ def run(options: GenerateOptions) -> int:
     print(
         f"{written[0]}{f' and {len(written) - 1} more' if len(written) > 1 else ''}: "
         f"{seconds['generate']:.1f} s, density {report.density:.3f}, attention work {report.work:.3f} of dense"
-        + "".join(f"; {count} calls dense because {reason}" for reason, count in report.fallbacks.items())
+        + ("" if report.precision_error is None else f", 8 bits err by {100 * report.precision_error:.1f} %")
+        + "".join(f"; {count} calls fell back because {reason}" for reason, count in report.fallbacks.items())
     )
     return 0
 

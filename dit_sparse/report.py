@@ -23,6 +23,8 @@ class RunReport:
     density  share of key blocks in the plans of the sparse calls, without the denser plans of soft anchors
     work     attention work of the whole run relative to dense; anchors and the tail's pooled keys are in it, pooling
              and routing are not
+    precision_error  of 8 bits: what they made wrong in the exact part of a layer's first head at its first sparse
+             call, relative, in the layer where it was most; None in full precision
     """
 
     steps: tuple[StepRecord, ...]
@@ -33,6 +35,8 @@ class RunReport:
     fallbacks: dict[str, int]
     dense_backend: str
     kernel: str
+    precision: str = "full"
+    precision_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,6 +73,7 @@ class Tally:
     phases: dict[int, Counter[str]] = field(default_factory=dict)
     marks: list[tuple[int, Mark, Mark | None]] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    precision_errors: dict[str, Tensor] = field(default_factory=dict)  # by layer
 
     def dense(self, step: int, pairs: float) -> None:
         self.dense_pairs += pairs

@@ -418,12 +418,13 @@ class Generation:
         """Where the present or last run is."""
         return self._device
 
-    def fall_back(self, reason: str) -> None:
-        """Count a call that ran dense although it should not have; raise under strict, log each reason once."""
+    def fall_back(self, reason: str, *, to: str = "dense") -> None:
+        """Count a call that ran dense, or in full precision, although it should not have; raise under strict, log
+        each reason once."""
         if self.config.strict:
-            raise ValueError(f"{reason[0].upper()}{reason[1:]}, and strict=True allows no dense fallback.")
+            raise ValueError(f"{reason[0].upper()}{reason[1:]}, and strict=True allows no {to} fallback.")
         if reason not in self.tally.fallbacks:
-            logger.warning("dense fallback: %s", reason)
+            logger.warning("%s fallback: %s", to, reason)
         self.tally.fallbacks[reason] += 1
 
     def _choose_storage(self, held: int = 0) -> Storage:

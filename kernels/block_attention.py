@@ -18,11 +18,14 @@ except ImportError:  # Triton has no wheel for macOS and Windows; the torch impl
 
 try:
     from dit_sparse.kernels import block_attention_hopper as hopper
+    from dit_sparse.kernels import block_attention_hopper8 as hopper8
 except ImportError:  # Triton without Gluon, or none.
-    hopper = None
+    hopper = hopper8 = None
 
 # auto, or one of: PyTorch; Triton for any GPU; Gluon, Triton's lower-level dialect, for Hopper.
 AttentionImpl = Literal[Impl, "gluon"]
+# full, or int8 products of queries and keys and e4m3 products with the values, as SageAttention2 has them.
+Precision = Literal["full", "8bit"]
 
 
 def block_attention(
@@ -38,6 +41,7 @@ def block_attention(
     text: int = 0,
     scatter: Tensor | None = None,
     impl: AttentionImpl = "auto",
+    precision: Precision = "full",
     check_plan: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the planned key blocks, then `correction`: out = scale * merge(exact, tail) + residual.
@@ -51,7 +55,9 @@ def block_attention(
     Returns out like q, and lse [B, H, Lq] float32 (float64 for float64), natural logarithm, of the exact part; rows
     that see no key give zeros and -inf. impl "auto" is gluon on Hopper where it takes the inputs (16-bit, 64 or 128
     channels, blocks of 128, no key mask), triton on CUDA and torch elsewhere. A named one never falls back, and triton
-    refuses float32 beyond 128 channels, which would not fit its registers. Raises ValueError where shapes, dtypes or
+    refuses float32 beyond 128 channels, which would not fit its registers. precision "8bit" (SageAttention2, arXiv
+    2411.10958, section 3: a unit a query row, a key block without the keys' mean, and a channel of values) takes what
+    refused_8bit does not refuse, and errs by some percent. Raises ValueError where shapes, dtypes or
     devices do not fit together, and with check_plan, which waits for the device, where the plan is illegal; without,
     an illegal plan reads memory that is not its own.
     """
@@ -93,19 +99,48 @@ def block_attention(
         residual and residual.scales,
         residual.kind if residual else "full",
         impl,
+        precision,
     )
 
 
+def _refused(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None, head_dims: tuple[int, ...]
+) -> str | None:
+    """Why the Hopper kernels do not take these inputs, or None."""
+    if hopper is None or not q.is_cuda:
+        return "needs CUDA tensors and triton 3.6 or newer"
+    return hopper.refusal(q, k, v, plan, block, key_mask, head_dims)
+
+
+def refused_8bit(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None) -> str | None:
+    """Why block_attention cannot do these arguments with precision "8bit", or None."""
+    return _refused(q, k, v, plan, block, key_mask, (128,))
+
+
 def chosen_impl(
-    impl: AttentionImpl, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None
-) -> Literal["torch", "triton", "gluon"]:
+    impl: AttentionImpl,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    block: int,
+    key_mask: Tensor | None,
+    precision: Precision = "full",
+) -> Literal["torch", "triton", "gluon", "gluon, 8bit"]:
     """The implementation that block_attention runs for these arguments; raises ValueError where it refuses them."""
     if impl not in get_args(AttentionImpl):
         raise ValueError(f"Unknown impl {impl!r}: choose from {', '.join(get_args(AttentionImpl))}.")
+    if precision not in get_args(Precision):
+        raise ValueError(f"Unknown precision {precision!r}: choose from {', '.join(get_args(Precision))}.")
+    if precision == "8bit":
+        if impl not in ("auto", "gluon"):
+            raise ValueError(f"precision '8bit' is there for impl auto and gluon, not for {impl!r}.")
+        refused = refused_8bit(q, k, v, plan, block, key_mask)
+        if refused is not None:
+            raise ValueError(f"precision '8bit' {refused}.")
+        return "gluon, 8bit"
     if impl == "gluon" or (impl == "auto" and q.is_cuda):
-        refused = "needs CUDA tensors and triton 3.6 or newer"
-        if hopper is not None and q.is_cuda:
-            refused = hopper.refusal(q, k, v, plan, block, key_mask)
+        refused = _refused(q, k, v, plan, block, key_mask, (64, 128))
         if refused is None:
             return "gluon"
         if impl == "gluon":
@@ -199,17 +234,20 @@ def _block_attention(
     residual_scales: Tensor | None,
     residual_kind: str,
     impl: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     plan = BlockPlan(counts, indices, key_blocks)
     tail = None if tail_keys is None else Tail(tail_keys, tail_values, tail_log_weights, tail_variances, tail_limit)
     added = None if residual is None else Residual(residual, residual_scales, residual_kind)
     correction = Correction(row_scale, added, tail)
     # Here and not before, so that a compiler need not look into it.
-    chosen = chosen_impl(impl, q, k, v, plan, block, key_mask)
+    chosen = chosen_impl(impl, q, k, v, plan, block, key_mask, precision)
     if chosen == "torch":
         return block_attention_torch.attend(q, k, v, plan, correction, block, scale, key_mask, text, scatter)
     every = _every(key_blocks, q.device)
     scatter = None if scatter is None else scatter.contiguous()
+    if chosen == "gluon, 8bit":
+        return hopper8.attend(q, k, v, plan, correction, scale, text, every, scatter)
     if chosen == "gluon":
         return hopper.attend(q, k, v, plan, correction, scale, text, every, scatter)
     return block_attention_triton.attend(q, k, v, plan, correction, block, scale, key_mask, text, every, scatter)

@@ -546,16 +546,19 @@ def block_attention_hopper_kernel(
     )  # fmt: skip
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None) -> str | None:
-    """Why this kernel does not take such inputs, or None."""
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None, head_dims: tuple[int, ...]
+) -> str | None:
+    """Why a kernel for these head dimensions does not take such inputs, or None."""
     if torch.cuda.get_device_capability(q.device)[0] != 9:
         return "needs a GPU of compute capability 9"
     if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 6):
         return f"needs triton 3.6, not {triton.__version__}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {q.dtype}"
-    if q.shape[-1] not in (64, 128):
-        return f"takes head dimensions 64 and 128, not {q.shape[-1]}"
+    if q.shape[-1] not in head_dims:
+        dims = " and ".join(map(str, head_dims))
+        return f"takes head dimension{'s' if len(head_dims) > 1 else ''} {dims}, not {q.shape[-1]}"
     if block != BLOCK:
         return f"takes blocks of {BLOCK}, not {block}"
     if key_mask is not None:

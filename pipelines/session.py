@@ -94,6 +94,8 @@ class Session:
             residual=g.storage,
             fallbacks=dict(tally.fallbacks),
             dense_backend=self._chosen_backend() or g.dense_backend,
+            precision=g.config.precision,
+            precision_error=max((x.item() for x in tally.precision_errors.values()), default=None),
             kernel=g.kernel or ("triton" if find_spec("triton") and self._device.type == "cuda" else "torch"),
         )
 

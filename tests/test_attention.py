@@ -626,3 +626,40 @@ def test_under_autocast_inputs_are_cast_and_statistics_are_not(method):
             out = attend(q.float(), k.float(), v, None, address(mixed, 0))
         assert out.dtype == torch.float32
         assert torch.equal(out, attend(q, k, v, None, address(plain, 0)).float())
+
+
+# --- 8 bits ----------------------------------------------------------------------------------------------------------
+
+
+def test_8_bits_fall_back_to_full_precision_where_they_are_not_there():
+    q, k, v = inputs(dtype=torch.float32)
+    low, full = at("tail", density=0.3, precision="8bit"), at("tail", density=0.3)
+    assert torch.equal(run(low, 0, q, k, v), run(full, 0, q, k, v))
+    ((reason, count),) = low.tally.fallbacks.items()
+    assert reason == "attention in 8 bits needs CUDA tensors and triton 3.6 or newer" and count == 1
+    assert not full.tally.fallbacks and not low.tally.precision_errors
+    with pytest.raises(ValueError, match="in 8 bits needs CUDA .* no full-precision fallback"):
+        run(at("tail", precision="8bit", strict=True), 0, q, k, v)
+
+
+@pytest.mark.parametrize("method", ["tail", "anchor", "svg"])
+def test_the_error_of_8_bits_is_told_once_a_layer(method, monkeypatch):
+    """With a kernel that errs by a tenth in place of the one that needs Hopper."""
+    exact, made = attention.block_attention, []
+
+    def low(*args, precision, **options):
+        made.append(precision)
+        out, lse = exact(*args, **options)
+        return (out * 1.1 if precision == "8bit" else out), lse
+
+    monkeypatch.setattr(attention, "block_attention", low)
+    monkeypatch.setattr(attention, "refused_8bit", lambda *_: None)
+    monkeypatch.setattr(attention, "chosen_impl", lambda *args: f"for {args[-1]}")
+    g = at(method, density=0.3, precision="8bit", refresh_every=2 if method == "anchor" else None)
+    for step in range(3):
+        run(g, step, *inputs(dtype=torch.float32))
+    assert g.kernel == "for 8bit" and not g.tally.fallbacks
+    (error,) = g.tally.precision_errors.values()
+    assert error.item() == pytest.approx(0.1, rel=1e-3)
+    # One call in full precision, to measure by.
+    assert made.count("full") == 1

@@ -106,6 +106,7 @@ def test_an_unknown_key_raises_with_the_nearest_known_one():
         ("refresh_every", 2.0),
         ("refresh_every", True),
         ("max_state_gib", 0),
+        ("precision", "fp8"),
         ("max_state_gib", "4"),
         ("ramp", 1),
         ("ramp", -0.1),
@@ -142,6 +143,7 @@ def test_a_bad_value_is_named_with_its_option(option, value):
         ("clamp", False, "anchor"),
         ("keep_mass", True, "dense"),
         ("critical_mass", True, "reshape"),
+        ("precision", "8bit", "dense"),
     ],
 )
 def test_an_option_of_another_method_raises(option, value, method):

@@ -71,5 +71,5 @@ def test_a_report_is_plain_data():
     report = RunReport((), 0.1, 0.3, 12, "fp8", dict(Counter({"why": 2})), "cpu", "torch")
     assert report.to_dict() == {
         "steps": (), "density": 0.1, "work": 0.3, "state_bytes": 12, "residual": "fp8", "fallbacks": {"why": 2},
-        "dense_backend": "cpu", "kernel": "torch",
+        "dense_backend": "cpu", "kernel": "torch", "precision": "full", "precision_error": None,
     }  # fmt: skip

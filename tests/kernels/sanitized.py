@@ -27,6 +27,8 @@ def attention(impl: str, dim: int, block: int, text: int) -> None:
         block_attention(*qkv, plan, correction, block=block, text=text, impl=impl)
         scatter = torch.randperm(q.shape[2] - text, device="cuda").int()
         block_attention(*qkv, plan, correction, block=block, text=text, impl=impl, scatter=scatter)
+        if impl == "gluon" and dim == 128:
+            block_attention(*qkv, plan, correction, block=block, text=text, scatter=scatter, precision="8bit")
 
 
 def the_rest() -> None:

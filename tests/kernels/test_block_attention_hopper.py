@@ -72,6 +72,35 @@ class TestOnHopper:
             assert_no_worse(a, by_torch, e)
 
 
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        *((case, ()) for case in CASES if "64" not in case),
+        *((case, ("tail", "second", "scale", "fp8")) for case in CASES if "64" not in case),
+        *((case, parts) for case in ("ragged", "text of several blocks") for parts in PARTS),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "+".join(x),
+)
+class TestIn8Bits:
+    pytestmark = on_hopper
+
+    def test_error_is_what_the_codes_make(self, case, parts):
+        """Of random values, which averages make small as fast as errors: a unit in the last place of e4m3 each."""
+        qkv, plan, correction, options = build(case, parts, torch.bfloat16)
+        exact = reference.block_attention(
+            *(x.double() for x in qkv), plan, cast(correction, torch.float64), scale=128**-0.5, **options
+        )
+        out, lse = block_attention(*qkv, plan, correction, precision="8bit", **options)
+        assert out.dtype == torch.bfloat16 and out.stride() == qkv[0].stride()
+        assert (out.double() - exact[0]).norm() <= 0.045 * exact[0].norm()
+        assert (lse.double() - exact[1]).abs().max() <= 0.02
+
+    def test_same_bits_again(self, case, parts):
+        qkv, plan, correction, options = build(case, parts, torch.bfloat16)
+        first, again = (block_attention(*qkv, plan, correction, precision="8bit", **options) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 class TestAnyPlan:
     pytestmark = on_hopper
 
@@ -213,3 +242,13 @@ def test_programs_end_together(monkeypatch):
     # Tiles of text are four to eight times as long as others; last in line, they would be computed by a few programs.
     steps, _, _ = schedule(hopper, monkeypatch, heads=24, blocks=128, text=512, programs=132)
     assert max(steps) < 1.06 * sum(steps) / len(steps)
+
+
+@pytest.mark.parametrize(
+    ("precision", "impl"), [("8bit", "torch"), ("8bit", "triton"), ("8bit", "auto"), ("4", "auto")]
+)
+def test_8_bits_are_refused_where_they_are_not_there(precision, impl):
+    q, k, v = (x.bfloat16() for x in inputs(queries=300, dim=64))
+    plan = random_plan(1, 2, 3, 3)
+    with pytest.raises(ValueError, match="precision"):
+        block_attention(q, k, v, plan, block=BLOCK, impl=impl, precision=precision)

@@ -8,6 +8,7 @@ triton = pytest.importorskip("triton")
 
 from triton.experimental.gluon import language as gl  # noqa: E402
 
+from dit_sparse.kernels import block_attention_hopper8 as hopper8  # noqa: E402
 from dit_sparse.kernels.block_attention_hopper import BLOCK, ROWS, SLOTS, block_attention_hopper_kernel  # noqa: E402
 from tests.kernels.aot import Build, Resources, compile_kernels  # noqa: E402
 
@@ -58,6 +59,39 @@ def build(kind: str, dim: int, flags: dict) -> Build:
     return Build(block_attention_hopper_kernel, signature, constexprs, 90, num_warps=4)
 
 
+def build_8bit(flags: dict) -> Build:
+    def tile(kind: str, rows: int, columns: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.uint8)
+        return f"tensordesc<{kind}[1,1,{rows},{columns}],{layout!r}>"
+
+    def line(kind: str, bits: int, length: int) -> str:
+        return f"tensordesc<{kind}[{length}],{gl.NVMMASharedLayout(0, bits, rank=1)!r}>"
+
+    keys, values, unit = tile("i8", BLOCK, 128), tile("fp8e4nv", BLOCK, 128), line("fp32", 32, 32)
+    types = {
+        "d_q": tile("i8", ROWS, 128), "d_k": keys, "d_tail_k": keys, "d_v": values, "d_tail_v": values,
+        "d_tail_var": values, "d_unit": unit, "d_tail_unit": unit, "d_routed": line("u8", 8, BLOCK),
+        "d_weights": line("fp32", 32, BLOCK), "d_codes": tile("u8", ROWS, 128 if flags["RESIDUAL"] == 2 else 64),
+        "p_out": "*bf16", "p_res": "*u8" if flags["RESIDUAL"] > 1 else "*bf16", "p_scatter": "*i64",
+        "scale": "fp32", "limit": "fp32",
+    }  # fmt: skip
+    floats = ("p_lse", "p_q_unit", "p_q_shift", "p_v_unit", "p_var_unit", "p_scale", "p_res_scale")
+    types |= dict.fromkeys(floats, "*fp32")
+    optional = OPTIONAL | {"d_tail_unit": "TAIL", "p_var_unit": "SECOND"}
+    constexprs = flags | dict(D=128, SLOTS=hopper8.SLOTS, BLOCK=BLOCK, ROWS=ROWS)
+    signature = {}
+    for name in hopper8.block_attention_hopper8_kernel.arg_names:
+        if name in constexprs:
+            continue
+        if not flags.get(optional.get(name, ""), True) or (name == "p_res" and flags["COPIED"]):
+            constexprs[name] = None
+        elif name.startswith("p_"):
+            signature[name] = types.get(name, "*i32") + ":16"
+        else:
+            signature[name] = types.get(name, "i32:16" if name[1:3] == "_s" else "i32")
+    return Build(hopper8.block_attention_hopper8_kernel, signature, constexprs, 90, num_warps=4)
+
+
 @pytest.fixture(scope="module")
 def built() -> dict[str, Resources]:
     builds = {
@@ -99,3 +133,13 @@ def test_the_exponentials_run_beside_the_product_of_the_values(built):
         # 64 exponentials a thread and block: of a pair, of one block and of pooled ones, in each of two groups.
         full = [count for count in steps if count >= 64]
         assert len(full) == (8 if name == "everything" else 6), f"{name}: {steps}"
+
+
+def test_8_bits():
+    """Products in both 8-bit types, no copy through shared memory between them, and few registers too many."""
+    bare, everything = compile_kernels([build_8bit(BARE), build_8bit(EVERYTHING)])
+    for used, spill in ((bare, 160), (everything, 480)):
+        assert "IGMMA" in used.sass and "QGMMA" in used.sass and "UTMALDG" in used.sass
+        assert used.registers == 168 and used.spill_bytes <= spill and used.shared_bytes <= 227 * 1024
+    # What is stored to shared memory is what the tile is, and what the compiler tells its warps.
+    assert len(re.findall(r"\bSTS", bare.sass)) <= 8
