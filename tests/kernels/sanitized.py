@@ -44,48 +44,6 @@ def the_rest() -> None:
     plan_mask(block_select(scores, density=0.1, top_p=0.6, k_max=7))
 
 
-def handover() -> None:
-    """One warp tells another a number across an mbarrier: what racecheck says of it, it says of every such kernel."""
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-
-    @gluon.jit
-    def tell(told, full, empty, n):
-        layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
-        phase = gl.to_tensor(0)
-        for i in range(n):
-            mbarrier.wait(empty.index(0), phase ^ 1)
-            told.store(gl.arange(0, 8, layout) * 0 + i)
-            mbarrier.arrive(full.index(0), count=1)
-            phase ^= 1
-
-    @gluon.jit
-    def hear(p_out, told, full, empty, n):
-        layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
-        phase = gl.to_tensor(0)
-        total = gl.zeros([8], gl.int32, layout)
-        for _ in range(n):
-            mbarrier.wait(full.index(0), phase)
-            total += told.load(layout)
-            mbarrier.arrive(empty.index(0))
-            phase ^= 1
-        gl.store(p_out + gl.arange(0, 8, layout), total)
-
-    @gluon.jit
-    def kernel(p_out, n, tell: gl.constexpr, hear: gl.constexpr):
-        told = gl.allocate_shared_memory(gl.int32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-        mbarrier.init(full.index(0), count=1)
-        mbarrier.init(empty.index(0), count=1)
-        gl.warp_specialize([(hear, (p_out, told, full, empty, n)), (tell, (told, full, empty, n))], [1], [24])
-
-    out = torch.zeros(8, dtype=torch.int32, device="cuda")
-    kernel[(1,)](out, 5, tell, hear, num_warps=4)
-    assert out.tolist() == [10] * 8
-
-
 if __name__ == "__main__":
     kinds = {"triton": (64, 128), "gluon": (128,)}
     if torch.cuda.get_device_capability()[0] != 9:
@@ -98,7 +56,5 @@ if __name__ == "__main__":
                     attention(impl, dim, block, text)
     if "rest" in wanted:
         the_rest()
-    if "handover" in wanted:
-        handover()
     torch.cuda.synchronize()
     print("done")
