@@ -1,4 +1,5 @@
-"""What can be on beside a method when it is compared: a step cache of diffusers, compiled blocks, weights in fp8."""
+"""What can be on beside a method when it is compared: a step cache of diffusers, compiled blocks, fp8 weights,
+attention in 8 bits."""
 
 import copy
 import math
@@ -13,7 +14,8 @@ from torch import nn
 
 # FirstBlockCache comes from ParaAttention; TaylorSeer is arXiv 2503.06923, MagCache arXiv 2506.09045.
 CACHES = ("firstblock", "taylorseer", "magcache")
-EXTRAS = (*CACHES, "compile", "fp8")
+# 8bit is the config's precision; all others are switched on around the transformers.
+EXTRAS = (*CACHES, "compile", "fp8", "8bit")
 
 
 def check(name: str, extras: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dit_sparse import generate, models, predict, prompts, schedule
-from dit_sparse.config import Method, SparseConfig
+from dit_sparse.config import Method, Precision, SparseConfig
 from dit_sparse.video import write_record, write_video
 
 
@@ -28,7 +28,8 @@ class CompareOptions:
     """Separated by commas or spaces: methods of generate, dense:BACKEND for dense attention by a backend of diffusers,
     and profile for the file given by --profile. Plain dense is always there. After any of them, what is on beside:
     +firstblock, +taylorseer or +magcache, step caches of diffusers with their default settings, or with a threshold or
-    an interval (+firstblock=0.1); +compile, blocks by torch.compile; +fp8, weights stored in 8 bits."""
+    an interval (+firstblock=0.1); +compile, blocks by torch.compile; +fp8, weights stored in 8 bits;
+    +8bit, sparse attention in 8 bits, on Hopper."""
     density: tuple[float, ...] = (0.1,)
     """Shares of key blocks computed exactly, each with every method that has a density."""
     equal_work: bool = False
@@ -188,14 +189,17 @@ def _settings(options: CompareOptions, request: generate.Request, files: models.
                 f"{name!r} takes weights that stay on their device, and offload {options.offload!r} moves them: leave "
                 "out either."
             )
+        precision: Precision = "8bit" if "8bit" in beside else "full"
         method, colon, backend = bare.partition(":")
         if method == "dense":
-            setting |= {"config": SparseConfig("dense"), "backend": backend if colon else None}
+            setting |= {"config": SparseConfig("dense", precision=precision), "backend": backend if colon else None}
             found[setting["name"]] = setting
         elif bare == "profile":
             if options.profile is None:
                 raise ValueError("Method profile needs --profile, a file written by dit-sparse fit.")
-            found[setting["name"]] = setting | {"config": SparseConfig(profile=str(options.profile))}
+            found[setting["name"]] = setting | {
+                "config": SparseConfig(profile=str(options.profile), precision=precision)
+            }
         elif bare not in get_args(Method):
             known = ", ".join((*get_args(Method), "dense:BACKEND", "profile"))
             raise ValueError(f"Unknown method {bare!r}: choose from {known}.")
@@ -207,6 +211,7 @@ def _settings(options: CompareOptions, request: generate.Request, files: models.
                 config = _config(options, bare, density)
                 if options.equal_work and bare != leader:
                     config = _as_much_work(config, _config(options, leader, density), request, files)
+                config = replace(config, precision=precision)
                 label = f"{bare} {density:g}{plus}"
                 found[label] = setting | {"name": label, "config": config, "density": density}
     if options.refresh_every is not None and not any(values["config"].learns for values in found.values()):

@@ -173,9 +173,7 @@ def test_what_is_on_beside_a_method(command, tmp_path, model, monkeypatch):
     loaded = []
     original = generate.load
     monkeypatch.setattr(generate, "load", lambda *given: loaded.append(original(*given)) or loaded[-1])
-    methods = (
-        "dense+firstblock=0.2,tail,tail+firstblock=0.2,tail+taylorseer,tail+magcache,tail+fp8,tail+fp8+taylorseer"
-    )
+    methods = "dense+firstblock=0.2,tail,tail+firstblock=0.2,tail+taylorseer,tail+magcache,tail+fp8,tail+fp8+taylorseer,none,none+8bit"
     (tmp_path / "prompts.txt").write_text(PROMPTS[0])
     assert main([*command, "--num_inference_steps", "12", "--methods", methods, "--density", "0.3"]) == 0
     rows = {row["setting"]: row for row in table.read_rows(tmp_path / "compare" / "results.csv")}
@@ -198,6 +196,10 @@ def test_what_is_on_beside_a_method(command, tmp_path, model, monkeypatch):
     assert (
         settings["tail 0.3 +fp8"]["fp8"] is True and "use_lite_mode=True" in settings["tail 0.3 +taylorseer"]["cache"]
     )
+    # Where there is no kernel for it, as each call of each layer says.
+    low, full = rows["none 0.3 +8bit"], rows["none 0.3"]
+    assert settings["none 0.3 +8bit"]["precision"] == "8bit" and low["psnr_db"] == full["psnr_db"]
+    assert low["fallbacks"] > 0 == full["fallbacks"]
     # The pipeline is as it was loaded.
     [pipe] = loaded
     fresh = original(generate.GenerateOptions(), models.find(str(model)), torch.device("cpu"), torch.float32)
@@ -363,6 +365,8 @@ def test_the_demo_model_is_scored_by_what_its_prompts_ask_for(tmp_path, model, m
             ("--methods", "tail+taylorseer=1.5"),
             "After taylorseer= comes a whole number of steps from 1 on",
         ),
+        (("--methods", "dense+8bit"), "precision only means something to method"),
+        (("--methods", "tail+8bit=4"), "8bit takes no number"),
         (("--methods", "tail+compile+fp8"), "which torch.compile cannot trace"),
         (("--methods", "tail,none+firstblock", "--equal_work"), "How much work 'none+firstblock' skips is not known"),
     ],

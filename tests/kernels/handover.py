@@ -1,4 +1,4 @@
-"""One warp tells another a number across an mbarrier, on a GPU: what racecheck says of it, it says of all such kernels.
+"""One warp tells others numbers across an mbarrier, on a GPU: what racecheck says of it, it says of all such kernels.
 
 compute-sanitizer --tool racecheck python tests/kernels/handover.py
 """
