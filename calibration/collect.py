@@ -31,8 +31,9 @@ from dit_sparse.video import whole, write_record
 Tick = Callable[[str, int], None]
 # Is called after each step with its latents, or with nothing by pipelines that do not tell them.
 Done = Callable[[Tensor | None], None]
-# Qualities in dB that trials aim at, one after the other: what comes of them is right where targets are.
-TRIED = (30.0, 33.0, 27.0, 36.0)
+# Qualities in dB that the trials of a prompt aim at, one prompt after the other: what comes of them is right where
+# targets are. Two of one prompt say how quality grows with what is spent, whatever the prompt.
+TRIED = ((30.0, 36.0), (33.0, 27.0), (27.0, 33.0), (36.0, 30.0))
 # Numbers of the latents that are looked at after each step.
 LATENTS = 1 << 16
 
@@ -74,7 +75,15 @@ class Job:
     def forwards(self) -> int:
         """Ticks of the whole calibration: a tick is a step of a run, or a probe."""
         layers = sum(len(_layers(part, module)) for part, module in self.transformers.items())
-        return 2 * len(self.prompts) * self.steps + layers * len(effects.probe_steps(self.steps))
+        runs = len(self.prompts) + len(self.trials())
+        return runs * self.steps + layers * len(effects.probe_steps(self.steps))
+
+    def trials(self) -> list[tuple[int, float]]:
+        """Number of the prompt, and the quality to try. Of a single prompt once: how it differs from others, which is
+        not known then, is more than a second trial would tell."""
+        aims = [TRIED[number % len(TRIED)] for number in range(len(self.prompts))]
+        count = 1 if len(self.prompts) == 1 else 2
+        return [(number, aim) for turn in range(count) for number, aim in enumerate(each[turn] for each in aims)]
 
 
 def collect(job: Job, work: Path) -> Profile:
@@ -83,8 +92,8 @@ def collect(job: Job, work: Path) -> Profile:
     for number in range(len(job.prompts)):
         _dense(job, work, number)
     _probes(job, work)
-    for number in range(len(job.prompts)):
-        _trial(job, work, number)
+    for place in range(len(job.trials())):
+        _trial(job, work, place)
     return _profile(job, work)
 
 
@@ -180,13 +189,14 @@ def _probes(job: Job, work: Path) -> None:
                 job.tick("probes", 1)
 
 
-def _trial(job: Job, work: Path, number: int) -> None:
+def _trial(job: Job, work: Path, place: int) -> None:
     """What would be chosen by all that is known, on one prompt: how its error grows from step to step, and by how much
     predictions are off."""
     file, known = _effects(work)
-    said, left = f"trial {number + 1}", job.steps
-    if number >= len(known["trials"]):
-        fitted, told = try_out(_profile(job, work, unseen=number), TRIED[number % len(TRIED)])
+    said, left = f"trial {place + 1}", job.steps
+    if place >= len(known["trials"]):
+        number, aim = job.trials()[place]
+        fitted, told = try_out(_profile(job, work, unseen=number), aim)
         fitted.save(work / "trial.safetensors")
         dense = load_file(work / f"dense-{number}.safetensors")
         tape = Tape.from_tensors(load_file(work / f"tape-{number}.safetensors"))
@@ -205,7 +215,8 @@ def _trial(job: Job, work: Path, number: int) -> None:
             # The machine may have been busier or freer than in the dense run.
             seconds *= fitted.header.costs["dense"] / clock.per_head
         error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
-        known["trials"].append(told | {"error": error, "seconds": seconds, "found": latents.off(dense["latents"])})
+        measured = {"prompt": number, "error": error, "seconds": seconds, "found": latents.off(dense["latents"])}
+        known["trials"].append(told | measured)
         write_record(file, known)
         left -= latents.steps
     job.tick(said, left)

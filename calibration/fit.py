@@ -33,8 +33,9 @@ ROUNDS = 10
 # How much of an error that was added up is there in the end, until a trial says so: about what the demo model's trials
 # say. Errors of many layers and steps cancel in part, and cannot grow for ever.
 LEFT = 0.1
-# How far from 1 the slope of measured over predicted error may well be, where prompts differ by a factor of e.
-SLOPE_WIDTH = 0.35
+# How far from 1 the slope of measured over predicted error may well be. By what factor prompts differ in how easily
+# they are changed, and by what factor trials of one prompt are off besides, as logarithms.
+SLOPE_WIDTH, PROMPTS_DIFFER, TRIALS_DIFFER = 0.35, 1.0, 0.35
 
 
 @dataclass(frozen=True)
@@ -187,15 +188,42 @@ class Problem:
     @cached_property
     def _seen(self) -> tuple[float, float, float]:
         """Of the logarithms of errors in trials: mean as added up, mean as measured, and the slope of the second over
-        the first, which is 1 but for what several trials say. Means of logarithms, as quality is told in decibels."""
+        the first. Means of logarithms, as quality is told in decibels.
+
+        Most of what differs between two trials is the prompt, if they are of two. How much faster or slower errors
+        grow than they add up is told by two trials of one, so a prompt's own part of an error is taken to be the same
+        in all of its trials.
+        """
         if not self._trials:
             return 0.0, math.log(LEFT * self.header.effects["scale"]), 1.0
+        x, y, prompt = self._tried
+        # Generalised least squares, of trials that share their prompt's part of the error.
+        shared = PROMPTS_DIFFER**2 * (prompt[:, None] == prompt)
+        weigh = np.linalg.inv(shared + TRIALS_DIFFER**2 * np.eye(len(x)))
+        before, after = (weigh.sum(0) @ told / weigh.sum() for told in (x, y))
+        dx, dy = x - before, y - after
+        slope = (dx @ weigh @ dy + 1 / SLOPE_WIDTH**2) / (dx @ weigh @ dx + 1 / SLOPE_WIDTH**2)
+        return float(before), float(after), float(np.clip(slope, 0.3, 1.5))
+
+    @cached_property
+    def _tried(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each trial: logarithm of the error as added up and as measured, and the number of its prompt."""
         x = np.log([(np.array(t["direct"]) * self.grown).sum() for t in self._trials])
         y = np.log([max(t["error"], 1e-20) for t in self._trials])
-        dx, dy = x - x.mean(), y - y.mean()
-        # One prompt is about e times as easily changed as another, and slopes are within about a third of 1.
-        slope = (dx @ dy + 1 / SLOPE_WIDTH**2) / (dx @ dx + 1 / SLOPE_WIDTH**2)
-        return float(x.mean()), float(y.mean()), float(np.clip(slope, 0.3, 1.5))
+        return x, y, np.array([t.get("prompt", -1 - number) for number, t in enumerate(self._trials)])
+
+    @cached_property
+    def spread(self) -> float:
+        """Decibels by which one prompt typically differs from the mean of many: by the trials, and, as if it were one
+        more prompt, by what is usual."""
+        total, free = PROMPTS_DIFFER**2, 1
+        if self._trials:
+            x, y, prompt = self._tried
+            before, after, slope = self._seen
+            off = y - after - slope * (x - before)
+            each = np.array([off[prompt == one].mean() for one in np.unique(prompt)])
+            total, free = total + float(np.square(each - each.mean()).sum()), len(each)
+        return 10 / math.log(10) * math.sqrt(total / free)
 
     def frames_error(self, added: float) -> float:
         """Mean squared error of the frames, for errors of the latents that add up to this: what is small adds up to
@@ -653,6 +681,7 @@ def _written(profile: Profile, problem: Problem, path: Solution, targets: Target
 
     predicted = {
         "psnr_db": min(path.psnr, 200.0),
+        "psnr_spread_db": problem.spread,
         "speedup": profile.header.seconds["transformers"] / path.seconds,
         "work": path.work,
         "seconds": path.seconds,

@@ -29,9 +29,9 @@ class CalibrateOptions:
 
     For each layer, head, branch of guidance and step: the share of softmax mass in the blocks kept, how much of the
     best it is, and the error of every method at every density, on a sample of rows. Then one forward for each layer at
-    two steps, to learn what such an error does to the output, and one run of fitted choices for each prompt, to learn
-    how errors grow until the end and to correct what is predicted. It can be interrupted: the same command goes on
-    where it stopped.
+    two steps, to learn what such an error does to the output, and two runs of fitted choices for each prompt, or one
+    of a single prompt, to learn how errors grow until the end and to correct what is predicted. It can be interrupted:
+    the same command goes on where it stopped.
     """
 
     model_id: str | None = None
@@ -246,8 +246,10 @@ def verify(path: Path, profile: Profile, options: FitOptions, unseen: tuple[str,
 
 def sentence(profile: Profile) -> str:
     said = profile.header.predicted
+    spread = said.get("psnr_spread_db")
+    differs = "" if spread is None else f" (one prompt differs from the mean by about {spread:.1f})"
     return (
-        f"predicted {said['psnr_db']:.1f} dB, transformers {said['speedup']:.2f} times as fast "
+        f"predicted {said['psnr_db']:.1f} dB{differs}, transformers {said['speedup']:.2f} times as fast "
         f"({said['seconds']:.1f} s), attention work {said['work']:.3f} of dense, "
         f"{said['state_gib']:.3g} GiB remembered at the peak"
     )

@@ -1,13 +1,22 @@
 """block_attention for any device in PyTorch: listed blocks are gathered and given to its own attention kernel."""
 
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
 from dit_sparse.residual import unpack
 
-# Bytes of keys and values gathered at a time: about a core's share of the last cache.
-GATHER_BYTES = 2 << 20
+# Bytes of keys and values gathered at a time: for each thread, about a core's share of the last cache, unless that is
+# too little to give every thread something to do; and for all threads, but never less than one query block's.
+GATHER_BYTES, MOST_BYTES = 4 << 20, 128 << 20
+# Rows that torch's CPU kernel gives to a thread at a time, where it is given few.
+ROWS_A_TASK = 32
+# Numbers of one head that are corrected at a time: more leave the cache, fewer make small products.
+SLAB = 1 << 19
 
 
 def attend(
@@ -22,42 +31,22 @@ def attend(
     text: int,
     scatter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """A few query blocks at a time: gather the blocks they list, run dense attention on those."""
+    """Head by head: the listed blocks, a few query blocks at a time, and then what the correction adds."""
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     rows = q.shape[2] - text
     routed = plan.mask() if correction.tail else None
     counts = plan.counts.tolist()
+    room = _Room(k)
     for b in range(q.shape[0]):
         mask = None if key_mask is None else key_mask[b]
         for h in range(q.shape[1]):
-            keys = _Keys(k[b, h], v[b, h], mask, block, text)
-            for chosen, width in _chunks(counts[b][h], rows, block, text, q.shape[-1] * q.element_size() * 2):
-                at = slice(chosen[0] * block, min(chosen[-1] * block + block, rows))
-                consecutive = chosen[-1] - chosen[0] + 1 == len(chosen)
-                pick = (lambda x, at=at: x[at]) if consecutive else _picker(chosen, block)
-                query = pick(q[b, h]).unflatten(0, (len(chosen), -1)).unsqueeze(1)
-                # Views where they will do: on small chunks an index costs as much as the arithmetic.
-                listed = slice(chosen[0], chosen[-1] + 1) if consecutive else torch.as_tensor(chosen, device=q.device)
-                uneven = None if all(counts[b][h][i] == width for i in chosen) else plan.counts[b, h, listed]
-                key, value, bias = keys.gather(plan.indices[b, h, listed, :width], uneven)
-                o, l = _partial(query, key, value, bias, scale)
-                if correction.tail is not None:
-                    o = _merge_tail(
-                        query[:, 0], o[:, 0], l[:, 0], correction.tail, (b, h), routed[b, h, listed], scale
-                    )
-                o, l = o.flatten(0, -2), l.flatten()
-                o = _correct_rows(o, correction, (b, h), pick, listed, rows)
-                if consecutive:
-                    out[b, h, at], lse[b, h, at] = o, l
-                else:
-                    places = _rows_of(chosen, block, q.device)
-                    out[b, h].index_copy_(0, places, o.to(out.dtype))
-                    lse[b, h].index_copy_(0, places, l)
+            keys = _Keys(k[b, h], v[b, h], mask, block, text, room)
+            _exact(q[b, h, :rows], keys, plan.indices[b, h], counts[b][h], scale, out[b, h, :rows], lse[b, h, :rows])
+            _correct(q[b, h, :rows], out[b, h, :rows], lse[b, h, :rows], correction, (b, h), block, routed, scale)
             if text:
-                bias = None if mask is None else _bias(mask, q.dtype)[None, None, None]
-                o, l = _partial(q[b, h, rows:][None, None], k[b, h][None, None], v[b, h][None, None], bias, scale)
-                out[b, h, rows:], lse[b, h, rows:] = o[0, 0], l[0, 0]
+                o, l = keys.attended(q[b, h, rows:], scale)
+                out[b, h, rows:], lse[b, h, rows:] = o, l
     if scatter is not None:
         ordered, out = out, torch.empty_like(out)
         n = scatter.numel()
@@ -66,96 +55,118 @@ def attend(
     return out, lse
 
 
-def _chunks(counts: list[int], rows: int, block: int, text: int, token_bytes: int):
-    """Query blocks to compute together, and how many key blocks to gather for each of them.
+def _exact(
+    q: Tensor, keys: "_Keys", indices: Tensor, counts: Sequence[int], scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Attention of one head's vision rows q [L, D] to the blocks that are listed for them and to text, into out [L, D]
+    and lse [L]."""
+    block, (whole, short) = keys.block, divmod(len(q), keys.block)
+    order = sorted(range(whole), key=counts.__getitem__)
+    blocks = [x[: whole * block].unflatten(0, (whole, block)) for x in (q, out, lse)]
+    query, o, l = blocks
+    listed, places = indices, None
+    if order != list(range(whole)):
+        # Query blocks of as many keys side by side, in one copy: an index for each chunk would take longer.
+        places = torch.as_tensor(order, device=q.device)
+        query, listed = query[places], indices[places]
+        o, l = torch.empty_like(query), l.new_empty(l.shape)
+    ascending = [counts[i] for i in order]
+    token_bytes = 2 * q.shape[-1] * q.element_size()
+    for first, last in _chunks(ascending, block, keys.text, token_bytes):
+        chunk, width = slice(first, last), ascending[last - 1]
+        if ascending[first] == keys.blocks:
+            some, those = keys.attended(query[chunk].flatten(0, 1), scale)
+            o[chunk], l[chunk] = some.view_as(o[chunk]), those.view_as(l[chunk])
+            continue
+        uneven = None
+        if ascending[first] < width:
+            uneven = torch.as_tensor(ascending[chunk], device=q.device)
+        some, those = _partial(query[chunk].unsqueeze(1), *keys.gather(listed[chunk, :width], uneven), scale)
+        o[chunk], l[chunk] = some[:, 0], those[:, 0]
+    if places is not None:
+        for there, ordered in zip(blocks[1:], (o, l), strict=True):
+            there[places] = ordered
+    if short:
+        some, those = _partial(
+            q[whole * block :][None, None], *keys.gather(indices[whole:, : counts[whole]], None), scale
+        )
+        out[whole * block :], lse[whole * block :] = some[0, 0], those[0, 0]
 
-    Blocks of like counts go together, so that little is padded; a short last block goes alone.
+
+def _chunks(counts: Sequence[int], block: int, text: int, token_bytes: int) -> Iterator[tuple[int, int]]:
+    """Where the query blocks that are computed together begin and end; counts ascend.
+
+    Those of one count go together, and padding is for where that leaves threads without work.
     """
-    n = len(counts)
-    last = n - 1 if rows % block else n
-    order = (
-        list(range(last))
-        if max(counts) - min(counts) <= max(counts) // 8
-        else sorted(range(last), key=counts.__getitem__)
-    )
+    threads = torch.get_num_threads()
+    fewest = -(-threads // -(-block // ROWS_A_TASK))
     start = 0
-    while start < last:
-        size = 1
-        while start + size < last:
-            width = max(counts[i] for i in order[start : start + size + 1])
-            if (size + 1) * (width * block + text) * token_bytes > GATHER_BYTES:
-                break
-            size += 1
-        chosen = sorted(order[start : start + size])
-        yield chosen, max(counts[i] for i in chosen)
-        start += size
-    if last < n:
-        yield [last], counts[last]
+    while start < len(counts):
+        size = (counts[start] * block + text) * token_bytes
+        fit = max(threads * GATHER_BYTES // size, fewest)
+        # A last round in which some threads have nothing to do takes as long as a full one.
+        most = min(start + fit // fewest * fewest, len(counts))
+        stop = max(bisect_right(counts, counts[start], start, most), min(start + fewest, most))
+        while stop - start > 1 and (stop - start) * (counts[stop - 1] * block + text) * token_bytes > MOST_BYTES:
+            stop -= 1
+        yield start, stop
+        start = stop
 
 
-def _rows_of(blocks: list[int], block: int, device: torch.device) -> Tensor:
-    return (torch.as_tensor(blocks, device=device)[:, None] * block + torch.arange(block, device=device)).flatten()
+class _Room:
+    """Memory for gathered keys and values, the same for each chunk: pages that are new to a process are slow."""
 
+    def __init__(self, like: Tensor):
+        self.like, self.held = like, like.new_empty(0)
 
-def _picker(blocks: list[int], block: int):
-    def pick(x: Tensor) -> Tensor:
-        return x.index_select(0, _rows_of(blocks, block, x.device))
-
-    return pick
+    def take(self, numbers: int) -> tuple[Tensor, Tensor]:
+        if 2 * numbers > self.held.numel():
+            self.held = self.like.new_empty(2 * numbers)
+        return self.held[:numbers], self.held[numbers : 2 * numbers]
 
 
 class _Keys:
     """The keys and values of one head, to be gathered block by block."""
 
-    def __init__(self, k: Tensor, v: Tensor, mask: Tensor | None, block: int, text: int):
-        self.k, self.v, self.mask, self.block, self.text = k, v, mask, block, text
+    def __init__(self, k: Tensor, v: Tensor, mask: Tensor | None, block: int, text: int, room: _Room):
+        self.k, self.v, self.mask, self.block, self.text, self.room = k, v, mask, block, text, room
         self.columns = k.shape[0] - text
-        self.full, self.rest = divmod(self.columns, block)
+        self.blocks, self.rest = -(-self.columns // block), self.columns % block
+
+    def attended(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention of q [rows, D] to all keys: out and lse."""
+        bias = None if self.mask is None else _bias(self.mask, q.dtype)[None, None, None]
+        out, lse = _partial(*(x[None, None] for x in (q, self.k, self.v)), bias, scale)
+        return out[0, 0], lse[0, 0]
 
     def gather(self, indices: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """indices [n, W], counts [n] or None if all are W -> keys and values [n, 1, W * block + text, D], and a bias
-        where something must be masked."""
-        listed = None
+        """indices [n, W], counts [n] or None if all are W -> keys and values [n, 1, W * block + text, D], good until
+        the next are gathered, and a bias where something must be masked."""
+        device, keep = indices.device, None
+        tokens = indices[..., None].long() * self.block + torch.arange(self.block, device=device)
         if counts is not None:
-            listed = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
+            listed = torch.arange(indices.shape[1], device=device) < counts[:, None]
             # Places past the count are gathered too, from block 0, and masked.
-            indices = torch.where(listed, indices, 0)
-        short = (indices == self.full) if self.rest else None
-        if short is not None and not bool(short.any()):
-            short = None
-        key, value = (self._gather(x, indices, short) for x in (self.k, self.v))
-        if listed is None and self.mask is None and short is None:
-            return key, value, None
-        tokens = indices[..., None].long() * self.block + torch.arange(self.block, device=indices.device)
-        keep = tokens < self.columns
-        if listed is not None:
-            keep &= listed[..., None]
+            tokens.masked_fill_(~listed[..., None], 0)
+            keep = listed[..., None].expand_as(tokens)
+        if self.rest and bool((past := tokens >= self.columns).any()):
+            tokens.clamp_(max=self.columns - 1)
+            keep = ~past if keep is None else keep & ~past
         if self.mask is not None:
-            keep = keep & self.mask[tokens.clamp(max=self.columns - 1)]
-        keep = keep.flatten(1)
+            keep = self.mask[tokens] if keep is None else keep & self.mask[tokens]
+        tokens = tokens.flatten(1)
         if self.text:
-            text = torch.ones_like(keep[:, :1]) if self.mask is None else self.mask[self.columns :]
-            keep = torch.cat([keep, text.expand(len(keep), self.text)], dim=1)
-        return key, value, _bias(keep, self.k.dtype)[:, None, None]
-
-    def _gather(self, x: Tensor, indices: Tensor, short: Tensor | None) -> Tensor:
-        n, width = indices.shape
-        got = x.new_empty(n, width * self.block + self.text, x.shape[-1])
-        blocks = got[:, : width * self.block].unflatten(1, (width, self.block))
-        if self.full:
-            whole = x[: self.full * self.block].unflatten(0, (self.full, self.block))
-            at = indices if short is None else indices.clamp(max=self.full - 1)
-            if self.text:
-                blocks.copy_(whole[at.long()])
-            else:
-                torch.index_select(whole, 0, at.flatten(), out=got.view(n * width, self.block, -1))
-        if short is not None:
-            padded = x.new_zeros(self.block, x.shape[-1])
-            padded[: self.rest] = x[self.full * self.block : self.columns]
-            blocks[short] = padded
-        if self.text:
-            got[:, width * self.block :] = x[self.columns :]
-        return got.unsqueeze(1)
+            text = torch.arange(self.columns, self.columns + self.text, device=device).expand(len(indices), -1)
+            tokens = torch.cat([tokens, text], dim=1)
+            if keep is not None:
+                seen = torch.ones_like(text, dtype=torch.bool) if self.mask is None else self.mask[text]
+                keep = torch.cat([keep.flatten(1), seen], dim=1)
+        shape = (*tokens.shape, self.k.shape[-1])
+        gathered = self.room.take(math.prod(shape))
+        for x, into in zip((self.k, self.v), gathered, strict=True):
+            torch.index_select(x, 0, tokens.flatten(), out=into.view(-1, shape[-1]))
+        key, value = (x.view(shape).unsqueeze(1) for x in gathered)
+        return key, value, None if keep is None else _bias(keep.flatten(1), self.k.dtype)[:, None, None]
 
 
 def _bias(keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,57 +174,86 @@ def _bias(keep: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _partial(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Dense attention with its log-sum-exp; out in the accumulation dtype, zero where a row sees nothing."""
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=bias, scale=scale
-        )
-        out = out.to(lse.dtype)
-    else:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scores = (q @ k.mT).to(wide) * scale
-        scores = scores if bias is None else scores + bias
-        lse = scores.logsumexp(-1)
-        out = ((scores - lse[..., None]).exp().to(q.dtype) @ v).to(wide)
+    """Dense attention with its log-sum-exp; zero and -inf where a row sees nothing."""
+    out, lse = _softmax(q, k, v, bias, scale)
     if bias is not None:
         blind = (bias == float("-inf")).all(-1).expand(lse.shape)
         out, lse = out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, float("-inf"))
     return out, lse
 
 
+def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense attention with its log-sum-exp; anything where a row sees nothing. bias of any rows, or of one for all."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=bias, scale=scale
+        )
+        return out, lse
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.mT).to(wide) * scale
+    scores = scores if bias is None else scores + bias
+    lse = scores.logsumexp(-1)
+    return ((scores - lse[..., None]).exp().to(q.dtype) @ v).to(wide), lse
+
+
+def _correct(
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    correction: Correction,
+    at: tuple[int, int],
+    block: int,
+    routed: Tensor | None,
+    scale: float,
+) -> None:
+    """What the correction makes of the vision rows of the head `at`, out [L, D] with lse [L], in place."""
+    if correction.tail is None and correction.scale is None and correction.residual is None:
+        return
+    rows = len(q)
+    width = q.shape[-1] if routed is None else max(q.shape[-1], routed.shape[-1])
+    step = max(1, SLAB // (width * block)) * block
+    for first in range(0, rows, step):
+        some = slice(first, min(first + step, rows))
+        blocks = slice(first // block, -(-some.stop // block))
+
+        def here(x: Tensor, some: slice = some, blocks: slice = blocks) -> Tensor:
+            """The values of these rows, of a tensor with one a row or one a query block."""
+            if x.shape[2] == rows:
+                return x[(*at, some)]
+            return x[(*at, blocks)].repeat_interleave(block, 0)[: some.stop - some.start]
+
+        o = out[some].to(lse.dtype)
+        if correction.tail is not None:
+            assert routed is not None
+            _merge_tail(q[some], o, lse[some], correction.tail, at, routed[(*at, blocks)], block, scale)
+        if correction.scale is not None:
+            o *= here(correction.scale)[:, None]
+        if (residual := correction.residual) is not None:
+            scales = None if residual.scales is None else here(residual.scales)
+            o += unpack(Residual(here(residual.codes), scales, residual.kind))
+        out[some] = o
+
+
 def _merge_tail(
-    q: Tensor, out: Tensor, lse: Tensor, tail: Tail, at: tuple[int, int], routed: Tensor, scale: float
-) -> Tensor:
-    """q, out [n, block, D], lse [n, block], routed [n, N] -> out with the unrouted blocks' pooled keys merged in."""
-    b, h = at
-    wide = lse.dtype
-    logits = (q @ tail.keys[b, h].to(q.dtype).mT).to(wide).mul_(scale)
+    q: Tensor, out: Tensor, lse: Tensor, tail: Tail, at: tuple[int, int], routed: Tensor, block: int, scale: float
+) -> None:
+    """q, out [rows, D], lse [rows], routed [blocks, N] -> out with the unrouted blocks' pooled keys merged in."""
+    wide, rows = lse.dtype, len(q)
+    keys, values = (x[at].to(q.dtype) for x in (tail.keys, tail.values))
+    weights = (tail.log_weights if tail.log_weights.dim() == 1 else tail.log_weights[at[0]]).to(wide)
     if tail.variances is not None:
-        spread = ((q * scale).square() @ tail.variances[b, h].to(q.dtype).mT).to(wide).mul_(0.5)
-        logits += spread.clamp_(max=tail.limit)
-    weights = tail.log_weights if tail.log_weights.dim() == 1 else tail.log_weights[b]
-    logits += weights.to(wide)
-    logits.masked_fill_(routed[:, None], float("-inf"))
-    whole = torch.logaddexp(lse, logits.logsumexp(-1))
-    whole = whole.masked_fill(whole == float("-inf"), 0)[..., None]
-    pooled = logits.sub_(whole).exp_().to(q.dtype) @ tail.values[b, h].to(q.dtype)
-    return out.mul((lse[..., None] - whole).exp()).add_(pooled)
-
-
-def _correct_rows(
-    out: Tensor, correction: Correction, at: tuple[int, int], pick, listed: slice | Tensor, rows: int
-) -> Tensor:
-    b, h = at
-
-    def here(x: Tensor) -> Tensor:  # the values of these rows, of a tensor with one a row or one a query block
-        if x.shape[2] == rows:
-            return pick(x[b, h])
-        per_block = x[b, h, listed]
-        return per_block.repeat_interleave(len(out) // len(per_block), 0)
-
-    if correction.scale is not None:
-        out = out * here(correction.scale)[:, None]
-    if (residual := correction.residual) is not None:
-        scales = None if residual.scales is None else here(residual.scales)
-        out = out + unpack(Residual(here(residual.codes), scales, residual.kind)).to(out.dtype)
-    return out
+        bias = ((q * (scale * math.sqrt(0.5))).square() @ tail.variances[at].to(q.dtype).mT).to(wide)
+        bias.clamp_(max=tail.limit).add_(weights)
+    else:
+        bias = weights.repeat(rows, 1)
+    hidden = routed | weights.isneginf()
+    whole = rows // block
+    bias[: whole * block].unflatten(0, (whole, block)).masked_fill_(hidden[:whole, None], float("-inf"))
+    bias[whole * block :].masked_fill_(hidden[whole:], float("-inf"))
+    pooled, pooled_lse = (x[0, 0] for x in _softmax(q[None, None], keys[None, None], values[None, None], bias, scale))
+    nothing = hidden.all(-1).repeat_interleave(block)[:rows]
+    pooled_lse = pooled_lse.masked_fill(nothing, float("-inf"))
+    both = torch.logaddexp(lse, pooled_lse)
+    both.masked_fill_(both.isneginf(), 0)
+    out.mul_((lse - both).exp_()[:, None])
+    out.add_(pooled.masked_fill_(nothing[:, None], 0).mul_((pooled_lse - both).exp_()[:, None]))

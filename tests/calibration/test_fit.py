@@ -212,6 +212,48 @@ def test_trials_far_apart_say_how_errors_add_up():
     assert problem.frames_error(0.1 * added) == pytest.approx(0.1**0.5 * tried["error"])
 
 
+def test_two_trials_of_a_prompt_say_how_quality_grows():
+    """Prompts that differ by a hundred times hide it, unless each is seen twice."""
+    made = profiles.profile()
+    [tried] = made.header.effects["trials"]
+    trials = made.header.effects["trials"]
+    trials.clear()
+    for prompt, easier in enumerate((1.0, 0.01, 0.1, 1e-3)):
+        for part in (1.0, 0.04):
+            # The harder prompts are tried with more, as if more did not help at all.
+            added = part * math.sqrt(easier)
+            direct = [added * x for x in tried["direct"]]
+            trials.append(
+                profiles.trial(6, direct=direct, error=easier**-0.5 * added**0.5 * tried["error"]) | {"prompt": prompt}
+            )
+    problem = Problem(made)
+    assert problem._seen[2] == pytest.approx(0.5, abs=0.03)
+    whole = (problem.grown * tried["direct"]).sum()
+    between = problem.frames_error(whole) / problem.frames_error(0.04 * whole)
+    assert between == pytest.approx(0.04**-0.5, rel=0.15)
+    # Of the mean of the trials it is the mean.
+    x, y, _ = problem._tried
+    assert math.log(problem.frames_error(math.exp(x.mean()))) == pytest.approx(y.mean())
+    for trial in trials:
+        del trial["prompt"]
+    assert Problem(made)._seen[2] < 0.4
+
+
+def test_how_prompts_differ_is_told():
+    made = profiles.profile()
+    [tried] = made.header.effects["trials"]
+    trials = made.header.effects["trials"]
+    assert Problem(made).spread == pytest.approx(10 / math.log(10))
+    trials.clear()
+    for prompt in range(8):
+        # Two trials of a prompt are one prompt.
+        error = tried["error"] * (100.0 if prompt % 2 else 1.0)
+        trials += [profiles.trial(6, error=error) | {"prompt": prompt}] * 2
+    expected = math.sqrt((8 * 10.0**2 + (10 / math.log(10)) ** 2) / 8)
+    found = fit(made, Targets(work=0.6)).header.predicted["psnr_spread_db"]
+    assert found == Problem(made).spread == pytest.approx(expected)
+
+
 def test_a_soft_anchor_is_as_wrong_as_its_tail_and_stays_so():
     made = profiles.profile()
     made.tensors["persist"].zero_()
