@@ -173,7 +173,8 @@ def test_what_is_on_beside_a_method(command, tmp_path, model, monkeypatch):
     loaded = []
     original = generate.load
     monkeypatch.setattr(generate, "load", lambda *given: loaded.append(original(*given)) or loaded[-1])
-    methods = "dense+firstblock=0.2,tail,tail+firstblock=0.2,tail+taylorseer,tail+magcache,tail+fp8,tail+fp8+taylorseer,none,none+8bit"
+    beside_tail = ("firstblock=0.2", "taylorseer", "magcache", "fp8", "fp8+taylorseer")
+    methods = ",".join(["dense+firstblock=0.2,tail,none,none+8bit", *(f"tail+{extra}" for extra in beside_tail)])
     (tmp_path / "prompts.txt").write_text(PROMPTS[0])
     assert main([*command, "--num_inference_steps", "12", "--methods", methods, "--density", "0.3"]) == 0
     rows = {row["setting"]: row for row in table.read_rows(tmp_path / "compare" / "results.csv")}
