@@ -12,7 +12,7 @@ from dit_sparse.residual import bytes_per_row
 from dit_sparse.state import Generation, Phase
 
 # How fast kept work runs beside dense attention, between what the tables of kernels/README.md give at 10 % density:
-# 0.55 on a CPU with AVX-512 (`bench attention`), 0.8 for the bare kernel and cuDNN on an H200 (`bench operator`).
+# 0.7 on a CPU with AVX-512 (`bench attention`), 0.8 for the bare kernel and cuDNN on an H200 (`bench operator`).
 SPARSE_RATE = 0.7
 
 # Below this a user would not notice, and the quality given up buys nothing.

@@ -1,7 +1,7 @@
 """block_attention for any device in PyTorch: listed blocks are gathered and given to its own attention kernel."""
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -72,12 +72,13 @@ def _exact(
         o, l = torch.empty_like(query), l.new_empty(l.shape)
     ascending = [counts[i] for i in order]
     token_bytes = 2 * q.shape[-1] * q.element_size()
-    for first, last in _chunks(ascending, block, keys.text, token_bytes):
+    # What lists every block needs nothing gathered, and is one call.
+    first_full = bisect_left(ascending, keys.blocks)
+    if first_full < whole:
+        some, those = keys.attended(query[first_full:].flatten(0, 1), scale)
+        o[first_full:], l[first_full:] = (x.unflatten(0, (-1, block)) for x in (some, those))
+    for first, last in _chunks(ascending[:first_full], block, keys.text, token_bytes):
         chunk, width = slice(first, last), ascending[last - 1]
-        if ascending[first] == keys.blocks:
-            some, those = keys.attended(query[chunk].flatten(0, 1), scale)
-            o[chunk], l[chunk] = some.view_as(o[chunk]), those.view_as(l[chunk])
-            continue
         uneven = None
         if ascending[first] < width:
             uneven = torch.as_tensor(ascending[chunk], device=q.device)
