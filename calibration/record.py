@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dit_sparse.choices import Choice, Rung, per_block
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import gain, pooled_tail
+from dit_sparse.kernels.block_stats import Want, block_stats
 from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.kernels.permute import permute
 from dit_sparse.layout import Layout
@@ -21,7 +22,7 @@ from dit_sparse.plan import Residual
 from dit_sparse.profile import ERRORS, LEARNERS, METHODS, ROUTINGS, STORAGES
 from dit_sparse.report import Mark
 from dit_sparse.residual import pack, unpack
-from dit_sparse.routing import Pooled, pool, route
+from dit_sparse.routing import Pooled, Routing, route
 from dit_sparse.state import Generation, Layer
 
 # Least logarithm of a share: what is below would be subnormal further on, where a CPU is many times slower.
@@ -199,20 +200,27 @@ class Bank:
         self.rows = self.blocks[:, None] * layout.block + inside.round().long()
         self.lengths = layout.lengths(device)
         mass, error = self._config("rectify"), self._config("tail")
-        by_mass, by_error = (pool(q, k, v, layout, config) for config in (mass, error))
-        self.masks = {"mass": self._masks(by_mass, mass), "error": self._masks(by_error, error)}
+        # What either routing takes, in one pass over the tokens.
+        wants: tuple[Want, ...] = ("all", "all", "mean+var")
+        of_q, of_k, of_v = (
+            block_stats(x[:, :, : layout.grid.tokens], self.lengths, block=layout.block, want=want)
+            for x, want in zip((q, k, v), wants, strict=True)
+        )
+        pooled = Pooled(of_q, of_k, of_v, self.lengths)
+        by_mass = [self._route(pooled, mass, rung) for rung in plan.ladder]
+        by_error = [self._route(pooled, error, rung) for rung in plan.ladder]
+        self.masks = {"mass": self._masks(by_mass), "error": self._masks(by_error)}
         # What Rectified SpaAttn adds, and how much it leaves to the exact part; routing's estimate of the mass.
-        first = self._route(by_mass, mass, plan.ladder[0])
-        gains = gain(by_mass)[:, :, self.blocks]
-        self.compensable = first.mass[:, :, self.blocks, : layout.blocks].masked_fill(~gains, 0)
+        gains = gain(pooled)[:, :, self.blocks]
+        self.compensable = by_mass[0].mass[:, :, self.blocks, : layout.blocks].masked_fill(~gains, 0)
         self.tail = pooled_tail(
-            by_error, torch.float32, second_order=plan.base.second_order, limit=plan.base.second_order_limit
+            pooled, torch.float32, second_order=plan.base.second_order, limit=plan.base.second_order_limit
         )
 
     def _config(self, method: str) -> SparseConfig:
         return Choice(method, self.plan.ladder[0]).config(self.plan.base)  # type: ignore[arg-type]
 
-    def _route(self, pooled: Pooled, config: SparseConfig, rung: Rung):
+    def _route(self, pooled: Pooled, config: SparseConfig, rung: Rung) -> Routing:
         text = self.k[:, :, self.layout.grid.tokens :] if self.layout.text else None
         config = Choice(config.method, rung).config(self.plan.base)  # type: ignore[arg-type]
         return route(
@@ -220,10 +228,9 @@ class Bank:
             text_mask=self.text_mask,
         )  # fmt: skip
 
-    def _masks(self, pooled: Pooled, config: SparseConfig) -> Tensor:
+    def _masks(self, routings: list[Routing]) -> Tensor:
         """[B, H, n, K, N] bool."""
-        plans = [self._route(pooled, config, rung).plan for rung in self.plan.ladder]
-        return torch.stack([plan.mask()[:, :, self.blocks] for plan in plans], dim=3)
+        return torch.stack([routing.plan.mask()[:, :, self.blocks] for routing in routings], dim=3)
 
     def look(
         self, b: int, h: int, root: Tensor | None, memory: dict[int, Memory], step: int

@@ -94,6 +94,16 @@ def test_a_profile_holds_what_was_measured(calibrated):
     assert h.ladder == (Rung(0.05), Rung(0.05, 0.6), Rung(0.1), Rung(0.3))
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_prompts_are_tried_twice_where_there_are_several(count):
+    job = collect.Job(None, None, tuple("abcdefgh"[:count]), 0, 5, None, {}, None)
+    tried = job.trials()
+    assert [number for number, _ in tried] == list(range(count)) * min(count, 2)
+    if count > 1:
+        # Far enough apart to tell how quality grows.
+        assert all(abs(a - b) >= 6 for (_, a), (_, b) in zip(tried[:count], tried[count:], strict=True))
+
+
 def test_the_statistics_of_a_run_do_not_change_it(model, here):
     pipe = generate.load(
         generate.GenerateOptions(model_id=str(model), prompt="a"), generate.models.find(str(model)),
