@@ -61,12 +61,12 @@ def fixed(value: Any) -> Callable[[int, int, int], Any]:
     return lambda *_: value
 
 
-def opened(controlnet: Any) -> Any:
-    for weight in controlnet.eval().parameters():
-        # Those that add to the transformer's blocks begin at zero.
+def opened(model: Any) -> Any:
+    for weight in model.eval().parameters():
+        # Gates that are closed at first would hide whatever attention does, and what a ControlNet adds.
         if not weight.any():
             weight.data.normal_(std=0.1)
-    return controlnet
+    return model
 
 
 def controlled_by(kind: Any, **options: Any) -> Callable[[Any], Mapping[str, Any]]:
@@ -91,11 +91,9 @@ def of_cosmos_2(_: Any) -> Mapping[str, Any]:
     return {"vae": vae, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)}
 
 
-def of_cosmos_25(_: Any) -> Mapping[str, Any]:
-    return {
-        **of_cosmos_2(_),
-        "scheduler": diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    }
+def of_cosmos_25(transformer: Any) -> Mapping[str, Any]:
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    return {**of_cosmos_2(transformer), "scheduler": scheduler}
 
 
 def of_qwen_edit(_: Any) -> Mapping[str, Any]:
@@ -137,7 +135,6 @@ def of_ltx_2(_: Any) -> Mapping[str, Any]:
         decoder_block_out_channels=(4, 4, 4),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),
-        # It would count its own wrongly.
         spatial_compression_ratio=32,
         temporal_compression_ratio=8,
     )
@@ -266,7 +263,7 @@ VARIANTS = {
     "cosmos 2.5, text": Variant(
         "cosmos", "Cosmos2_5_PredictBasePipeline", {}, {"in_channels": 5}, grid=(5, 7, 9), beside=of_cosmos_25
     ),
-    # From an image, and to transfer, it wants torchvision.
+    # From an image it wants torchvision.
     "cosmos 2.5, video": Variant(
         "cosmos",
         "Cosmos2_5_PredictBasePipeline",
@@ -328,19 +325,19 @@ VARIANTS = {
 }
 
 
+def rebuilt(transformer: Any, built: Mapping[str, Any]) -> Any:
+    if built:
+        told = {name: x for name, x in transformer.config.items() if not name.startswith("_")}
+        transformer = type(transformer)(**told | built)
+    return opened(transformer)
+
+
 def make(variant: Variant) -> Any:
     torch.manual_seed(0)
     base = TINY[variant.family].make()
-    transformer = base.transformer
-    if variant.built:
-        told = {name: x for name, x in transformer.config.items() if not name.startswith("_")}
-        transformer = type(transformer)(**told | variant.built)
+    transformer = rebuilt(base.transformer, variant.built)
     if getattr(base.vae.config, "shift_factor", 0.0) is None:
         base.vae.register_to_config(shift_factor=0.1)
-    for weight in transformer.eval().parameters():
-        # Gates that are closed at first would hide whatever attention does.
-        if not weight.any():
-            weight.data.normal_(std=0.1)
     kind = getattr(diffusers, variant.kind)
     own = {**base.components, "transformer": transformer} | dict(variant.beside(transformer))
     wanted = inspect.signature(kind).parameters
@@ -383,6 +380,51 @@ def test_a_pipeline_of_the_same_transformer(name):
         assert sparse.isfinite().all() and not torch.equal(sparse, stock)
         assert torch.equal(run(variant, pipe), sparse)
     assert torch.equal(run(variant, pipe), stock)
+
+
+def test_what_cosmos_transfer_gives_its_transformer():
+    """Without its pipeline, whose ControlNet wants torchvision: an image beside text, residuals, times by frame."""
+    torch.manual_seed(0)
+    pipe = TINY["cosmos"].make()
+    of_image = {"img_context_dim_in": 8, "img_context_num_tokens": 4, "img_context_dim_out": 32}
+    pipe.transformer = rebuilt(pipe.transformer, {"in_channels": 5, "controlnet_block_every_n": 1} | of_image)
+    given = dict(
+        hidden_states=torch.randn(1, 4, 5, 14, 18),
+        condition_mask=torch.zeros(1, 1, 5, 14, 18),
+        block_controlnet_hidden_states=[torch.randn(1, 5 * 7 * 9, 32) for _ in range(2)],
+    )
+    prompts, seen = (torch.randn(1, 9, 16), torch.randn(1, 9, 16)), torch.randn(1, 4, 8)
+    # A frame that is given has little noise at all steps.
+    first = (torch.arange(5) == 0).view(1, 1, 5, 1, 1)
+
+    @torch.no_grad()
+    def steps() -> torch.Tensor:
+        return torch.stack(
+            [
+                pipe.transformer(
+                    **given,
+                    timestep=torch.where(first, 0.1, level),
+                    encoder_hidden_states=(prompt, seen),
+                    return_dict=False,
+                )[0]
+                for level in (1.0, 0.7, 0.4)
+                for prompt in prompts
+            ]
+        )
+
+    pipe.scheduler.set_timesteps(3)
+    stock = steps()
+    with sparsify(pipe, "anchor", density=1.0, dense_steps=0) as session:
+        torch.testing.assert_close(steps(), stock, atol=1e-4, rtol=1e-4)
+        assert session.generation.grid == TokenGrid(5, 7, 9)
+        pipe.set_attn_processor(SparseConfig("anchor", density=0.15, dense_steps=0))
+        sparse, report = steps(), session.report()
+        assert [r.phase for r in report.steps] == ["anchor", "sparse", "sparse"]
+        # Both prompts have memories of their own, although each forward has a new pair of text and image.
+        assert {branch for _, branch in session.generation.learned} == {"branch 0", "branch 1"}
+        assert report.density < 0.4 and not report.fallbacks
+        assert sparse.isfinite().all() and not torch.equal(sparse, stock)
+    assert torch.equal(steps(), stock)
 
 
 def test_keys_of_an_image_that_are_kept_from_step_to_step_are_refused():
