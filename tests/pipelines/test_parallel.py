@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,30 @@ def two(tmp_path, name, method="anchor", order="before", degree="ulysses_degree"
     ended = [process.communicate(timeout=300) for process in started]
     lines = [line for out, _ in ended for line in out.splitlines() if line.startswith("RANK")]
     return lines, "".join(error for _, error in ended)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What each process found: how far it is from one process, and its work; `alone` is the work of one process."""
+
+    worsts: list[float]
+    works: list[float]
+    alone: float
+
+
+def agreed(tmp_path, *arguments):
+    """What both processes found, each of which was sparse, fell back nowhere, and says so."""
+    lines, error = two(tmp_path, *arguments)
+    assert len(lines) == 2, error[-3000:]
+    worsts, works, alones = [], [], set()
+    for line in lines:
+        _, _, worst, work, alone, *told = line.split(maxsplit=6)
+        assert told == ["True", "{}"], lines
+        worsts.append(float(worst))
+        works.append(float(work))
+        alones.add(float(alone))
+    assert len(alones) == 1, lines
+    return Told(worsts, works, alones.pop())
 
 
 SLOW = pytest.mark.slow
@@ -58,31 +83,22 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "method", "order"), CASES)
 def test_ulysses_gives_what_one_process_gives(tmp_path, name, method, order):
-    lines, error = two(tmp_path, name, method, order)
-    assert len(lines) == 2, error[-3000:]
-    works = []
-    for line in lines:
-        _, _, worst, work, alone, *told = line.split(maxsplit=6)
-        assert float(worst) < 1e-4, lines
-        assert told == ["True", "{}"], lines
-        works.append(float(work))
+    told = agreed(tmp_path, name, method, order)
+    assert max(told.worsts) < 1e-4
     # Each counts its own heads, which are dealt out by what a profile says that they do.
-    assert sum(works) / 2 == pytest.approx(float(alone), rel=1e-6)
+    assert sum(told.works) / 2 == pytest.approx(told.alone, rel=1e-6)
     if method == "profile":
-        assert works[0] != works[1]
+        assert told.works[0] != told.works[1]
     else:
-        assert max(works) < 1.05 * min(works), works
+        assert max(told.works) < 1.05 * min(told.works)
 
 
 @pytest.mark.slow
 def test_topp_shares_blocks_out_among_the_heads_of_a_process(tmp_path):
     """And so gives something else than one process, but every process does as much as any other."""
-    lines, error = two(tmp_path, "wan", "topp")
-    assert len(lines) == 2, error[-3000:]
-    for line in lines:
-        _, _, worst, work, alone, *told = line.split(maxsplit=6)
-        assert 1e-4 < float(worst) < 0.1 and told == ["True", "{}"], lines
-        assert float(work) == pytest.approx(float(alone), rel=1e-3)
+    told = agreed(tmp_path, "wan", "topp")
+    assert all(1e-4 < worst < 0.1 for worst in told.worsts)
+    assert told.works == pytest.approx([told.alone] * 2, rel=1e-3)
 
 
 TENSOR = [
@@ -101,15 +117,9 @@ TENSOR = [
 
 @pytest.mark.parametrize(("name", "method", "order"), TENSOR)
 def test_tensor_parallelism_gives_what_one_process_gives(tmp_path, name, method, order):
-    lines, error = two(tmp_path, name, method, order, "tp_degree")
-    assert len(lines) == 2, error[-3000:]
-    works = []
-    for line in lines:
-        _, _, worst, work, alone, *told = line.split(maxsplit=6)
-        assert float(worst) < 1e-4, lines
-        assert told == ["True", "{}"], lines
-        works.append(float(work))
-    assert sum(works) / 2 == pytest.approx(float(alone), rel=1e-6)
+    told = agreed(tmp_path, name, method, order, "tp_degree")
+    assert max(told.worsts) < 1e-4
+    assert sum(told.works) / 2 == pytest.approx(told.alone, rel=1e-6)
 
 
 @pytest.mark.slow
