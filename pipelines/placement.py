@@ -23,10 +23,13 @@ class Attention:
         self.generation, self.layer = generation, layer
         self.where = address(generation, layer)
         self.joint = generation.layers[layer].joint
+        self.order: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Attention":
         # A copied processor attends for the same generation; a copy of all it has learned may not fit in memory.
-        return Attention(self.generation, self.layer)
+        copy = Attention(self.generation, self.layer)
+        copy.order = self.order
+        return copy
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         return attend(q, k, v, key_mask, self.where)
@@ -43,9 +46,14 @@ class Attention:
     def sharded(self, shards: int) -> "Sharded":
         return Sharded(self, shards)
 
-    def dealt(self, device: torch.device) -> Tensor | None:
+    def deal(self, device: torch.device) -> None:
+        """Take up the order in which the heads are dealt out: for tensors torch.compile makes one graph for all
+        layers, for numbers one for each."""
         order = self.generation.layers[self.layer].dealt
-        return order_on(order, device) if order else None
+        self.order = order_on(order, device) if order else None
+
+    def dealt(self, device: torch.device) -> Tensor | None:
+        return None if self.order is None else self.order.to(device)
 
     def fall_back(self, reason: str, pairs: float) -> None:
         """Count a call of `pairs` query-key pairs that somebody else computes. Raises ValueError under strict."""
@@ -88,6 +96,7 @@ class Placement:
         self._took: dict[Any, Any] = {}
         self._modules: list[nn.Module] = []
         self._named: dict[str, nn.Module] = {}
+        self._attentions: dict[int, Attention] = {}
         self._places: dict[nn.Module, list[int]] = {}
         self._fused: dict[nn.Module, tuple[object, int]] = {}
 
@@ -114,9 +123,9 @@ class Placement:
                 took = self._took.get(module.processor, self._before[module])
                 self._place(transformer, module, len(layers) - 1, took)
             self._fused[transformer] = _fusions(transformer)
-            self.share(transformer)
+            self.share(transformer, torch.device("cpu"))
 
-    def share(self, transformer: nn.Module) -> None:
+    def share(self, transformer: nn.Module, device: torch.device) -> None:
         """Tell the layers which of their heads this process has: diffusers may have begun to deal them out since."""
         layers, by_weights = self._generation.layers, _share_by_weights(transformer)
         for at in self._places[transformer]:
@@ -129,9 +138,11 @@ class Placement:
                 layers[at] = replace(layer, heads=heads, share=share, shares=shares, dealt=dealt)
                 # What other heads learned is no use to these.
                 self._generation.reset()
+            self._attentions[at].deal(device)
 
     def _place(self, transformer: nn.Module, module: nn.Module, index: int, took: Any) -> None:
-        processor = family_of(transformer).processors[type(took)](Attention(self._generation, index))
+        self._attentions[index] = Attention(self._generation, index)
+        processor = family_of(transformer).processors[type(took)](self._attentions[index])
         _register(type(processor), type(took))
         carry(module.processor, processor)
         self._took[processor] = took
@@ -198,7 +209,7 @@ class Placement:
             for name, processor in kept.items():
                 kept[name] = self._took.get(processor, processor)
         self._before, self._took = {}, {}
-        self._modules, self._named, self._places = [], {}, {}
+        self._modules, self._named, self._attentions, self._places = [], {}, {}, {}
 
 
 def _share_by_weights(transformer: nn.Module) -> tuple[int, int] | None:

@@ -162,8 +162,8 @@ class Session:
         run = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         self._placement.follow(transformer)
         self._placement.check_parallel(transformer)
-        self._placement.share(transformer)
         now = family.forward(transformer, self._on_host(family, call, run))
+        self._placement.share(transformer, now.device)
         step = said.step_index if said else None
         # Pipelines put a new tensor here at every step, and None outside of their loops.
         tick = getattr(self._pipe, "_current_timestep", None)
