@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from dit_sparse import SparseConfig, sparsify
 from dit_sparse.layout import TokenGrid
@@ -60,18 +61,24 @@ def fixed(value: Any) -> Callable[[int, int, int], Any]:
     return lambda *_: value
 
 
+def opened(controlnet: Any) -> Any:
+    for weight in controlnet.eval().parameters():
+        # Those that add to the transformer's blocks begin at zero.
+        if not weight.any():
+            weight.data.normal_(std=0.1)
+    return controlnet
+
+
 def controlled_by(kind: Any, **options: Any) -> Callable[[Any], Mapping[str, Any]]:
     """A ControlNet, whose own attention is not the transformer's and stays as it is."""
+    return lambda transformer: {"controlnet": opened(kind.from_transformer(transformer, **options))}
 
-    def beside(transformer: Any) -> Mapping[str, Any]:
-        controlnet = kind.from_transformer(transformer, **options).eval()
-        for weight in controlnet.parameters():
-            # Those that add to the transformer's blocks begin at zero.
-            if not weight.any():
-                weight.data.normal_(std=0.1)
-        return {"controlnet": controlnet}
 
-    return beside
+def controlled_hunyuan_dit(transformer: Any) -> Mapping[str, Any]:
+    # Its from_transformer assumes the widths that were published.
+    known = inspect.signature(diffusers.HunyuanDiT2DControlNetModel).parameters
+    told = {name: x for name, x in transformer.config.items() if name in known}
+    return {"controlnet": opened(diffusers.HunyuanDiT2DControlNetModel(**told, transformer_num_layers=4))}
 
 
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
@@ -84,8 +91,76 @@ def of_cosmos_2(_: Any) -> Mapping[str, Any]:
     return {"vae": vae, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)}
 
 
+def of_cosmos_25(_: Any) -> Mapping[str, Any]:
+    return {
+        **of_cosmos_2(_),
+        "scheduler": diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    }
+
+
+def of_qwen_edit(_: Any) -> Mapping[str, Any]:
+    """What is to be edited is given to the autoencoder as a million pixels: this one makes few tokens of them."""
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        num_res_blocks=0,
+        dim_mult=[1] * 6,
+        temperal_downsample=[False] * 5,
+        latents_mean=[0.1] * 4,
+        latents_std=[1.5] * 4,
+    )
+    return {"vae": vae}
+
+
+def with_eyes(transformer: Any) -> Mapping[str, Any]:
+    config = SiglipVisionConfig(
+        hidden_size=transformer.config.image_embed_dim,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    # Unlike the family's, it can encode.
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1, downsample_match_channel=False
+    )
+    sees = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    return {"vae": vae, "image_encoder": SiglipVisionModel(config).eval(), "feature_extractor": sees}
+
+
+def of_ltx_2(_: Any) -> Mapping[str, Any]:
+    """The family's autoencoder cannot encode."""
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(4, 4, 4),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        # It would count its own wrongly.
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    return {"vae": vae}
+
+
+def of_sd3(_: Any) -> Mapping[str, Any]:
+    """Inpainting is for as many channels as were published."""
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=16,
+        norm_num_groups=2,
+        shift_factor=0.1,
+    )
+    return {"vae": vae}
+
+
 # Of three steps, two are left.
 PARTLY = {"strength": fixed(0.6)}
+# 14 x 15 tokens of the autoencoder for editing.
+LARGE = {"height": fixed(14 * 64), "width": fixed(15 * 64)}
 
 VARIANTS = {
     "cogvideox, image": Variant(
@@ -187,6 +262,62 @@ VARIANTS = {
         # Unlike Cosmos 1's autoencoder, four frames are one.
         grid=(5, 7, 9),
         beside=of_cosmos_2,
+    ),
+    "cosmos 2.5, text": Variant(
+        "cosmos", "Cosmos2_5_PredictBasePipeline", {}, {"in_channels": 5}, grid=(5, 7, 9), beside=of_cosmos_25
+    ),
+    # From an image, and to transfer, it wants torchvision.
+    "cosmos 2.5, video": Variant(
+        "cosmos",
+        "Cosmos2_5_PredictBasePipeline",
+        {"video": clip},
+        {"in_channels": 5},
+        grid=(5, 7, 9),
+        beside=of_cosmos_25,
+    ),
+    "ltx2, image": Variant(
+        "ltx2", "LTX2ImageToVideoPipeline", {"image": image, "image_crf": fixed(0)}, beside=of_ltx_2
+    ),
+    "hunyuan-video-1.5, image": Variant(
+        "hunyuan-video-1.5",
+        "HunyuanVideo15ImageToVideoPipeline",
+        {"image": image},
+        {"target_size": 128},
+        beside=with_eyes,
+    ),
+    "hunyuan-dit, controlnet": Variant(
+        "hunyuan-dit",
+        "HunyuanDiTControlNetPipeline",
+        {"control_image": image},
+        beside=controlled_hunyuan_dit,
+    ),
+    "sd3, part of an image": Variant(
+        "sd3",
+        "StableDiffusion3InpaintPipeline",
+        {"image": image, "mask_image": mask} | PARTLY,
+        {"in_channels": 16, "out_channels": 16},
+        steps=2,
+        beside=of_sd3,
+    ),
+    "qwen-image, edit": Variant(
+        "qwen-image", "QwenImageEditPipeline", {"image": image} | LARGE, text=(9, 15 * 16), beside=of_qwen_edit
+    ),
+    "qwen-image, edit plus": Variant(
+        "qwen-image",
+        "QwenImageEditPlusPipeline",
+        {"image": lambda *size: [image(*size), image(*size)]} | LARGE,
+        text=(9, 2 * 15 * 16),
+        beside=of_qwen_edit,
+    ),
+    "qwen-image, edit a part": Variant(
+        "qwen-image",
+        "QwenImageEditInpaintPipeline",
+        {"image": image, "mask_image": mask} | PARTLY,
+        text=(9, 0),
+        # What is made and what it is made from have one shape: two frames.
+        grid=(2, 15, 16),
+        steps=2,
+        beside=of_qwen_edit,
     ),
     "pixart-alpha": Variant(
         "pixart-sigma",
