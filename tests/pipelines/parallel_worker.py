@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, TensorParallelConfig
 from diffusers.hooks import tensor_parallel
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 
@@ -96,6 +97,7 @@ def run(transformer, name):
 
 
 def main(rank, name, method, order, degree, file):
+    order, _, compiled = order.partition(", ")
     # What diffusers asks of the accelerator there is not.
     torch.accelerator.device_count = lambda: 1
     dist.init_process_group("gloo", f"file://{file}", timedelta(seconds=60), rank=rank, world_size=2)
@@ -110,7 +112,7 @@ def main(rank, name, method, order, degree, file):
     stock = run(alone.transformer, name)
     with sparsify(alone, config) as session:
         expected, work = run(alone.transformer, name), session.report().work
-    shared = make(name)
+    shared, counter = make(name), CompileCounterWithBackend("eager")
     if degree == "tp_degree":
         # By its own word diffusers does this on accelerators alone.
         tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
@@ -122,7 +124,10 @@ def main(rank, name, method, order, degree, file):
     with sparsify(shared, config) as session:
         if order == "after":
             shared.transformer.enable_parallelism(config=parallel)
+        if compiled:
+            shared.transformer.compile_repeated_blocks(backend=counter)
         out, report = run(shared.transformer, name), session.report()
+    assert bool(counter.frame_count) == bool(compiled)
     told = [] if work == 1 else [(out - stock).abs().max() > 1e-4]
     print(f"RANK {rank}", (out - expected).abs().max().item(), report.work, work, all(told), report.fallbacks)
     assert torch.equal(run(alone.transformer, name), stock)
