@@ -30,7 +30,7 @@ from dit_sparse.profile import Profile
 UNSEEN_SEED = check_prompts.HELD_OUT_SEED + 20_000
 
 
-def uniform(quick: bool, only: list[str] | None) -> dict[str, SparseConfig]:
+def uniform(quick: bool, only: list[str] | None = None) -> dict[str, SparseConfig]:
     """Settings of every method; the dense steps at the start matter as much as the density."""
     found = {}
     for first in (2, 3, 4, 6) if quick else (1, 2, 3, 4, 6, 8, 11):
