@@ -1,5 +1,6 @@
 """The commands that measure a model and choose for it: `calibrate` and `fit`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -247,7 +248,13 @@ def verify(path: Path, profile: Profile, options: FitOptions, unseen: tuple[str,
 def sentence(profile: Profile) -> str:
     said = profile.header.predicted
     spread = said.get("psnr_spread_db")
-    differs = "" if spread is None else f" (one prompt differs from the mean by about {spread:.1f})"
+    # What is predicted is a mean over the prompts of the calibration, and no better known than that.
+    differs = ""
+    if spread is not None:
+        doubt = spread / math.sqrt(max(1, len(profile.header.prompts)))
+        differs = (
+            f", give or take {doubt:.1f}, for the mean of many prompts (one differs from it by about {spread:.1f})"
+        )
     return (
         f"predicted {said['psnr_db']:.1f} dB{differs}, transformers {said['speedup']:.2f} times as fast "
         f"({said['seconds']:.1f} s), attention work {said['work']:.3f} of dense, "

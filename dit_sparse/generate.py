@@ -134,10 +134,13 @@ def run(options: GenerateOptions) -> int:
         "files": [str(file) for file in written],
     }
     video.write_record(output.with_suffix(".json"), record)
+    low = ""
+    if report.precision_error is not None and report.precision_error_worst is not None:
+        low = f", 8 bits err by {report.precision_error:.1%} ({report.precision_error_worst:.1%} in the worst layer)"
     print(
         f"{written[0]}{f' and {len(written) - 1} more' if len(written) > 1 else ''}: "
         f"{seconds['generate']:.1f} s, density {report.density:.3f}, attention work {report.work:.3f} of dense"
-        + ("" if report.precision_error is None else f", 8 bits err by {100 * report.precision_error:.1f} %")
+        + low
         + "".join(f"; {count} calls fell back because {reason}" for reason, count in report.fallbacks.items())
     )
     return 0

@@ -24,7 +24,7 @@ class RunReport:
     work     attention work of the whole run relative to dense; anchors and the tail's pooled keys are in it, pooling
              and routing are not
     precision_error  of 8 bits: what they made wrong in the exact part of a layer's first head at its first sparse
-             call, relative, in the layer where it was most; None in full precision
+             call, relative, the mean of all layers; precision_error_worst where it was most; None in full precision
     """
 
     steps: tuple[StepRecord, ...]
@@ -37,6 +37,7 @@ class RunReport:
     kernel: str
     precision: str = "full"
     precision_error: float | None = None
+    precision_error_worst: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -86,6 +86,7 @@ class Session:
     def report(self) -> RunReport:
         """What the present or last generation did. Reads the device."""
         g, tally = self.generation, self.generation.tally
+        errors = [error.item() for error in tally.precision_errors.values()]
         return RunReport(
             steps=tally.steps(),
             density=tally.density(),
@@ -95,7 +96,8 @@ class Session:
             fallbacks=dict(tally.fallbacks),
             dense_backend=self._chosen_backend() or g.dense_backend,
             precision=g.config.precision,
-            precision_error=max((x.item() for x in tally.precision_errors.values()), default=None),
+            precision_error=sum(errors) / len(errors) if errors else None,
+            precision_error_worst=max(errors, default=None),
             kernel=g.kernel or ("triton" if find_spec("triton") and self._device.type == "cuda" else "torch"),
         )
 

@@ -5,7 +5,10 @@
 
 For each profile it says how many decibels better it is than the best uniform settings at equal work and at equal
 seconds, and how many times its work and seconds these need for the same quality. Seconds mean something with one clip
-at a time only, on a machine that does nothing else.
+at a time only, on a machine that does nothing else. They vary little from prompt to prompt, and quality much, so they
+may be measured apart, with few prompts:
+
+    python samples/profile_table.py --rows quality.json --seconds seconds.json --profile samples/*.profile.safetensors
 """
 
 import argparse
@@ -27,7 +30,7 @@ from dit_sparse.profile import Profile
 UNSEEN_SEED = check_prompts.HELD_OUT_SEED + 20_000
 
 
-def uniform(quick: bool) -> dict[str, SparseConfig]:
+def uniform(quick: bool, only: list[str] | None = None) -> dict[str, SparseConfig]:
     """Settings of every method; the dense steps at the start matter as much as the density."""
     found = {}
     for first in (2, 3, 4, 6) if quick else (1, 2, 3, 4, 6, 8, 11):
@@ -51,10 +54,11 @@ def uniform(quick: bool) -> dict[str, SparseConfig]:
             )
         for method in ("svg", "sta", "radial", "topp"):
             found[f"{method} 0.2, {first} dense"] = SparseConfig(method, density=0.2, dense_steps=first)
-    if not quick:
-        return found
-    few = ("tail 0.1", "tail 0.3", "anchor 0.05, every 4", "anchor 0.1", "reshape 0.1, every 4")
-    return {name: config for name, config in found.items() if name.startswith(few)}
+    few = ("tail 0.1", "tail 0.3", "anchor 0.05, every 4", "anchor 0.1", "reshape 0.1, every 4") if quick else ("",)
+    chosen = {name: config for name, config in found.items() if name.startswith(few if only is None else tuple(only))}
+    if not chosen:
+        raise SystemExit(f"No setting begins with {only!r}; there are: {'; '.join(found)}.")
+    return chosen
 
 
 def measure(pipe: WanPipeline, configs: dict[str, SparseConfig], scenes: tuple, settings) -> list[dict]:
@@ -109,6 +113,18 @@ def verdict(row: dict, others: list[dict], cost: str) -> dict[str, float | None]
     }
 
 
+def made(args: argparse.Namespace) -> list[dict]:
+    """The rows of new clips: dense, the profiles, and uniform settings."""
+    gpu = args.device.startswith("cuda")
+    dtype = {"transformer": torch.bfloat16 if gpu else torch.float32, "default": torch.float32}
+    pipe = WanPipeline.from_pretrained(args.model_id, dtype=dtype).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    settings = check_prompts.Settings(args.num_frames, args.height, args.width, steps=args.steps, batch=args.batch)
+    configs = {Path(path).name: SparseConfig(profile=path) for path in args.profile}
+    scenes = check_prompts.held_out(args.num_prompts, UNSEEN_SEED).scenes
+    return measure(pipe, {"dense": SparseConfig("dense")} | configs | uniform(args.quick, args.only), scenes, settings)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_id", default=str(check_prompts.DEMO))
@@ -119,20 +135,33 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=check_prompts.Settings.height)
     parser.add_argument("--width", type=int, default=check_prompts.Settings.width)
     parser.add_argument("--quick", action="store_true", help="a few of the uniform settings")
+    parser.add_argument("--only", nargs="+", help="uniform settings whose names begin with one of these")
     parser.add_argument("--batch", type=int, default=1, help="clips at a time")
+    parser.add_argument("--rows", type=Path, help="an output_file of before, in place of new clips")
+    parser.add_argument(
+        "--seconds", type=Path, help="an output_file, the seconds of which count; settings not in it do not"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_file", type=Path, help="also write the rows as JSON")
     args = parser.parse_args()
-    gpu = args.device.startswith("cuda")
-    dtype = {"transformer": torch.bfloat16 if gpu else torch.float32, "default": torch.float32}
-    pipe = WanPipeline.from_pretrained(args.model_id, dtype=dtype).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
-    settings = check_prompts.Settings(args.num_frames, args.height, args.width, steps=args.steps, batch=args.batch)
-    configs = {Path(path).name: SparseConfig(profile=path) for path in args.profile}
-    scenes = check_prompts.held_out(args.num_prompts, UNSEEN_SEED).scenes
-    rows = measure(pipe, {"dense": SparseConfig("dense")} | configs | uniform(args.quick), scenes, settings)
-    profiles, others = rows[1 : 1 + len(configs)], rows[1 + len(configs) :]
-    table = Table(title=f"{args.num_prompts} prompts, {args.steps} steps, {args.device}, torch {torch.__version__}")
+    if args.rows is None:
+        rows = made(args)
+        what = f"{args.num_prompts} prompts, {args.steps} steps, {args.device}, torch {torch.__version__}"
+    else:
+        rows, what = json.loads(args.rows.read_text()), str(args.rows)
+    if args.seconds is not None:
+        timed = {row["setting"]: row["seconds"] for row in json.loads(args.seconds.read_text())}
+        rows = [row | {"seconds": timed[row["setting"]]} for row in rows if row["setting"] in timed]
+        what += f", seconds from {args.seconds}"
+    names = [Path(path).name for path in args.profile]
+    told = {row["setting"]: row for row in rows}
+    if missing := [name for name in names if name not in told]:
+        raise SystemExit(f"{', '.join(missing)} is not among the settings of {what}.")
+    profiles = [told[name] for name in names]
+    others = [
+        row for row in rows if row["setting"] not in ("dense", *names) and not row["setting"].endswith(".safetensors")
+    ]
+    table = Table(title=what)
     for column in ("profile", "predicted dB", "dB", "work", "dB over uniform at equal work", "times its work",
                    "dB over uniform at equal seconds", "times its seconds"):  # fmt: skip
         table.add_column(column, justify="left" if column == "profile" else "right")

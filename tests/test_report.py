@@ -72,4 +72,5 @@ def test_a_report_is_plain_data():
     assert report.to_dict() == {
         "steps": (), "density": 0.1, "work": 0.3, "state_bytes": 12, "residual": "fp8", "fallbacks": {"why": 2},
         "dense_backend": "cpu", "kernel": "torch", "precision": "full", "precision_error": None,
+        "precision_error_worst": None,
     }  # fmt: skip

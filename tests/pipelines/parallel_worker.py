@@ -96,7 +96,8 @@ def run(transformer, name):
     return torch.stack([transformer(**call, return_dict=False)[0] for call in calls(name)])
 
 
-def main(rank, name, method, order, degree, file, backend=None):
+def main(rank, name, method, order, degree, file):
+    order, _, compiled = order.partition(", ")
     # What diffusers asks of the accelerator there is not.
     torch.accelerator.device_count = lambda: 1
     dist.init_process_group("gloo", f"file://{file}", timedelta(seconds=60), rank=rank, world_size=2)
@@ -111,7 +112,7 @@ def main(rank, name, method, order, degree, file, backend=None):
     stock = run(alone.transformer, name)
     with sparsify(alone, config) as session:
         expected, work = run(alone.transformer, name), session.report().work
-    shared = make(name)
+    shared, counter = make(name), CompileCounterWithBackend(compiled)
     if degree == "tp_degree":
         # By its own word diffusers does this on accelerators alone.
         tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
@@ -120,20 +121,19 @@ def main(rank, name, method, order, degree, file, backend=None):
         parallel = ContextParallelConfig(**{degree: 2})
     if order == "before":
         shared.transformer.enable_parallelism(config=parallel)
-    graphs = CompileCounterWithBackend(backend)
     with sparsify(shared, config) as session:
         if order == "after":
             shared.transformer.enable_parallelism(config=parallel)
-        if backend is not None:
+        if compiled:
             # Into Wan's first block diffusers puts a hook of its own, which breaks the graph.
-            shared.transformer.compile_repeated_blocks(fullgraph=name != "wan", backend=graphs)
+            shared.transformer.compile_repeated_blocks(fullgraph=name != "wan", backend=counter)
         if order == "after a run":
             run(shared.transformer, name)
             shared.transformer.enable_parallelism(config=parallel)
         out, report = run(shared.transformer, name), session.report()
     told = [] if work == 1 else [(out - stock).abs().max() > 1e-4]
     worst = (out - expected).abs().max().item()
-    print(f"RANK {rank}", worst, report.work, work, graphs.frame_count, all(told), report.fallbacks)
+    print(f"RANK {rank}", worst, report.work, work, counter.frame_count, all(told), report.fallbacks)
     assert torch.equal(run(alone.transformer, name), stock)
     dist.destroy_process_group()
 

@@ -1,3 +1,4 @@
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -58,3 +59,29 @@ def test_the_profiles_that_come_along_belong_to_the_weights_that_do():
     demo.blocks[0].attn1.to_q.weight.data *= 1.01
     with pytest.raises(ValueError, match="other weights"):
         profile.check({"transformer": demo})
+
+
+def test_only_some_settings_by_how_they_begin():
+    some = uniform(quick=False, only=["anchor 0.1, every 8"])
+    assert len(some) > 3 and all(name.startswith("anchor 0.1, every 8,") for name in some)
+    with pytest.raises(SystemExit, match="No setting begins with"):
+        uniform(quick=False, only=["ankor"])
+
+
+def test_quality_and_seconds_measured_apart(tmp_path, monkeypatch, capsys):
+    def row(setting, work, seconds, db):
+        return {"setting": setting, "work": work, "seconds": seconds, "psnr_db": db, "each": [db]}
+
+    profile = SAMPLES / "demo_work40.profile.safetensors"
+    quality = [row("dense", 1, 9, 200), row(profile.name, 0.4, 9, 32), row("a", 0.3, 9, 28), row("b", 0.5, 9, 34)]
+    seconds = [row("dense", 1, 9, 1), row(profile.name, 0.4, 5, 1), row("a", 0.3, 4, 1), row("b", 0.5, 8, 1)]
+    for name, rows in (("quality", quality), ("seconds", [*seconds, row("c", 1, 1, 1)])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    out = tmp_path / "out.json"
+    files = ["--rows", tmp_path / "quality.json", "--seconds", tmp_path / "seconds.json", "--output_file", out]
+    monkeypatch.setattr("sys.argv", ["profile_table.py", "--profile", str(profile), *map(str, files)])
+    script["main"]()
+    told = json.loads(out.read_text())[1]["verdict"]
+    # On the line from a to b: 31 dB at work 0.4, 29.5 at 5 seconds, and 32 dB at work 0.433 and 6.67 seconds.
+    assert told["work"] == {"gain_db": pytest.approx(1), "ratio": pytest.approx(0.26 / 0.6 / 0.4)}
+    assert told["seconds"] == {"gain_db": pytest.approx(2.5), "ratio": pytest.approx(20 / 3 / 5)}
