@@ -16,8 +16,11 @@ TEXT_TOKENS = 1024
 def _shape(
     transformer: Mapping[str, Any], height: int, width: int, num_frames: int, vae: Mapping[str, Any]
 ) -> ModelShape:
-    # Sound has few tokens, and is left out.
-    return replace(ltx.FAMILY.shape(transformer, height, width, num_frames, vae), text_tokens=TEXT_TOKENS)
+    shape = ltx.FAMILY.shape(transformer, height, width, num_frames, vae)
+    # Sound has few tokens, which are left out. But for what goes between the two, each token of vision is projected to
+    # the width of sound three times, and back once: as much as so many more channels of its feed-forward part.
+    sound = transformer.get("audio_num_attention_heads", 32) * transformer.get("audio_attention_head_dim", 64)
+    return replace(shape, ffn_dim=shape.ffn_dim + 2 * sound, text_tokens=TEXT_TOKENS)
 
 
 FAMILY = replace(

@@ -633,13 +633,13 @@ FAMILIES: dict[str, Tiny] = {
     "sd3.5-medium": Tiny(lambda: _sd3(dual_attention_layers=(0,)), _sd3_arguments, IMAGES, modules=3, text=(0, 9)),
     "qwen-image": Tiny(_qwen_image, _qwen_image_arguments, IMAGES, modules=2, text=(9, 0), masked=True, passes=True),
     "ltx": Tiny(_ltx, _ltx_arguments, LTX_VIDEOS, modules=2),
-    "ltx2": Tiny(_ltx2, _ltx2_arguments, LTX_VIDEOS, modules=2, beside=0.15),
+    "ltx2": Tiny(_ltx2, _ltx2_arguments, LTX_VIDEOS, modules=2),
     "ltx2.3": Tiny(
         lambda: _ltx2(perturbed_attn=True, gated_attn=True, rope_type="split"),
         _ltx2_arguments,
         LTX_VIDEOS,
         modules=2,
-        beside=0.15,
+        beside=0.07,
     ),
     "mochi": Tiny(
         _mochi,
