@@ -383,7 +383,7 @@ def address(generation: Generation, layer: int) -> Tensor:
     A tensor and not numbers, so that torch.compile makes one graph for all layers.
     """
     _generations[id(generation)] = generation
-    return torch.tensor([id(generation), layer])
+    return torch.tensor([id(generation), layer], device="cpu")
 
 
 @torch.library.custom_op("dit_sparse::attend", mutates_args=())

@@ -614,6 +614,11 @@ def test_the_op_is_the_function_with_the_memory_layout_of_the_queries(method):
         assert torch.equal(out, run(same, step, q, k, v, text_mask=mask))
 
 
+def test_the_op_is_addressed_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert address(at("none"), 0).device.type == "cpu"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_under_autocast_inputs_are_cast_and_statistics_are_not(method):
     """Norms under autocast return float32 queries and keys beside bfloat16 values."""
