@@ -1,12 +1,14 @@
 """Bi-level routing (BiFormer, CVPR 2023, section 3.2), per head and without training: pool, score, select."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from dit_sparse.config import Order, SparseConfig
+from dit_sparse.kernels.block_scores import block_scores
 from dit_sparse.kernels.block_select import block_select
 from dit_sparse.kernels.block_stats import BlockStats, Want, block_stats
 from dit_sparse.layout import Layout, TokenGrid
@@ -29,10 +31,15 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Routing:
-    """mass [B, H, N, N], or N + 1 wide, the text last: estimated softmax mass of each key block; rows sum to 1."""
+    """plan, and the logits [B, H, N, N] of pooled attention, or N + 1 wide, the text last, made when asked for."""
 
     plan: BlockPlan
-    mass: Tensor
+    logits: Callable[[], Tensor]
+
+    @cached_property
+    def mass(self) -> Tensor:
+        """Estimated softmax mass of each key block, like logits; rows sum to 1."""
+        return self.logits().softmax(-1)
 
 
 def pool(q: Tensor | None, k: Tensor, v: Tensor, layout: Layout, config: SparseConfig) -> Pooled:
@@ -74,31 +81,54 @@ def route(
     text_mask [B, Lt] bool hides padding. The text's mass is a column of its own, kept always and not in the plan.
     """
     assert pooled.q is not None
-    logits = pooled.q.mean @ pooled.k.mean.mT * scale + pooled.lengths.to(pooled.k.mean.dtype).log()
-    if text_keys is not None:
-        of_text = pooled.q.mean @ text_keys.to(logits.dtype).mT * scale
-        if text_mask is not None:
-            of_text = of_text.masked_fill(~text_mask[:, None, None], float("-inf"))
-        logits = torch.cat([logits, of_text.logsumexp(-1, keepdim=True)], dim=-1)
-    mass = logits.softmax(-1)
-    scores = mass[..., : layout.blocks] * spread(pooled, scale) if config.by_error else mass
+    means = pooled.q.mean, pooled.k.mean, pooled.lengths
+
+    def logits() -> Tensor:
+        return block_scores(*means, scale=scale, text=_of_text(means[0], text_keys, text_mask, scale))
+
+    if config.by_error:
+        # The text has no place among these scores.
+        assert pooled.k.var is not None and pooled.v.var is not None
+        deviations = pooled.v.var.sum(-1)
+        scores = block_scores(*means, scale=scale, variances=pooled.k.var, deviations=deviations)
+    else:
+        scores = logits()
+    made = logits if config.by_error else lambda: scores
     forced, most = forced_blocks(
-        config.order, layout.grid, config.tile, layout.block, config.neighbours, config.first_frame, logits.device
+        config.order, layout.grid, config.tile, layout.block, config.neighbours, config.first_frame, scores.device
     )
     if config.method == "topp":
-        return Routing(_shared_out(scores[..., : layout.blocks], density, forced), mass)
+        return Routing(_shared_out(scores[..., : layout.blocks].softmax(-1), density, forced), made)
     if scores.shape[-1] == layout.blocks:
-        plan = block_select(scores, density=density, top_p=config.top_p, forced=forced, max_forced=most)
-        return Routing(plan, mass)
+        plan = block_select(
+            scores, density=density, top_p=config.top_p, forced=forced, max_forced=most, logarithms=True
+        )
+        return Routing(plan, made)
     # The text competes for a place as in the released code, although it is kept anyway. The number of places is a
     # share of the vision blocks, and all of them where nothing is to be left out.
     places = layout.blocks + 1 if density == 1 else int(density * layout.blocks)
     forced = torch.nn.functional.pad(forced, (0, 1), value=True)
     plan = block_select(
-        scores, density=0, k_min=max(places, 1), top_p=config.top_p, forced=forced, max_forced=most + 1
+        scores,
+        density=0,
+        k_min=max(places, 1),
+        top_p=config.top_p,
+        forced=forced,
+        max_forced=most + 1,
+        logarithms=True,
     )
     # Lists ascend, so the text's column is the last listed.
-    return Routing(BlockPlan(plan.counts - 1, plan.indices, layout.blocks), mass)
+    return Routing(BlockPlan(plan.counts - 1, plan.indices, layout.blocks), made)
+
+
+def _of_text(q: Tensor, keys: Tensor | None, mask: Tensor | None, scale: float) -> Tensor | None:
+    """[B, H, N]: the logarithm of what all text keys [B, H, Lt, D] weigh for the mean query of a block."""
+    if keys is None:
+        return None
+    logits = q @ keys.to(q.dtype).mT * scale
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None, None], float("-inf"))
+    return logits.logsumexp(-1)
 
 
 def _shared_out(scores: Tensor, density: float, forced: Tensor) -> BlockPlan:
@@ -113,14 +143,6 @@ def _shared_out(scores: Tensor, density: float, forced: Tensor) -> BlockPlan:
     p = before.flatten(1).kthvalue(count, dim=-1).values
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, ranked.indices, before <= p[:, None, None, None])
     return BlockPlan.from_mask(mask | forced)
-
-
-def spread(pooled: Pooled, scale: float) -> Tensor:
-    """[B, H, N, N]: how far a pooled pair may be from the tokens behind it, up to the pair's mass. It grows with the
-    deviation of the logits inside the key block, sqrt(scale^2 sum_d q_d^2 var_d), and with that of its values."""
-    assert pooled.q is not None and pooled.k.var is not None and pooled.v.var is not None
-    of_logits = (pooled.q.mean.square() @ pooled.k.var.mT).mul_(scale**2)
-    return of_logits.mul_(pooled.v.var.sum(-1).unsqueeze(-2)).sqrt_()
 
 
 @lru_cache(maxsize=16)

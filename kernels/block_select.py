@@ -1,5 +1,7 @@
 """From scores to a plan: each query block's best key blocks by number, by share of the score, and by force."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,19 +27,21 @@ def block_select(
     k_max: int | None = None,
     forced: Tensor | None = None,
     max_forced: int | None = None,
+    logarithms: bool = False,
     impl: Impl = "auto",
 ) -> BlockPlan:
     """Each row keeps its n best blocks, lower index first where scores are equal, and its forced ones beside them.
 
     n is the larger of max(1, int(density * Nk)), which truncates and so keeps at most that share, and of the fewest
     blocks whose scores make up at least the share top_p of the row; then it is clamped to k_min..k_max. Beyond Nk the
-    clamps mean Nk. scores [B, H, Nq, Nk] >= 0, float32 or (torch) float64, any strides; NaN ranks first. forced, bool,
+    clamps mean Nk. scores [B, H, Nq, Nk] >= 0, float32 or (torch) float64, any strides; NaN ranks first. With
+    logarithms they are given as such, any number or -inf, and only how they differ in a row counts. forced, bool,
     broadcastable to scores, is not written out at that size. max_forced, Nk if not given, promises that no row has
     more forced blocks and narrows the plan; of a row that breaks the promise the last indices may be cut off.
 
     Returns a BlockPlan, whose width is known without reading the device; places past the counts hold 0. Raises
-    ValueError where the arguments do not fit. Top-k or top-p, whichever keeps more, is the critical mask of
-    Rectified SpaAttn (arXiv 2511.19835).
+    ValueError where the arguments do not fit; impl "auto" is torch beyond 8192 key blocks. Top-k or top-p, whichever
+    keeps more, is the critical mask of Rectified SpaAttn (arXiv 2511.19835).
     """
     if scores.dim() != 4 or scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(
@@ -64,17 +68,26 @@ def block_select(
         width = min(key_blocks, width + (key_blocks if max_forced is None else max_forced))
     name = resolve(impl, scores)
     if name == "triton" and key_blocks > LONGEST:
-        raise ValueError(f"impl 'triton' takes at most {LONGEST} key blocks, not {key_blocks}; 'torch' takes more.")
-    counts, indices = _block_select(scores, forced, least, most, top_p or 0.0, width, name)
+        if impl == "triton":
+            raise ValueError(f"impl 'triton' takes up to {LONGEST} key blocks, not {key_blocks}; 'torch' takes more.")
+        name = "torch"
+    counts, indices = _block_select(scores, forced, least, most, top_p or 0.0, width, logarithms, name)
     return BlockPlan(counts, indices, key_blocks)
 
 
 @torch.library.custom_op("dit_sparse::block_select", mutates_args=())
 def _block_select(
-    scores: Tensor, forced: Tensor | None, least: int, most: int, top_p: float, width: int, impl: str
+    scores: Tensor,
+    forced: Tensor | None,
+    least: int,
+    most: int,
+    top_p: float,
+    width: int,
+    logarithms: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     select = _block_select_triton if impl == "triton" else _block_select_torch
-    return select(scores, forced, least, most, top_p, width)
+    return select(scores, forced, least, most, top_p, width, logarithms)
 
 
 @_block_select.register_fake
@@ -90,8 +103,12 @@ def _outputs(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _block_select_torch(
-    scores: Tensor, forced: Tensor | None, least: int, most: int, top_p: float, width: int
+    scores: Tensor, forced: Tensor | None, least: int, most: int, top_p: float, width: int, logarithms: bool
 ) -> tuple[Tensor, Tensor]:
+    if logarithms:
+        # Relative to the largest that is a number; all of a row of -inf become NaN, and as equal as zeros.
+        largest = scores.nan_to_num(-math.inf, posinf=math.inf, neginf=-math.inf).amax(-1, keepdim=True)
+        scores = (scores - largest).exp_()
     # The bits of a float that is not negative, read as an integer, order as the float does, NaN above all.
     bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
     key = scores.view(bits) & torch.iinfo(bits).max
@@ -120,13 +137,18 @@ def _block_select_torch(
 if triton is not None:
 
     @triton.jit
-    def _edge_by_count(b_key, n):
-        """The n-th largest key, bit by bit: the largest number that at least n keys reach."""
-        edge = 0
-        for i in range(31):
-            trial = edge | (1 << (30 - i))
-            edge = tl.where(tl.sum((b_key >= trial).to(tl.int32)) >= n, trial, edge)
-        return edge
+    def _edge_by_count(b_key, n, N):
+        """A number that n of the N keys reach, or, where equal keys allow none, the n-th largest; how many reach it.
+
+        Bit by bit the largest number that at least n keys reach, until there are as many.
+        """
+        edge, bit, reached = 0, 1 << 30, N
+        while (bit > 0) & (reached != n):
+            count = tl.sum((b_key >= (edge | bit)).to(tl.int32))
+            edge = tl.where(count >= n, edge | bit, edge)
+            reached = tl.where(count >= n, count, reached)
+            bit = bit >> 1
+        return edge, reached
 
     @triton.jit
     def _sum(b_key, m):
@@ -165,6 +187,7 @@ if triton is not None:
         BN: tl.constexpr,
         HAS_TOP_P: tl.constexpr,
         HAS_FORCED: tl.constexpr,
+        LOGARITHMS: tl.constexpr,
     ):
         i_row = tl.program_id(0).to(tl.int64)
         i_q, i_bh = i_row % Q, i_row // Q
@@ -175,8 +198,11 @@ if triton is not None:
         b_s = tl.load(
             scores + i_b * stride_sb + i_h * stride_sh + i_q * stride_sq + o_n.to(tl.int64) * stride_sk,
             mask=m_n,
-            other=0.0,
+            other=-float("inf") if LOGARITHMS else 0.0,
         )
+        if LOGARITHMS:
+            # Relative to the largest that is a number; all of a row of -inf become NaN, and as equal as zeros.
+            b_s = tl.exp(b_s - tl.max(b_s))
         # The bits of a float that is not negative, read as an integer, order as the float does, NaN above all.
         b_key = tl.where(m_n, b_s.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
         n = least
@@ -189,11 +215,12 @@ if triton is not None:
             b_before = _sum(b_key, b_key > edge) + b_rank * edge.to(tl.float32, bitcast=True)
             b_enough = (b_key > edge) | ((b_equal > 0) & (b_before < share))
             n = tl.minimum(tl.maximum(tl.sum(b_enough.to(tl.int32)), least), most)
-        edge = _edge_by_count(b_key, n)
-        b_equal = (b_key == edge).to(tl.int32)
-        b_rank = tl.cumsum(b_equal) - b_equal
-        b_above = b_key > edge
-        b_keep = b_above | ((b_equal > 0) & (b_rank < n - tl.sum(b_above.to(tl.int32))))
+        edge, reached = _edge_by_count(b_key, n, N)
+        b_keep = b_key >= edge
+        if reached > n:
+            b_above, b_equal = b_key > edge, (b_key == edge).to(tl.int32)
+            b_rank = tl.cumsum(b_equal) - b_equal
+            b_keep = b_above | ((b_equal > 0) & (b_rank < n - tl.sum(b_above.to(tl.int32))))
         if HAS_FORCED:
             p_forced = forced + i_b * stride_fb + i_h * stride_fh + i_q * stride_fq + o_n
             b_keep = b_keep | tl.load(p_forced, mask=m_n, other=0).to(tl.int1)
@@ -206,7 +233,7 @@ if triton is not None:
 
 
 def _block_select_triton(
-    scores: Tensor, forced: Tensor | None, least: int, most: int, top_p: float, width: int
+    scores: Tensor, forced: Tensor | None, least: int, most: int, top_p: float, width: int, logarithms: bool
 ) -> tuple[Tensor, Tensor]:
     check_device(block_select_fwd_kernel, scores)
     counts, indices = _outputs(scores, width)
@@ -230,6 +257,7 @@ def _block_select_triton(
         BN=row,
         HAS_TOP_P=top_p > 0,
         HAS_FORCED=forced is not None,
+        LOGARITHMS=logarithms,
         num_warps=max(row // SCORES_PER_WARP, 1),
     )
     return counts, indices

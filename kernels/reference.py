@@ -32,6 +32,26 @@ def block_stats(x: Tensor, lengths: Tensor, block: int) -> BlockStats:
     return BlockStats(mean, off.abs().sum(-2) / count, off.square().sum(-2) / count)
 
 
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    variances: Tensor | None = None,
+    deviations: Tensor | None = None,
+    text: Tensor | None = None,
+) -> Tensor:
+    """The pooled attention mass of every pair of blocks, without each row's denominator, q [B, H, Nq, D], k
+    [B, H, Nk, D] and lengths [Nk]; times the spread of its logits and of its values, which variances [B, H, Nk, D] and
+    deviations [B, H, Nk] tell; as logarithms. text [B, H, Nq] is a column more."""
+    scores = lengths * (q @ k.mT * scale).exp()
+    if variances is not None and deviations is not None:
+        of_logits = scale**2 * q.square() @ variances.mT
+        scores = scores * of_logits.sqrt() * deviations.sqrt().unsqueeze(-2)
+    return scores.log() if text is None else torch.cat([scores.log(), text.unsqueeze(-1)], dim=-1)
+
+
 def block_select(
     scores: Tensor, *, top_k: int, top_p: float, k_min: int, k_max: int, forced: Tensor | None
 ) -> BlockPlan:

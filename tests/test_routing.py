@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from dit_sparse.config import SparseConfig
+from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.kernels.block_select import block_select
 from dit_sparse.kernels.block_stats import block_stats
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import first_frame_blocks, neighbours, token_order
-from dit_sparse.routing import pool, route, spread
+from dit_sparse.routing import pool, route
 
 CPU = torch.device("cpu")
 EVEN = Layout(TokenGrid(4, 4, 8), block=16)
@@ -27,6 +28,12 @@ def inputs(layout, text=0, batch=1, heads=2, dim=16):
 def routed(q, k, v, layout, config, density=0.3, **text):
     pooled = pool(q, k, v, layout, config)
     return route(pooled, layout, config, density=density, scale=q.shape[-1] ** -0.5, **text)
+
+
+def scores_by_error(pooled, scale):
+    """Up to a factor of each row, which makes them add up to 1."""
+    means, deviations = (pooled.q.mean, pooled.k.mean, pooled.lengths), pooled.v.var.sum(-1)
+    return reference.block_scores(*means, scale=scale, variances=pooled.k.var, deviations=deviations).softmax(-1)
 
 
 def blocks_of(x, layout):
@@ -227,7 +234,7 @@ def test_top_p_keeps_at_least_its_share(layout, top_p, method):
     result = routed(3 * q, k, v, layout, config, density=0.01)
     scores = result.mass
     if method == "tail":
-        scores = scores * spread(pool(3 * q, k, v, layout, config), 0.25)
+        scores = scores_by_error(pool(3 * q, k, v, layout, config), 0.25)
     kept = scores.masked_fill(~result.plan.mask(), 0).sum(-1)
     assert (kept >= top_p * scores.sum(-1) - 1e-12).all()
     fewer = [
@@ -256,7 +263,7 @@ def test_error_aware_scores(layout, text):
         of_values = sum((value - values.mean(0)).square().sum() for value in values) / len(values)
         expected[h, n, m] = result.mass[0, h, n, m] * math.sqrt(of_logits) * math.sqrt(of_values)
     torch.testing.assert_close(
-        result.mass[0, ..., : layout.blocks] * spread(pool(q, k, v, layout, config), a)[0], expected
+        scores_by_error(pool(q, k, v, layout, config), a)[0], expected / expected.sum(-1, keepdim=True)
     )
     best = expected.topk(int(0.4 * layout.blocks)).indices
     mask = torch.zeros_like(expected, dtype=torch.bool).scatter_(-1, best, True)

@@ -9,6 +9,7 @@ import sys
 import torch
 
 from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.block_scores import block_scores
 from dit_sparse.kernels.block_select import block_select, plan_mask
 from dit_sparse.kernels.block_stats import block_stats
 from dit_sparse.kernels.permute import permute, permute_pooled
@@ -39,6 +40,10 @@ def the_rest() -> None:
     permute_pooled((x, x, x), order, lengths, block=64, wants=("all", "mean+var", "mean"))
     block_stats(x[:, :, :667], lengths, block=64)
     scores = torch.rand(2, 3, 11, 11, device="cuda")
+    means, weights = torch.randn(2, 3, 70, 40, device="cuda"), torch.rand(2, 3, 70, device="cuda")
+    ones = torch.ones(70, dtype=torch.int64, device="cuda")
+    found = block_scores(means, means, ones, scale=1, variances=means**2, deviations=weights, text=weights)
+    block_select(found, density=0.3, logarithms=True)
     forced = torch.eye(11, dtype=torch.bool, device="cuda")
     block_select(scores, density=0.3, forced=forced)
     plan_mask(block_select(scores, density=0.1, top_p=0.6, k_max=7))

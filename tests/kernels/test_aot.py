@@ -1,12 +1,13 @@
 """Every kernel compiles for Ampere, Hopper and Blackwell without spilling, on a machine with no GPU."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("triton")
 
-from dit_sparse.kernels import block_select, block_stats, permute
+from dit_sparse.kernels import block_scores, block_select, block_stats, permute
 from tests.kernels.aot import Build, Resources, compile_kernels
 
 CAPABILITIES = (80, 90, 100)
@@ -25,13 +26,32 @@ def stats(capability: int, dtype: str = "bf16", dim: int = 128, rows: int = 128,
     )
 
 
-def select(capability: int, row: int = 1024, top_p: bool = True, forced: bool = True) -> Build:
+def scores(capability: int, dim: int = 128, by_error: bool = True, text: bool = True) -> Build:
+    signature = {
+        **dict.fromkeys(("q", "k", "scores"), "*fp32:16"),
+        "lengths": "*i64:16",
+        "scale": "fp32",
+        **dict.fromkeys(("Q", "N", "COLUMNS", "stride_s"), "i32"),
+    }
+    tile = block_scores.TILE
+    constexprs = {"D": dim, "BQ": tile, "BK": tile, "BD": block_scores.CHANNELS, "PRECISION": "tf32"}
+    for names, there in ((("variances", "deviations"), by_error), (("text",), text)):
+        for name in names:
+            (signature if there else constexprs)[name] = "*fp32:16" if there else None
+    return Build(block_scores.block_scores_fwd_kernel, signature, constexprs, capability, block_scores.WARPS)
+
+
+def select(
+    capability: int, row: int = 1024, top_p: bool = True, forced: bool = True, logarithms: bool = True
+) -> Build:
     signature = {"scores": "*fp32:16", "counts": "*i32:16", "indices": "*i32:16", "top_p": "fp32"}
-    constexprs = {"stride_sk": 1, "BN": row, "HAS_TOP_P": top_p, "HAS_FORCED": forced}
-    strides = ["stride_sb", "stride_sh", "stride_sq"]
+    constexprs = {"stride_sk": 1, "BN": row, "HAS_TOP_P": top_p, "HAS_FORCED": forced, "LOGARITHMS": logarithms}
+    # The rows of block_scores lie so.
+    signature |= dict.fromkeys(("stride_sb", "stride_sh", "stride_sq"), "i32:16" if logarithms else "i32")
+    strides = []
     if forced:
         signature["forced"] = "*i1"
-        strides += ["stride_fb", "stride_fh", "stride_fq"]
+        strides = ["stride_fb", "stride_fh", "stride_fq"]
     else:
         constexprs |= dict.fromkeys(("forced", "stride_fb", "stride_fh", "stride_fq"))
     signature |= dict.fromkeys([*strides, "least", "most", "H", "Q", "N", "W"], "i32")
@@ -67,7 +87,7 @@ def pooled(capability: int, dtype: str = "bf16", dim: int = 128, block: int = 12
     return Build(permute.permute_pooled_fwd_kernel, signature, constexprs, capability, permute.WARPS)
 
 
-USUAL = [make(capability) for capability in CAPABILITIES for make in (stats, select, mask, gather, pooled)]
+USUAL = [make(capability) for capability in CAPABILITIES for make in (stats, scores, select, mask, gather, pooled)]
 # A tile of 8192 numbers in one warp is 256 a thread, and a thread has 255 registers.
 SPILLING = replace(stats(90, "fp32"), num_warps=1)
 
@@ -91,11 +111,18 @@ def test_usual_shapes_fit(usual: list[Resources]) -> None:
 def test_memory_is_read_16_bytes_at_a_time(usual: list[Resources]) -> None:
     for build, used in zip(USUAL, usual, strict=False):
         if build.fn in (
+            block_scores.block_scores_fwd_kernel,
             block_stats.block_stats_fwd_kernel,
             permute.permute_fwd_kernel,
             permute.permute_pooled_fwd_kernel,
         ):
-            assert "LDG.E.128" in used.sass, build
+            assert re.search(r"LDG\.E\.128|LDGSTS\.E\.BYPASS\.[A-Z.]*128", used.sass), build
+
+
+def test_scores_come_from_tensor_cores(usual: list[Resources]) -> None:
+    for build, used in zip(USUAL, usual, strict=False):
+        if build.fn is block_scores.block_scores_fwd_kernel:
+            assert {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[build.capability] in used.sass, build
 
 
 def test_the_helper_sees_spills(usual: list[Resources]) -> None:
@@ -110,6 +137,9 @@ def test_extreme_shapes_fit(capability: int) -> None:
         stats(capability, "fp32", 256, 64, 64),
         stats(capability, "fp32", 8, 1024, 8),
         stats(capability, "fp16", 40, 16, 64),
+        scores(capability, 40, by_error=False),
+        scores(capability, 256, text=False),
+        select(capability, 1024, logarithms=False),
         select(capability, 16, top_p=False, forced=False),
         select(capability, 256),
         select(capability, 8192),

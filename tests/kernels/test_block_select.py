@@ -4,6 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dit_sparse.kernels import block_select as module
 from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_select import block_select, plan_mask
 from dit_sparse.plan import BlockPlan
@@ -166,6 +167,47 @@ def test_nan_and_negative_zero(impl: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("top_p", [None, 0.5, 1.0])
+def test_logarithms_stand_for_their_powers(top_p: float | None, impl: str, device: str) -> None:
+    scores = torch.rand(2, 3, 5, 37, device=device)
+    scores[0, 0, 0, :30], scores[0, 0, 1] = 0, 0
+    # Each row may have a factor, even one whose product is no float.
+    factors = torch.tensor([0, -500, 500, 3, -3], device=device)[:, None]
+    plan = block_select(scores.log() + factors, density=0.2, top_p=top_p, logarithms=True, impl=impl)
+    plan.check()
+    mask = plan.mask()
+    best = block_select(scores, density=0.2, impl="torch").mask()
+    if top_p is None:
+        assert torch.equal(mask, best)
+    share = scores.double() / scores.double().sum(-1, keepdim=True).clamp(min=1)
+    mass, last = (share * mask).sum(-1), torch.where(mask, share, 1).amin(-1)
+    # The share of the sum and no block to spare, but for how it was rounded; a row of nothing keeps its first blocks.
+    assert ((mass >= (top_p or 0) - 1e-4) | (share.sum(-1) == 0)).all()
+    assert ((mass - last < (top_p or 0) + 1e-4) | (mask == best).all(-1)).all()
+    assert (torch.where(mask, 0, share).amax(-1) <= last).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_logarithms_that_are_no_numbers(impl: str, device: str) -> None:
+    scores = torch.randn(1, 1, 4, 30, device=device)
+    scores[0, 0, 0, 5], scores[0, 0, 1], scores[0, 0, 2] = float("nan"), float("nan"), -float("inf")
+    scores[0, 0, 3, 7] = float("inf")
+    for top_p in (None, 0.5):
+        plan = block_select(scores, density=0.1, top_p=top_p, logarithms=True, impl=impl)
+        plan.check()
+        mask = plan.mask()[0, 0]
+        assert mask[0, 5] and mask[2, :3].all() and mask[3, 7]
+    mask = block_select(scores, density=0.1, logarithms=True, impl=impl).mask()[0, 0]
+    assert mask[1].tolist() == mask[2].tolist() == [True] * 3 + [False] * 27
+
+
+def test_more_blocks_than_triton_takes_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "resolve", lambda *_: "triton")
+    scores = torch.rand(1, 1, 1, 8193)
+    assert torch.equal(block_select(scores, density=0.1).mask(), expected(scores, 0.1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_more_forced_than_promised_stays_a_legal_plan(impl: str, device: str) -> None:
     forced = torch.ones(12, dtype=torch.bool, device=device)
     plan = block_select(torch.rand(1, 1, 2, 12, device=device), density=0.1, forced=forced, max_forced=3, impl=impl)
@@ -235,7 +277,7 @@ def test_compiles_and_is_a_sound_op(top_p: float | None, impl: str, device: str)
     compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
     got, direct = compiled(scores), program(scores)
     assert all(torch.equal(a, b) for a, b in zip(got, direct, strict=True))
-    arguments = (scores, forced, 6, 20, top_p or 0.0, 7, impl)
+    arguments = (scores, forced, 6, 20, top_p or 0.0, 7, False, impl)
     torch.library.opcheck(torch.ops.dit_sparse.block_select.default, arguments)
     torch.library.opcheck(torch.ops.dit_sparse.plan_mask.default, (*direct[:2], 20, impl))
 
