@@ -193,7 +193,8 @@ def _permute_pooled(
     stats = tuple((*(next(rest) for _ in range(count)), index, index, index)[:3] for count in fields)
     batch, heads, tokens, dim = tensors[0].shape
     channels = min(triton.next_power_of_2(dim), TILE // block)
-    permute_pooled_fwd_kernel[(batch * heads * triton.cdiv(tokens, block) * triton.cdiv(dim, channels),)](
+    tiles = triton.cdiv(tokens, block) * triton.cdiv(dim, channels)
+    permute_pooled_fwd_kernel[(batch * heads * len(tensors) * tiles,)](
         tuple(tensors),
         tuple(moved),
         stats,
@@ -244,10 +245,12 @@ if triton is not None:
         BD: tl.constexpr,
         FIELDS: tl.constexpr,
     ):
-        # Channels go fastest, then heads: with [B, L, H, D] underneath, neighbours write one stretch of memory.
+        # Channels go fastest, then heads: with [B, L, H, D] underneath, neighbours write one stretch of memory. A
+        # program has one tensor: the fewer registers it takes, the more load while others wait for their sums.
         i = tl.program_id(0).to(tl.int64)
         i_d, i = i % tl.cdiv(D, BD), i // tl.cdiv(D, BD)
         i_h, i = i % H, i // H
+        i_x, i = i % len(xs), i // len(xs)
         i_n, i_b = i % tl.cdiv(L, BT), i // tl.cdiv(L, BT)
         o_t = i_n * BT + tl.arange(0, BT)
         o_d = i_d * BD + tl.arange(0, BD)
@@ -263,18 +266,19 @@ if triton is not None:
         o_out = ((i_b * H + i_h) * N + i_n) * D + o_d
         m_out = m_d & (i_n + tl.zeros_like(o_d) < N)
         for j in tl.static_range(len(xs)):
-            # [BT, BD]
-            p_x = xs[j] + i_b * x_strides[j][0] + i_h * x_strides[j][1] + b_from[:, None] * x_strides[j][2]
-            b_x = tl.load(p_x + o_d[None, :], mask=m, other=0.0)
-            p_y = ys[j] + i_b * y_strides[j][0] + i_h * y_strides[j][1] + o_t[:, None] * y_strides[j][2]
-            tl.store(p_y + o_d[None, :], b_x, mask=m)
-            if FIELDS[j] > 0:
-                # [BD]
-                b_mean = tl.sum(tl.where(m_t, b_x.to(tl.float32), 0.0), 0) / count
-                tl.store(stats[j][0] + o_out, b_mean, mask=m_out)
-                if FIELDS[j] > 1:
-                    # [BT, BD]
-                    b_off = tl.where(m_t, b_x.to(tl.float32) - b_mean[None, :], 0.0)
-                    tl.store(stats[j][1] + o_out, tl.sum(b_off * b_off, 0) / count, mask=m_out)
-                    if FIELDS[j] > 2:
-                        tl.store(stats[j][2] + o_out, tl.sum(tl.abs(b_off), 0) / count, mask=m_out)
+            if i_x == j:
+                # [BT, BD]
+                p_x = xs[j] + i_b * x_strides[j][0] + i_h * x_strides[j][1] + b_from[:, None] * x_strides[j][2]
+                b_x = tl.load(p_x + o_d[None, :], mask=m, other=0.0)
+                p_y = ys[j] + i_b * y_strides[j][0] + i_h * y_strides[j][1] + o_t[:, None] * y_strides[j][2]
+                tl.store(p_y + o_d[None, :], b_x, mask=m)
+                if FIELDS[j] > 0:
+                    # [BD]
+                    b_mean = tl.sum(tl.where(m_t, b_x.to(tl.float32), 0.0), 0) / count
+                    tl.store(stats[j][0] + o_out, b_mean, mask=m_out)
+                    if FIELDS[j] > 1:
+                        # [BT, BD]
+                        b_off = tl.where(m_t, b_x.to(tl.float32) - b_mean[None, :], 0.0)
+                        tl.store(stats[j][1] + o_out, tl.sum(b_off * b_off, 0) / count, mask=m_out)
+                        if FIELDS[j] > 2:
+                            tl.store(stats[j][2] + o_out, tl.sum(tl.abs(b_off), 0) / count, mask=m_out)
