@@ -506,8 +506,9 @@ def attend(
     keys, rows = k.shape[2], queries - text
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    codes = quantise(q, k, v, text, scale)
     tail, residual, row_scale = correction.tail, correction.residual, correction.scale
+    # The tail knows the means of blocks, of which all but the last have as many keys.
+    codes = quantise(q, k, v, text, scale, tail.keys.mean(2, dtype=torch.float32) if tail else None)
     pooled, var_unit = _pooled(tail, plan, codes.k_mean, codes.v_unit) if tail else ([None] * 6, None)
     counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
     # Longest first within a head, so that programs end together, while the head's keys and values stay in the cache.

@@ -2,12 +2,13 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-from dit_sparse.kernels import block_scores, block_select, block_stats, permute
+from dit_sparse.kernels import block_scores, block_select, block_stats, permute, quantise
 from tests.kernels.aot import Build, Resources, compile_kernels
 
 CAPABILITIES = (80, 90, 100)
@@ -87,7 +88,26 @@ def pooled(capability: int, dtype: str = "bf16", dim: int = 128, block: int = 12
     return Build(permute.permute_pooled_fwd_kernel, signature, constexprs, capability, permute.WARPS)
 
 
+def in_8bit(kernel: Any, x: str, codes: str, *sizes: str) -> Build:
+    names = kernel.arg_names
+    signature = {
+        **{x: "*bf16:16", "p_codes": codes},
+        **{name: "*fp32:16" for name in ("p_mean", "p_unit", "p_shift") if name in names},
+        **dict.fromkeys(("s_b", "s_h", "s_t"), "i32:16"),
+        **dict.fromkeys(("H", "L", *sizes), "i32"),
+        **({"scale": "fp32"} if "scale" in names else {}),
+    }
+    return Build(kernel, signature, {"D": 128, "BLOCK": quantise.BLOCK}, 90, quantise.WARPS)
+
+
+# They serve a kernel for Hopper.
+IN_8BIT = [
+    in_8bit(quantise._queries_kernel, "p_q", "*i8:16"),
+    in_8bit(quantise._keys_kernel, "p_k", "*i8:16", "VISION", "blocks"),
+    in_8bit(quantise._values_kernel, "p_v", "*fp8e4nv:16", "VISION", "blocks"),
+]
 USUAL = [make(capability) for capability in CAPABILITIES for make in (stats, scores, select, mask, gather, pooled)]
+USUAL += IN_8BIT
 # A tile of 8192 numbers in one warp is 256 a thread, and a thread has 255 registers.
 SPILLING = replace(stats(90, "fp32"), num_warps=1)
 
@@ -123,6 +143,14 @@ def test_scores_come_from_tensor_cores(usual: list[Resources]) -> None:
     for build, used in zip(USUAL, usual, strict=False):
         if build.fn is block_scores.block_scores_fwd_kernel:
             assert {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[build.capability] in used.sass, build
+
+
+def test_8_bit_codes_are_16_bytes_a_store_and_no_conversions(usual: list[Resources]) -> None:
+    for build, used in zip(USUAL, usual, strict=False):
+        if build in IN_8BIT:
+            assert "STG.E.128" in used.sass and used.sass.count("F2I") < 4, build
+            # Three programs of eight warps fit a multiprocessor.
+            assert used.registers <= 80, (build, used.registers)
 
 
 def test_the_helper_sees_spills(usual: list[Resources]) -> None:

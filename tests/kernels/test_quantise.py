@@ -61,6 +61,14 @@ def test_what_codes_stand_for(text, strided):
     assert near.all()
 
 
+def test_a_mean_that_is_given_is_taken():
+    q, k, v = (x.float() for x in inputs(batch=2, queries=BLOCK + 3, dim=128))
+    mean = torch.randn(128, 2, k.shape[1], device=DEVICE).permute(1, 2, 0)
+    codes, others = quantise(q, k, v, 0, 0.25, mean), quantise(q, k - mean[:, :, None], v, 0, 0.25, mean * 0)
+    assert torch.equal(codes.k_mean, mean) and torch.equal(codes.k, others.k)
+    torch.testing.assert_close(codes.q_shift, 0.25 * (q * mean[:, :, None]).sum(-1), atol=1e-4, rtol=1e-4)
+
+
 def test_what_is_filled_up_is_zero():
     q, k, v = (x.float() for x in inputs(queries=BLOCK + 3, dim=128))
     codes = quantise(q, k, v, 0, 1.0)
