@@ -5,7 +5,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from dit_sparse.attention import sparse_attention
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import Learned, pooled_tail
 from dit_sparse.kernels import reference
-from dit_sparse.kernels.block_attention import AttentionImpl, Precision, block_attention, chosen_impl, refused_8bit
+from dit_sparse.kernels.block_attention import Precision, block_attention, chosen_impl, refused_8bit
 from dit_sparse.kernels.dense_attention import Backend, dense_attention, dense_backend
 from dit_sparse.kernels.permute import permute, permute_pooled
 from dit_sparse.layout import Layout, TokenGrid
@@ -49,11 +49,16 @@ CASES: dict[str, Case] = {
     "hunyuanvideo-720p": Case(24, (33, 45, 80), text=256),
     "cogvideox-480p": Case(48, (13, 30, 45), head_dim=64, text=226),
     "flux-4096": Case(24, (1, 256, 256), text=512),
+    # For kernels of others, whose plans know no text.
+    "hunyuanvideo-720p-vision": Case(24, (33, 45, 80)),
+    "cogvideox-480p-vision": Case(48, (13, 30, 45), head_dim=64),
     "small": Case(4, (8, 32, 32), head_dim=64, block=64),
 }
 DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 # What 8 bits may err by, relative, on random inputs, whose values share nothing that averages keep.
 ERROR_8BIT = 0.05
+# Clocks that the device is kept busy for before a call is timed: some milliseconds.
+AHEAD = 10_000_000
 # Densities at which counts are also spread, as top-p makes them.
 UNEVEN = (0.1,)
 
@@ -72,8 +77,8 @@ class BenchOptions:
 
     case: tuple[str, ...] = ()
     """Shapes by name: wan-14b-720p, wan-14b-480p, wan-1.3b-480p, cogvideox-480p, flux-4096, small, and but for forward
-    wan-14b-720p-17s (252,000 tokens) and hunyuanvideo-720p; if none is given, small on a CPU, wan-14b-720p on a GPU
-    (wan-1.3b-480p of forward)."""
+    wan-14b-720p-17s (252,000 tokens), hunyuanvideo-720p and, without their text, hunyuanvideo-720p-vision and
+    cogvideox-480p-vision; if none is given, small on a CPU, wan-14b-720p on a GPU (wan-1.3b-480p of forward)."""
     density: tuple[float, ...] = ()
     """Shares of key blocks computed: 0.05, 0.1, 0.2, 0.5 and 1 if none is given, of a forward 0.1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -137,11 +142,21 @@ class Bench:
         self.rows.append(row)
         print(", ".join(f"{key} {_cell(value)}" for key, value in row.items()), file=sys.stderr, flush=True)
 
-    def milliseconds(self, run: Callable[[], Any]) -> float:
-        """Median time of `run`, after two runs that do not count."""
-        for _ in range(2):
-            run()
-        return statistics.median(self.timed(run)[0] for _ in range(self.options.repeats))
+    def milliseconds(self, *runs: Callable[[], Any]) -> list[float]:
+        """Median time of each, after two runs that do not count; on a GPU the device's, with the host ahead of it.
+
+        They take turns, because a chip's clock falls as it warms.
+        """
+        times: list[list[float]] = [[] for _ in runs]
+        for turn in range(-2, self.options.repeats):
+            for run, found in zip(runs, times, strict=True):
+                if self.device.type == "cuda":
+                    # As in a model's forward, where the host prepares a launch while the one before is running.
+                    torch.cuda._sleep(AHEAD)
+                ms = self.timed(run)[0]
+                if turn >= 0:
+                    found.append(ms)
+        return [statistics.median(found) for found in times]
 
     def timed(self, run: Callable[[], Result]) -> tuple[float, Result]:
         """Milliseconds that `run` takes, and what it returns."""
@@ -263,7 +278,7 @@ def _rows(
 
 
 def attention(bench: Bench) -> None:
-    """The bare kernel over random plans, against every dense kernel installed."""
+    """The bare kernel over random plans, against every dense kernel installed and, without text, FlashAttention-4."""
     for name, case in bench.cases().items():
         _attention_of(bench, name, case)
 
@@ -271,44 +286,73 @@ def attention(bench: Bench) -> None:
 def _attention_of(bench: Bench, name: str, case: Case) -> None:
     q, k, v = bench.qkv(case)
     flops = 4.0 * case.heads * q.shape[2] ** 2 * case.head_dim
-    best = None
-    for backend in dense_backends(bench.device, bench.dtype, case.head_dim):
-        call = partial(dense_attention, q, k, v, backend=backend)
-        error = verify(q, k, v, None, None, case, call()[0])
-        ms = bench.milliseconds(call) if error <= 1 else None
-        best = min((x for x in (best, ms) if x), default=None)
-        bench.add(case=name, what=f"dense {backend}", density=1.0, ms=ms, error=error, speedup=None,
+    dense = {
+        f"dense {backend}": partial(dense_attention, q, k, v, backend=backend)
+        for backend in dense_backends(bench.device, bench.dtype, case.head_dim)
+    }
+    errors = {what: verify(q, k, v, None, None, case, call()[0]) for what, call in dense.items()}
+    times = right_ones(bench, dense, errors)
+    best = min((ms for ms in times.values() if ms), default=None)
+    for what, ms in times.items():
+        bench.add(case=name, what=what, density=1.0, ms=ms, error=errors[what], speedup=None,
                   tflops=ms and flops / ms / 1e9, extra_mib=None)  # fmt: skip
     for density, spread in [(x, 1) for x in bench.densities(*DENSITIES)] + [(x, 10) for x in UNEVEN]:
         plan = random_plan(case, density, bench.device, spread=spread)
-        for impl, precision in implementations(q, k, v, plan, case.block):
-            call = partial(
-                block_attention, q, k, v, plan, block=case.block, text=case.text, impl=impl, precision=precision
-            )
-            error = verify(q, k, v, plan, None, case, call()[0], precision)
-            ms = bench.milliseconds(call) if error <= 1 else None
-            # Listed blocks, text keys for every row, and every key for text rows.
-            tokens = q.shape[2] - case.text
-            share = (tokens * (plan.density() * tokens + case.text) + case.text * q.shape[2]) / q.shape[2] ** 2
-            what = impl + (", 8bit" if precision == "8bit" else "")
-            what += f", counts spread {spread} times" if spread > 1 else ""
-            bench.add(case=name, what=what, density=plan.density(), ms=ms, error=error,
+        kernels = calls(q, k, v, plan, case)
+        errors = {
+            what: verify(q, k, v, plan, None, case, call()[0], "8bit" if "8bit" in what else "full")
+            for what, call in kernels.items()
+        }
+        # Listed blocks, text keys for every row, and every key for text rows.
+        tokens = q.shape[2] - case.text
+        share = (tokens * (plan.density() * tokens + case.text) + case.text * q.shape[2]) / q.shape[2] ** 2
+        spread_by = f", counts spread {spread} times" if spread > 1 else ""
+        for what, ms in right_ones(bench, kernels, errors).items():
+            bench.add(case=name, what=what + spread_by, density=plan.density(), ms=ms, error=errors[what],
                       speedup=best / ms if ms and best else None, tflops=ms and share * flops / ms / 1e9,
-                      extra_mib=bench.extra_bytes(call) / 2**20)  # fmt: skip
+                      extra_mib=bench.extra_bytes(kernels[what]) / 2**20)  # fmt: skip
 
 
-def implementations(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int
-) -> list[tuple[AttentionImpl, Precision]]:
-    """The kernels that can run here, the one `auto` takes first."""
+def right_ones(
+    bench: Bench, calls: Mapping[str, Callable[[], Any]], errors: Mapping[str, float]
+) -> dict[str, float | None]:
+    """Milliseconds of the calls that err by no more than allowed, None of the others."""
+    right = {what: call for what, call in calls.items() if errors[what] <= 1}
+    times = dict(zip(right, bench.milliseconds(*right.values()), strict=True))
+    return {what: times.get(what) for what in calls}
+
+
+def calls(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, case: Case
+) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+    """Every kernel that can run this plan here, the one `auto` takes first."""
+    kernel = partial(block_attention, q, k, v, plan, block=case.block, text=case.text)
     if not q.is_cuda:
-        return [("torch", "full")]
-    found: list[tuple[AttentionImpl, Precision]] = [("triton", "full")]
-    if chosen_impl("auto", q, k, v, plan, block, None) == "gluon":
-        found.insert(0, ("gluon", "full"))
-    if refused_8bit(q, k, v, plan, block, None) is None:
-        found.insert(1, ("gluon", "8bit"))
+        return {"torch": partial(kernel, impl="torch")}
+    found = {"triton": partial(kernel, impl="triton")}
+    if chosen_impl("auto", q, k, v, plan, case.block, None) == "gluon":
+        found = {"gluon": partial(kernel, impl="gluon"), **found}
+    if refused_8bit(q, k, v, plan, case.block, None) is None:
+        found["gluon, 8bit"] = partial(kernel, precision="8bit")
+    if case.text == 0 and case.block == 128 and dense_backend(q.device, q.dtype, case.head_dim) == "fa4":
+        found["fa4"] = _fa4(q, k, v, plan, case.block)
     return found
+
+
+def _fa4(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """FlashAttention-4's own block-sparse kernel over the same lists, none of them masked."""
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    none = torch.zeros_like(plan.counts)
+    lists = BlockSparseTensorsTorch(none, none[..., None], plan.counts, plan.indices, block_size=(block, block))
+    rows = [x.transpose(1, 2) for x in (q, k, v)]
+
+    def call() -> tuple[Tensor, Tensor]:
+        out, lse = flash_attn_func(*rows, block_sparse_tensors=lists, return_lse=True)
+        return out.transpose(1, 2), lse
+
+    return call
 
 
 def dense_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Backend]:
@@ -324,7 +368,7 @@ def operator(bench: Bench) -> None:
     """The whole sparse step of a layer and its parts: statistics, routing, permutation, kernel, tail, residual."""
     for name, case in bench.cases().items():
         q, k, v = bench.qkv(case)
-        dense_ms = bench.milliseconds(partial(dense_attention, q, k, v))
+        [dense_ms] = bench.milliseconds(partial(dense_attention, q, k, v))
         bench.add(case=name, what="dense", density=1.0, ms=dense_ms, error=None, share_of_dense=1.0, over_bare=None)
         for density in bench.densities(*DENSITIES):
             _operator_of(bench, name, case, (q, k, v), dense_ms, density)
@@ -366,8 +410,7 @@ def _operator_of(
             "whole, between anchors, 8bit": partial(sparse_attention, *qkv, layer, low),
         }
 
-    bare = None
-    for what, call in {
+    calls = {
         "permute q, k, v": partial(permute, qkv, order.take),
         "statistics": partial(pool, q, k, v, layout, config),
         "permute with statistics": partial(
@@ -387,9 +430,10 @@ def _operator_of(
         "whole, tail": partial(sparse_attention, *qkv, layer, tails),
         "whole, between anchors": partial(sparse_attention, *qkv, layer, anchors),
         **in_8bit,
-    }.items():
-        ms = bench.milliseconds(call) if error <= 1 else None
-        bare = ms if what == "bare block attention" else bare
+    }
+    times = right_ones(bench, calls, dict.fromkeys(calls, error))
+    bare = times["bare block attention"]
+    for what, ms in times.items():
         bench.add(case=name, what=what, density=plan.density(), ms=ms, error=error,
                   share_of_dense=ms and ms / dense_ms, over_bare=ms / bare if ms and bare else None)  # fmt: skip
 
