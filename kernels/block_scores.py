@@ -93,7 +93,8 @@ def _(
 
 
 def _output(q: Tensor, k: Tensor, text: Tensor | None) -> Tensor:
-    columns = k.shape[2] + (text is not None)
+    # A bool would do, were it not for torch 2.11, whose symbolic sizes take none.
+    columns = k.shape[2] + int(text is not None)
     return q.new_empty(*q.shape[:3], -(-columns // ALIGNED) * ALIGNED)[..., :columns]
 
 
@@ -122,22 +123,6 @@ if triton is not None:
     LN2 = tl.constexpr(math.log(2))
 
     @triton.jit
-    def _dot(b_a, b_b, b_sum, PRECISION: tl.constexpr):
-        """b_sum + b_a b_b^T of float32: each number as the sum of two that tensor cores take, less the least product.
-
-        One product of rounded numbers would err by 2^-11, and what is chosen would change.
-        """
-        b_a_high, b_b_high = _high(b_a), _high(b_b)
-        b_sum = tl.dot(b_a - b_a_high, b_b_high.T, b_sum, input_precision=PRECISION)
-        b_sum = tl.dot(b_a_high, (b_b - b_b_high).T, b_sum, input_precision=PRECISION)
-        return tl.dot(b_a_high, b_b_high.T, b_sum, input_precision=PRECISION)
-
-    @triton.jit
-    def _high(b_x):
-        """Rounded to the 10 bits behind the leading one that tensor cores take."""
-        return ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-    @triton.jit
     def block_scores_fwd_kernel(
         q,
         k,
@@ -155,7 +140,6 @@ if triton is not None:
         BQ: tl.constexpr,
         BK: tl.constexpr,
         BD: tl.constexpr,
-        PRECISION: tl.constexpr,
     ):
         # Tiles of one batch row and head are neighbours, so that its statistics are read from memory once.
         i = tl.program_id(0).to(tl.int64)
@@ -173,10 +157,11 @@ if triton is not None:
             b_q = tl.load(q + (i_bh * Q + o_q[:, None]) * D + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
             o_kd = (i_bh * N + o_k[:, None]) * D + o_d[None, :]
             b_k = tl.load(k + o_kd, mask=m_k[:, None] & m_d, other=0.0)
-            b_z = _dot(b_q, b_k, b_z, PRECISION)
+            # Tensor cores round float32 to ten bits, and sums of three such products err more than this one.
+            b_z = tl.dot(b_q, b_k.T, b_z, input_precision="ieee")
             if variances is not None:
                 b_var = tl.load(variances + o_kd, mask=m_k[:, None] & m_d, other=0.0)
-                b_square = _dot(b_q * b_q, b_var, b_square, PRECISION)
+                b_square = tl.dot(b_q * b_q, b_var.T, b_square, input_precision="ieee")
         b_z = b_z * scale + LN2 * tl.log2(tl.load(lengths + o_k, mask=m_k, other=1).to(tl.float32))[None, :]
         if variances is not None:
             b_dev = tl.load(deviations + i_bh * N + o_k, mask=m_k, other=1.0)
@@ -213,8 +198,6 @@ def _block_scores_triton(
         BQ=TILE,
         BK=TILE,
         BD=CHANNELS,
-        # Not every AMD GPU takes tf32.
-        PRECISION="ieee" if torch.version.hip else "tf32",
         num_warps=WARPS,
     )
     return out
