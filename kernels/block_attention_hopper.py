@@ -20,11 +20,13 @@ from dit_sparse.plan import BlockPlan, Correction, Tail
 
 # Queries and keys of a step; queries of a group, as many as one warpgroup product takes.
 BLOCK, ROWS = 128, 64
-# Blocks in the ring: with the queries and the tail's weights, what 227 KiB of shared memory hold at 128 channels.
-SLOTS = 5
+# By channels: blocks in the ring (with the queries and the tail's weights, what 227 KiB of shared memory hold at 128
+# channels), blocks of a round, and whether registers hold two blocks' logits.
+SHAPES = {64: dict(SLOTS=8, ROUND=2, AHEAD=True), 128: dict(SLOTS=5, ROUND=2, AHEAD=False)}
 
 # Today's name, and that of Triton 3.6.
 _load_tile = tma.async_load if "async_load" in tma.__all__ else tma.async_copy_global_to_shared
+_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
@@ -67,12 +69,12 @@ def _tile(t, pointers, sizes, TEXT: gl.constexpr, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def _fill(desc, b, h, row, ring, bars, slot, phase, more: gl.constexpr):
-    """Copy a block into the slot once it is empty; `more` bytes are to follow."""
+def _fill(desc, b, h, row, to, bars, slot, phase, more: gl.constexpr):
+    """Copy a block to the slot's memory once it is empty; `more` bytes are to follow."""
     full, empty = bars
     mbarrier.wait(empty.index(slot), phase ^ 1)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes + more)
-    _load_tile(desc, [b, h, row, 0], full.index(slot), ring.index(slot))
+    _load_tile(desc, [b, h, row, 0], full.index(slot), to)
 
 
 @gluon.jit
@@ -83,7 +85,7 @@ def _produce(
 ):  # fmt: skip
     """Keys of a step, then values of the step before: the order in which they are used."""
     d_q, d_k, d_v = descs
-    q_ring, ring, routed_ring, weight_ring = rings
+    q_ring, ring, routed_ring, weight_ring, var_ring = rings
     q_full, q_empty = q_bars
     full, empty = bars
     p_next = pointers[4]
@@ -105,16 +107,16 @@ def _produce(
             mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
             _load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
         q_phase ^= 1
-        _fill(d_k, b, h, before, ring, bars, slot, phase, 0)
+        _fill(d_k, b, h, before, ring.index(slot), bars, slot, phase, 0)
         slot, phase = _next(slot, phase, SLOTS)
         t = gl.num_programs(0) + gl.atomic_add(p_next, 1)
         for i in range(1, steps):
             start = gl.load(p_list + i, mask=i < n, other=0) * BLOCK
             if TEXT:
                 start = gl.where(i < n, start, COLUMNS + (i - n) * BLOCK)
-            _fill(d_k, b, h, start, ring, bars, slot, phase, 0)
+            _fill(d_k, b, h, start, ring.index(slot), bars, slot, phase, 0)
             slot, phase = _next(slot, phase, SLOTS)
-            _fill(d_v, b, h, before, ring, bars, slot, phase, 0)
+            _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
             slot, phase = _next(slot, phase, SLOTS)
             before = start
         if TAIL:
@@ -122,24 +124,24 @@ def _produce(
             tail_steps = gl.where(is_text, 0, padded // BLOCK)
             for i in range(0, tail_steps):
                 if SECOND:
-                    _fill(d_tail_var, b, h, i * BLOCK, ring, bars, slot, phase, 0)
+                    _fill(d_tail_var, b, h, i * BLOCK, var_ring.index(2 * slot), bars, slot, phase, 0)
                     slot, phase = _next(slot, phase, SLOTS)
-                _fill(d_tail_k, b, h, i * BLOCK, ring, bars, slot, phase, BLOCK * 5)
+                _fill(d_tail_k, b, h, i * BLOCK, ring.index(slot), bars, slot, phase, BLOCK * 5)
                 routed_at = (i_list * padded).to(gl.int32) + i * BLOCK
                 _load_tile(d_routed, [routed_at], full.index(slot), routed_ring.index(slot))
                 _load_tile(d_weights, [b * weight_step + i * BLOCK], full.index(slot), weight_ring.index(slot))
                 slot, phase = _next(slot, phase, SLOTS)
                 if i == 0:
-                    _fill(d_v, b, h, before, ring, bars, slot, phase, 0)
+                    _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
                 else:
-                    _fill(d_tail_v, b, h, (i - 1) * BLOCK, ring, bars, slot, phase, 0)
+                    _fill(d_tail_v, b, h, (i - 1) * BLOCK, ring.index(slot), bars, slot, phase, 0)
                 slot, phase = _next(slot, phase, SLOTS)
             if tail_steps == 0:
-                _fill(d_v, b, h, before, ring, bars, slot, phase, 0)
+                _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
             else:
-                _fill(d_tail_v, b, h, (tail_steps - 1) * BLOCK, ring, bars, slot, phase, 0)
+                _fill(d_tail_v, b, h, (tail_steps - 1) * BLOCK, ring.index(slot), bars, slot, phase, 0)
         else:
-            _fill(d_v, b, h, before, ring, bars, slot, phase, 0)
+            _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
         slot, phase = _next(slot, phase, SLOTS)
         if COPIED:
             # Rows of text lie behind the last one, where the copy engine reads zeros.
@@ -204,42 +206,45 @@ def _add_values(p, o, shrink, ring, full, slot, phase, o_layout: gl.constexpr):
 
 
 @gluon.jit
-def _pair(
+def _round(
     q, p, o, m, l, shrink, ring, bars, slot, phase, scale2,
+    BLOCKS: gl.constexpr, AHEAD: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """Two listed blocks, a and b, the keys of a at `slot`; p is of the block before.
+    """Listed blocks, the keys of the first at `slot`; p is of the block before.
 
-    Exponentials run beside the values of the block before, and the logits of b are queued before those values are
-    waited for, so that the tensor cores have something to go on with. No product may run on from one round of a loop
-    to the next, or the assembler makes each wait for the one before: hence two blocks a round. The wait for the next
-    slot is a branch, behind which the assembler would move the exponentials.
+    Exponentials run beside the values of the block before, and the logits of the next block are queued before those
+    values are waited for, so that the tensor cores have something to go on with; AHEAD, where registers hold two
+    blocks' logits, even before the exponentials. No product may run on from one round of a loop to the next, or the
+    assembler makes each wait for the one before: hence several blocks a round. The wait for the next slot is a branch,
+    behind which the assembler would move the exponentials.
     """
     full, empty = bars
     s = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
-    v_slot, v_phase = _next(slot, phase, SLOTS)
-    o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, o_layout)
-    s = warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(empty.index(slot))
-    e, m, shrink, l = _exponentials(s, m, l, scale2)
-    p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
-
-    slot, phase = _next(v_slot, v_phase, SLOTS)
-    mbarrier.wait(full.index(slot), phase)
-    s = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
-    o = warpgroup_mma_wait(1, deps=[o])
-    mbarrier.arrive(empty.index(v_slot))
-    v_slot, v_phase = _next(slot, phase, SLOTS)
-    o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, o_layout)
-    s = warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(empty.index(slot))
-    e, m, shrink, l = _exponentials(s, m, l, scale2)
-    p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
-
-    slot, phase = _next(v_slot, v_phase, SLOTS)
-    mbarrier.wait(full.index(slot), phase)
-    o = warpgroup_mma_wait(0, deps=[o])
-    mbarrier.arrive(empty.index(v_slot))
+    for i in gl.static_range(BLOCKS):
+        v_slot, v_phase = _next(slot, phase, SLOTS)
+        o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, o_layout)
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(empty.index(slot))
+        slot, phase = _next(v_slot, v_phase, SLOTS)
+        if AHEAD and i + 1 < BLOCKS:
+            mbarrier.wait(full.index(slot), phase)
+            after = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
+        e, m, shrink, l = _exponentials(s, m, l, scale2)
+        p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
+        if i + 1 == BLOCKS:
+            mbarrier.wait(full.index(slot), phase)
+            o = warpgroup_mma_wait(0, deps=[o])
+        else:
+            if AHEAD:
+                next_slot, next_phase = _next(slot, phase, SLOTS)
+                mbarrier.wait(full.index(next_slot), next_phase)
+                s = after
+            else:
+                mbarrier.wait(full.index(slot), phase)
+                s = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
+            o = warpgroup_mma_wait(1, deps=[o])
+        mbarrier.arrive(empty.index(v_slot))
     return p, o, m, l, shrink, slot, phase
 
 
@@ -268,20 +273,23 @@ def _step(
 
 @gluon.jit
 def _tail_step(
-    q, q2, p, o, m, l, shrink, ring, routed_ring, weight_ring, bars, slot, phase, scale, scale2, limit,
+    q, q2, q2_unit, p, o, m, l, shrink, rings, bars, slot, phase, scale, scale2, limit,
     SECOND: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """A block of pooled keys: weight, second-order term and mask are what the product of the logits is added to."""
+    q_ring, ring, routed_ring, weight_ring, var_ring = rings
     full, empty = bars
     k_slot, k_phase = slot, phase
     if SECOND:
-        s = _logits(q2, ring, slot, ROWS, BLOCK, s_layout)
+        s8_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
+        s = gl.zeros([ROWS, BLOCK], gl.float32, s8_layout)
+        s = warpgroup_mma(q2, var_ring.index(2 * slot).permute((1, 0)), s, use_acc=False, is_async=True)
         k_slot, k_phase = _next(slot, phase, SLOTS)
         mbarrier.wait(full.index(k_slot), k_phase)
-        s = warpgroup_mma_wait(0, deps=[s])
+        s = gl.convert_layout(warpgroup_mma_wait(0, deps=[s]), s_layout)
         mbarrier.arrive(empty.index(slot))
-        s = gl.minimum(s * 0.5, limit)
+        s = gl.minimum(s * q2_unit[:, None], limit)
     else:
         s = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
     column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
@@ -374,11 +382,12 @@ def _store(
 @gluon.jit
 def _consume(
     group: gl.constexpr,
-    p_out, p_lse, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts, sizes, scattered,
-    padded, scale, limit,
+    p_out, p_lse, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts, codes_parts, sizes,
+    scattered, padded, scale, limit,
     D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
-    COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, BLOCK: gl.constexpr,
+    ROWS: gl.constexpr,
 ):  # fmt: skip
     """Half of a tile's rows, from the first listed block to the store."""
     LOG2E: gl.constexpr = 1.4426950408889634
@@ -386,7 +395,7 @@ def _consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q_ring, ring, routed_ring, weight_ring = rings
+    q_ring, ring, routed_ring, weight_ring, var_ring = rings
     full, empty = bars
     q_full, q_empty = q_bars
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
@@ -414,12 +423,13 @@ def _consume(
         o = gl.zeros([ROWS, D], gl.float32, o_layout)
         mbarrier.wait(full.index(slot), phase)
 
-        pairs = (whole - 1) // 2
-        for _ in range(0, pairs):
-            p, o, m, l, shrink, slot, phase = _pair(
-                q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, SLOTS, BLOCK, ROWS, s_layout, o_layout
-            )
-        for i in range(1 + 2 * gl.maximum(pairs, 0), steps):
+        rounds = (whole - 1) // ROUND
+        for _ in range(0, rounds):
+            p, o, m, l, shrink, slot, phase = _round(
+                q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, ROUND, AHEAD, SLOTS, BLOCK, ROWS, s_layout,
+                o_layout,
+            )  # fmt: skip
+        for i in range(1 + ROUND * gl.maximum(rounds, 0), steps):
             left = gl.where(i < whole, BLOCK, short)
             if TEXT:
                 left = gl.where(i < n, left, LK - COLUMNS - (i - n) * BLOCK)
@@ -435,13 +445,18 @@ def _consume(
         gl.store(p_lse + i_bh.to(gl.int64) * LQ + o_l, (m + gl.log2(l)) / LOG2E, mask=o_l < end)
 
         if TAIL:
-            q2 = q.load(gl.DotOperandLayout(0, s_layout, 2))
+            q2, q2_unit = gl.to_tensor(0), gl.to_tensor(0)
             if SECOND:
-                wide = q2.to(gl.float32) * scale
-                q2 = (wide * wide).to(ring.dtype)
+                s8_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
+                squares = q.load(gl.DotOperandLayout(0, s8_layout, 4)).to(gl.float32) * scale
+                squares = squares * squares
+                top = gl.maximum(gl.max(squares, 1), 1e-30)
+                q2 = (squares * (448.0 / top)[:, None]).to(gl.float8e4nv)
+                # Half: the second term of the series of the mean of exp.
+                q2_unit = gl.convert_layout(top, s_rows) * (gl.load(p_var_unit + i_bh) * (0.5 / 448.0))
             for _ in range(0, gl.where(is_text, 0, padded // BLOCK)):
                 p, o, m, l, shrink, slot, phase = _tail_step(
-                    q, q2, p, o, m, l, shrink, ring, routed_ring, weight_ring, bars, slot, phase, scale, scale2, limit,
+                    q, q2, q2_unit, p, o, m, l, shrink, rings, bars, slot, phase, scale, scale2, limit,
                     SECOND, SLOTS, BLOCK, ROWS, s_layout, o_layout,
                 )  # fmt: skip
         mbarrier.arrive(q_empty.index(group))
@@ -477,24 +492,31 @@ _SIZES = (
 @gluon.jit(do_not_specialize=_SIZES)
 def block_attention_hopper_kernel(
     d_q, d_k, d_v, d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights, d_codes,
-    p_out, p_lse, p_counts, p_indices, p_every, p_order, p_next, p_scatter, p_scale, p_res, p_res_scale,
+    p_out, p_lse, p_var_unit, p_counts, p_indices, p_every, p_order, p_next, p_scatter, p_scale, p_res, p_res_scale,
     o_sb, o_sh, o_st, r_sb, r_sh, r_st,
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, weight_step, scales, residuals,
     scale, limit,
     D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
-    COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, BLOCK: gl.constexpr,
+    ROWS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: every program takes the next tile of BLOCK query rows when it is done with one."""
     dtype: gl.constexpr = d_k.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
     q_ring = gl.allocate_shared_memory(dtype, [2, ROWS, D], tile_layout)
     ring = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK, D], tile_layout)
-    rings = (q_ring, ring, ring, ring)
+    rings = (q_ring, ring, ring, ring, ring)
     if TAIL:
         routed_ring = gl.allocate_shared_memory(gl.uint8, [SLOTS, BLOCK], d_routed.layout)
         weight_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, BLOCK], d_weights.layout)
-        rings = (q_ring, ring, routed_ring, weight_ring)
+        # Variances are half as wide as keys: a tile of them is the first half of a slot.
+        var_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], gl.float8e4nv)
+        if _REINTERPRETS:
+            var_ring = ring.reinterpret(gl.float8e4nv, [2 * SLOTS, BLOCK, D], var_layout)
+        else:
+            var_ring = ring._reinterpret(gl.float8e4nv, [2 * SLOTS, BLOCK, D], var_layout)
+        rings = (q_ring, ring, routed_ring, weight_ring, var_ring)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -527,14 +549,14 @@ def block_attention_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, p_out, p_lse, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts, sizes,
-                scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL,
-                PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
+                0, p_out, p_lse, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts,
+                codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
+                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, BLOCK, ROWS,
             )),
             (_consume, (
-                1, p_out, p_lse, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts, sizes,
-                scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL,
-                PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
+                1, p_out, p_lse, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts,
+                codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
+                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, BLOCK, ROWS,
             )),
             (_produce, (
                 descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, tiles, padded,
@@ -587,7 +609,10 @@ def _strides(x: Tensor) -> list[int]:
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """[B, H, L, D] -> tiles of `rows` by D."""
-    kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.uint8: gl.uint8}[x.dtype]
+    kind = {
+        torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.uint8: gl.uint8,
+        torch.float8_e4m3fn: gl.float8e4nv,
+    }[x.dtype]  # fmt: skip
     shape = [1, 1, rows, x.shape[-1]]
     layout = gl.NVMMASharedLayout.get_default_for(shape, kind)
     return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], shape, layout)
@@ -599,17 +624,30 @@ def _line(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel()], [1], [BLOCK], layout)
 
 
-def _tail_descriptors(tail: Tail, plan: BlockPlan, dtype: torch.dtype) -> Sequence[TensorDescriptor | None]:
+def codes_of_variances(variances: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, H, N, D] -> e4m3, and what a code stands for, [B, H] float32.
+
+    The second-order term is at most some units of a logit, and a sum over channels: three bits of each are as good.
+    """
+    unit = variances.float().amax((-1, -2)).clamp(min=1e-20) / 448
+    return (variances.float() / unit[..., None, None]).to(torch.float8_e4m3fn), unit
+
+
+def _tail_descriptors(
+    tail: Tail, plan: BlockPlan, dtype: torch.dtype
+) -> tuple[Sequence[TensorDescriptor | None], Tensor | None]:
+    """The tail as the kernel copies it, and the unit of its variances."""
     padded = _padded(plan.key_blocks)
     # Pooled keys that do not exist weigh nothing.
     weights = tail.log_weights.new_full((*tail.log_weights.shape[:-1], padded), float("-inf"), dtype=torch.float32)
     weights[..., : plan.key_blocks] = tail.log_weights
     routed = plan_mask(BlockPlan(plan.counts, plan.indices, padded), impl="triton")
-    pooled = [
-        None if x is None else _descriptor(x.to(dtype).contiguous(), BLOCK)
-        for x in (tail.keys, tail.values, tail.variances)
-    ]
-    return [*pooled, _line(routed), _line(weights)]
+    variances = var_unit = None
+    if tail.variances is not None:
+        codes, var_unit = codes_of_variances(tail.variances)
+        variances = _descriptor(codes, BLOCK)
+    keys, values = (_descriptor(x.to(dtype).contiguous(), BLOCK) for x in (tail.keys, tail.values))
+    return [keys, values, variances, _line(routed), _line(weights)], var_unit
 
 
 def attend(
@@ -638,11 +676,12 @@ def attend(
     programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
     per_row = residual is not None and residual.codes.shape[2] == rows
     copied = residual is not None and residual.kind != "full" and per_row and _copyable(residual.codes)
+    pooled, var_unit = _tail_descriptors(tail, plan, q.dtype) if tail else ([None] * 5, None)
     block_attention_hopper_kernel[(programs,)](
         _descriptor(q, ROWS), _descriptor(k, BLOCK), _descriptor(v, BLOCK),
-        *(_tail_descriptors(tail, plan, q.dtype) if tail else [None] * 5),
+        *pooled,
         _descriptor(residual.codes, ROWS) if residual and copied else None,
-        out, lse, counts, indices, every if text else None, order, counts.new_zeros(1), scatter,
+        out, lse, var_unit, counts, indices, every if text else None, order, counts.new_zeros(1), scatter,
         row_scale.float().contiguous() if row_scale is not None else None,
         residual.codes if residual and not copied else None,
         residual.scales.contiguous() if residual and residual.scales is not None else None,
@@ -656,6 +695,6 @@ def attend(
         SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
-        PER_ROW=per_row, COPIED=copied, SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
+        PER_ROW=per_row, COPIED=copied, **SHAPES[dim], BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -27,6 +27,7 @@ from dit_sparse.kernels.block_attention_hopper import (
     _store,
     _tell,
     _tile,
+    codes_of_variances,
 )
 from dit_sparse.kernels.block_select import plan_mask
 from dit_sparse.kernels.quantise import key_order, quantise, quantise_keys, quantise_values
@@ -472,10 +473,9 @@ def _pooled(
     values = quantise_values(tail.values, v_unit, 0)
     variances = var_unit = None
     if tail.variances is not None:
-        var_unit = tail.variances.float().amax((-1, -2)).clamp(min=1e-20) / 448
         filled = tail.variances.new_zeros((*tail.variances.shape[:2], padded, tail.variances.shape[-1]))
         filled[:, :, : plan.key_blocks] = tail.variances
-        codes = (filled.float() / var_unit[..., None, None]).to(torch.float8_e4m3fn)
+        codes, var_unit = codes_of_variances(filled)
         rows = (
             torch.arange(padded // BLOCK, device=codes.device)[:, None] * BLOCK + key_order(codes.device)
         ).flatten()

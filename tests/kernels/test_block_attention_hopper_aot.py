@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.experimental.gluon import language as gl  # noqa: E402
 
 from dit_sparse.kernels import block_attention_hopper8 as hopper8  # noqa: E402
-from dit_sparse.kernels.block_attention_hopper import BLOCK, ROWS, SLOTS, block_attention_hopper_kernel  # noqa: E402
+from dit_sparse.kernels.block_attention_hopper import BLOCK, ROWS, SHAPES, block_attention_hopper_kernel  # noqa: E402
 from tests.kernels.aot import Build, Resources, compile_kernels  # noqa: E402
 
 BARE = dict.fromkeys(
@@ -20,8 +20,8 @@ EVERYTHING = ANCHOR | dict(TEXT=True, SCALE=True, SCALE_PER_ROW=True, RESIDUAL=3
 # Arguments that only some corrections need, and the flag that says so.
 OPTIONAL = {
     "d_tail_k": "TAIL", "d_tail_v": "TAIL", "d_tail_var": "SECOND", "d_routed": "TAIL", "d_weights": "TAIL",
-    "d_codes": "COPIED", "p_every": "TEXT", "p_scatter": "SCATTER", "p_scale": "SCALE", "p_res": "RESIDUAL",
-    "p_res_scale": "RESIDUAL",
+    "d_codes": "COPIED", "p_var_unit": "SECOND", "p_every": "TEXT", "p_scatter": "SCATTER", "p_scale": "SCALE",
+    "p_res": "RESIDUAL", "p_res_scale": "RESIDUAL",
 }  # fmt: skip
 
 
@@ -30,20 +30,21 @@ def build(kind: str, dim: int, flags: dict) -> Build:
         layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], gl.bfloat16)
         return f"tensordesc<{kind}[1,1,{rows},{dim}],{layout!r}>"
 
-    def codes(width: int) -> str:
-        layout = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, width], gl.uint8)
-        return f"tensordesc<u8[1,1,{ROWS},{width}],{layout!r}>"
+    def bytes_(kind: str, rows: int, width: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], gl.uint8)
+        return f"tensordesc<{kind}[1,1,{rows},{width}],{layout!r}>"
 
     def line(kind: str, bits: int) -> str:
         return f"tensordesc<{kind}[{BLOCK}],{gl.NVMMASharedLayout(0, bits, rank=1)!r}>"
 
     types = {
-        "d_q": tile(ROWS), "d_codes": codes(dim if flags["RESIDUAL"] == 2 else dim // 2),
+        "d_q": tile(ROWS), "d_codes": bytes_("u8", ROWS, dim if flags["RESIDUAL"] == 2 else dim // 2),
+        "d_tail_var": bytes_("fp8e4nv", BLOCK, dim), "p_var_unit": "*fp32",
         "d_routed": line("u8", 8), "d_weights": line("fp32", 32),
         "p_out": f"*{kind}", "p_lse": "*fp32", "p_scatter": "*i64", "p_scale": "*fp32", "p_res_scale": "*fp32",
         "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}", "scale": "fp32", "limit": "fp32",
     }  # fmt: skip
-    constexprs = flags | dict(D=dim, SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS)
+    constexprs = flags | dict(D=dim, **SHAPES[dim], BLOCK=BLOCK, ROWS=ROWS)
     signature = {}
     for name in block_attention_hopper_kernel.arg_names:
         if name in constexprs:
@@ -77,7 +78,7 @@ def build_8bit(flags: dict) -> Build:
     }  # fmt: skip
     floats = ("p_lse", "p_q_unit", "p_q_shift", "p_v_unit", "p_var_unit", "p_scale", "p_res_scale")
     types |= dict.fromkeys(floats, "*fp32")
-    optional = OPTIONAL | {"d_tail_unit": "TAIL", "p_var_unit": "SECOND"}
+    optional = OPTIONAL | {"d_tail_unit": "TAIL"}
     constexprs = flags | dict(D=128, SLOTS=hopper8.SLOTS, BLOCK=BLOCK, ROWS=ROWS)
     signature = {}
     for name in hopper8.block_attention_hopper8_kernel.arg_names:
@@ -111,9 +112,11 @@ def test_it_uses_what_hopper_has(built):
 
 
 def test_next_to_nothing_is_spilled(built):
-    # Of 240 registers 192 hold logits, outputs and two blocks' probabilities; what does not fit is addresses and
+    # Of 240 registers 192 hold logits, output and two blocks' probabilities; what does not fit is addresses and
     # counters. Triton 3.6 spills 16 bytes there, 3.9 152.
-    assert built["bare"].spill_bytes <= 160 and not built["bare, 64 channels"].spill_bytes
+    assert built["bare"].spill_bytes <= 160
+    # Two blocks' logits and the output take 192 there: 3.6 spills nothing, 3.9 four registers of addresses.
+    assert built["bare, 64 channels"].spill_bytes <= 16
     # The tail holds the queries twice; what it spills lies outside of the loops over blocks.
     assert built["everything"].spill_bytes <= 288
 
