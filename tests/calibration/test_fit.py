@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dit_sparse.calibration import fit as module
-from dit_sparse.calibration.fit import Problem, Targets, fit, solve, try_out
+from dit_sparse.calibration import paths
+from dit_sparse.calibration.fit import Targets, fit, solve, try_out
+from dit_sparse.calibration.paths import Problem
 from dit_sparse.choices import Choice
 from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenGrid
@@ -97,7 +98,7 @@ def test_a_quality_is_reached_in_the_least_time():
 
 def test_targets_combine(monkeypatch):
     # Prices of memory are looked for in many rounds, each of which would take these.
-    monkeypatch.setattr(module, "ROUNDS", 2)
+    monkeypatch.setattr(paths, "ROUNDS", 2)
     problem = Problem(profiles.profile())
     speed = solve(problem, Targets(speedup=1.3))
     both = solve(problem, Targets(speedup=1.3, psnr=speed.psnr - 1))
