@@ -25,7 +25,7 @@ from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
 from dit_sparse.choices import Choice
 from dit_sparse.pipelines.session import FAMILIES, Session, levels_of, sparsify
-from dit_sparse.profile import METHODS, Header, Profile, fingerprint
+from dit_sparse.profile import ERRORS, METHODS, Header, Profile, fingerprint
 from dit_sparse.video import whole, write_record
 
 Tick = Callable[[str, int], None]
@@ -174,17 +174,20 @@ def _probes(job: Job, work: Path) -> None:
     """Each layer of the first prompt, written down as it is finished."""
     file, known = _effects(work)
     tape = Tape.from_tensors(load_file(work / "tape-0.safetensors"))
-    branch = _told(work, 0)["branches"][0]
+    branches = _told(work, 0)["branches"]
     config = Choice("tail", job.plan.ladder[job.plan.middle]).config(job.plan.base)
     for part, module in job.transformers.items():
         layers = _layers(part, module)
-        called = sorted(step for of, step, said in tape.calls if (of, said) == (part, branch))
+        called = sorted(step for of, step, said in tape.calls if (of, said) == (part, branches[0]))
         # One of two transformers may not run at the usual steps, and has its first.
         for step in [step for step in called if step in effects.probe_steps(job.steps)] or called:
-            for index, name in enumerate(layers):
+            said = {branch: effects.Blocks(module) for branch in branches}
+            own = [name.removeprefix(f"{part}.") for name in layers]
+            # The last first: what ran before it is then known.
+            for index, name in reversed(list(enumerate(layers))):
                 key = f"{name}@{step}"
                 if key not in known["probes"]:
-                    known["probes"][key] = effects.probe(part, module, tape, step, branch, index, len(layers), config)
+                    known["probes"][key] = effects.probe(part, module, tape, step, index, own, said, config)
                     write_record(file, known)
                 job.tick("probes", 1)
 
@@ -294,19 +297,30 @@ def _profile(job: Job, work: Path, unseen: int | None = None) -> Profile:
 def _felt(
     known: Mapping[str, Any], layers: Sequence[tuple[str, int, int]], stats: Mapping[str, Tensor], plan: Plan
 ) -> dict[str, Any]:
-    """gain: layer -> step -> how much a unit of its squared error changes the transformer's output; trials: see
-    dit_sparse.calibration.fit.try_out, and what was measured."""
+    """gain: layer -> step -> for each branch, how much a unit of its squared error changes the transformer's output;
+    agree: likewise, how much of what its error has in common with that of the first branch is still in common there,
+    from 0 to 1; trials: see dit_sparse.calibration.fit.try_out, and what was measured."""
     tail, start = METHODS.index("tail"), 0
-    gains: dict[str, dict[str, float]] = {}
+    gains: dict[str, dict[str, list[float]]] = {}
+    agree: dict[str, dict[str, list[float]]] = {}
     for name, heads, _ in layers:
-        gains[name] = {}
+        gains[name], agree[name] = {}, {}
         for key, change in known["probes"].items():
             layer, step = key.rsplit("@", 1)
-            if layer == name:
-                error = stats["error"][start : start + heads, 0, int(step), tail, plan.middle].sum().item()
-                gains[name][step] = change / max(error, 1e-30)
+            if layer != name:
+                continue
+            here = (slice(start, start + heads), slice(None), int(step))
+            squares = stats["error"][here][:, :, tail, plan.middle].double().clamp(min=1e-30)
+            cosines = stats["together"][here][:, :, ERRORS.index("tail"), plan.middle].double().nan_to_num()
+            whole = squares.sum(0)
+            alike = (cosines * (squares * squares[:, :1]).sqrt()).sum(0) / (whole * whole[0]).sqrt()
+            gains[name][step] = [c / e for c, e in zip(change["squares"], whole.tolist(), strict=True)]
+            agree[name][step] = [
+                min(max(along / math.sqrt(max(own * change["squares"][0], 1e-60)) / max(said, 1e-6), 0.0), 1.0)
+                for along, own, said in zip(change["along"], change["squares"], alike.tolist(), strict=True)
+            ]
         start += heads
-    return {"gain": gains, "trials": known["trials"]}
+    return {"gain": gains, "agree": agree, "trials": known["trials"]}
 
 
 def _scale(work: Path) -> float:

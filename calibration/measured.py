@@ -5,7 +5,7 @@ guidance add up as they are: what their errors have in common goes away when one
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -92,9 +92,9 @@ class Measured:
     def _joint(self, relative: np.ndarray, kind: str) -> np.ndarray:
         """[x, t, k]: mean squared error of what guidance makes of relative errors [x, b, t, k]; kind is one of ERRORS,
         whose errors in the first branch and in another are at a measured angle."""
-        sizes = np.nan_to_num(relative) * np.sqrt(self.energy)[..., None] * self.signed[:, None, None]
+        sizes = np.nan_to_num(relative) * self.felt[..., None]
         squares = np.square(sizes).sum(1)
-        cosines = np.nan_to_num(self.stats["together"][..., ERRORS.index(kind), :])
+        cosines = self.agreeing[..., None] * np.nan_to_num(self.stats["together"][..., ERRORS.index(kind), :])
         both = sum(2 * cosines[:, b] * sizes[:, 0] * sizes[:, b] for b in range(1, len(self.signed)))
         return np.maximum(squares + both, LEAST_LEFT * squares)
 
@@ -110,21 +110,41 @@ class Measured:
         return self._steady("tail").mean(1)
 
     @cached_property
+    def _gains(self) -> np.ndarray:
+        """[x, b, t]: mean square of what changes in a branch's output for a unit of squared error in one head's part
+        of the attention output: by probes, between which its logarithm is linear in the step."""
+        return np.exp(self._between("gain", lambda gain: math.log(max(gain, 1e-30))))
+
+    @cached_property
+    def agreeing(self) -> np.ndarray:
+        """[x, b, t]: how much of what two branches' errors in attention have in common, they have in common in the
+        outputs: layers that come after see each branch's text. Between probes it is linear in the step."""
+        return self._between("agree", float)
+
+    def _between(self, what: str, of: Callable[[float], float]) -> np.ndarray:
+        """[x, b, t] from what probes found of each layer and branch at a few steps."""
+        found = []
+        for name, heads, _ in self.header.layers:
+            known = sorted((int(step), each) for step, each in self.header.effects.get(what, {}).get(name, {}).items())
+            if not known or any(not isinstance(each, list | tuple) for _, each in known):
+                raise ValueError(f"{self.profile.source} has no probe of both branches in {name}: calibrate again.")
+            at, values = zip(*known, strict=True)
+            told = [np.interp(np.arange(self.steps), at, [of(x) for x in own]) for own in zip(*values, strict=True)]
+            found += [np.stack(told)] * heads
+        return np.stack(found)
+
+    @cached_property
+    def felt(self) -> np.ndarray:
+        """[x, b, t]: how far a relative error of 1 in one head moves what guidance makes of the branches, signed as
+        guidance has it, as a multiple of what a unit of error in the first branch does there."""
+        return np.sqrt(self.energy * self._gains / self._gains[:, :1]) * self.signed[:, None]
+
+    @cached_property
     def gained(self) -> np.ndarray:
         """[x, t]: mean squared error in the latents for a unit of squared error in one head's part of the attention
-        output: by probes, between which its logarithm is linear in the step, and by the size of the step."""
-        h = self.header
-        levels = np.array(h.levels)
-        sizes = levels - np.append(levels[1:], 0.0)
-        gains = []
-        for name, heads, _ in h.layers:
-            known = h.effects["gain"][name]
-            probed = sorted((int(step), math.log(max(gain, 1e-30))) for step, gain in known.items())
-            if not probed:
-                raise ValueError(f"{self.profile.source} has no probe of {name}: calibrate again.")
-            at, value = zip(*probed, strict=True)
-            gains += [np.exp(np.interp(np.arange(self.steps), at, value))] * heads
-        return np.stack(gains) * sizes**2
+        output in the first branch: by probes, and by the size of the step."""
+        levels = np.array(self.header.levels)
+        return self._gains[:, 0] * (levels - np.append(levels[1:], 0.0)) ** 2
 
     @cached_property
     def grown(self) -> np.ndarray:
@@ -259,7 +279,7 @@ class Measured:
         below = [k for k, rung in enumerate(ladder) if soft is None or rung.density < soft]
         aged = np.stack([self._joint(self._aged(m, age), method) for age in range(1, self.longest + 1)])
         lacking = self.stats["error"][..., METHODS.index("tail" if method == "anchor" else "remainder"), :]
-        lacks = np.square(np.nan_to_num(lacking)) * self.energy[..., None] * np.square(self.signed)[:, None, None]
+        lacks = np.square(np.nan_to_num(lacking) * self.felt[..., None])
         stored = [np.zeros((*self.ran.shape, self.rungs))]
         for s in range(len(STORAGES)):
             stored.append((lacks * np.square(np.nan_to_num(self.stats["coarse"][..., m, s]))[..., None]).sum(1))
