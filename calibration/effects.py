@@ -26,7 +26,7 @@ class Blocks:
     """What the blocks of a transformer say in a dense forward, so that those before a probed layer need not run again.
 
     known  block -> its output, as tensors and tuples on the CPU, of the first blocks in the order in which they ran;
-           None before the first probe, of which only what ran before the probed layer is kept
+           None before anything was heard
     """
 
     transformer: nn.Module
@@ -35,19 +35,24 @@ class Blocks:
     _deaf: bool = False
 
     @contextmanager
-    def around(self, layer: str) -> Iterator[None]:
-        """For one forward with the same arguments as all others, in which only self-attention `layer` is not dense."""
-        own, blocks = self._block(layer), self._blocks()
-        # A hook on a block may bring its weights, or those of the next: then all of them run.
-        hooked = any(hasattr(block, "_diffusers_hook") or hasattr(block, "_hf_hook") for block in blocks.values())
-        if own is None or hooked:
+    def listening(self) -> Iterator[None]:
+        """Around a dense forward."""
+        with forwards(self._blocks(), self._listen):
             yield
-        elif self.known is None:
-            with forwards(blocks, self._listen):
+        self.known, self._heard = self._heard, {}
+
+    @contextmanager
+    def around(self, layer: str) -> Iterator[None]:
+        """Around a forward of the same arguments in which only self-attention `layer` is not dense. Where nothing was
+        heard so far, all blocks run, and those before that layer are listened to."""
+        own = self._block(layer)
+        if own is not None and self.known is None:
+            with self.listening():
                 yield
-            self.known, self._heard = _until(own, self._heard), {}
+            self.known = _until(own, self.known or {})
         else:
-            with forwards({name: blocks[name] for name in _until(own, self.known)}, self._recall):
+            blocks, known = self._blocks(), self.known or {}
+            with forwards({name: blocks[name] for name in _until(own, known) if name in blocks}, self._recall):
                 yield
 
     def _block(self, name: str) -> str | None:
@@ -59,11 +64,13 @@ class Blocks:
         return None
 
     def _blocks(self) -> dict[str, nn.Module]:
+        """Those with self-attention. None where a block has a hook, which may bring its weights, or the next one's."""
         family, found = FAMILIES[type(self.transformer).__name__], {}
         for name, module in self.transformer.named_modules():
             if hasattr(module, "processor") and family.is_self_attention(name) and (block := self._block(name)):
                 found[block] = self.transformer.get_submodule(block)
-        return found
+        hooked = any(hasattr(block, "_diffusers_hook") or hasattr(block, "_hf_hook") for block in found.values())
+        return {} if hooked else found
 
     def _listen(self, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
@@ -126,8 +133,8 @@ def output_metric(transformer: nn.Module, part: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def _until(block: str, said: Mapping[str, Any]) -> dict[str, Any]:
-    """What ran before a block, or all where it has not run."""
+def _until(block: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What ran before a block; all where it is not there."""
     found: dict[str, Any] = {}
     for name, out in said.items():
         if name == block:

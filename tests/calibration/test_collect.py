@@ -186,6 +186,11 @@ def test_blocks_before_a_probed_layer_do_not_run_again(model):
     alone = {layer: probed([layer], effects.Blocks(pipe.transformer))[layer] for layer in range(3)}
     assert probed((2, 1, 0), effects.Blocks(pipe.transformer)) == alone
     assert calls == {2: [0, 1, 2], 1: [1, 2], 0: [0, 1, 2]}
+    # Heard in a dense forward before, it is known at once.
+    heard = effects.Blocks(pipe.transformer)
+    with heard.listening(), sparsify(pipe.transformer, "dense", dense_steps=0):
+        forward_once(pipe.transformer, tape.calls["transformer", 1, "cond"], torch.device("cpu"))
+    assert probed((2, 0, 1), heard) == alone and calls == {2: [2], 1: [1, 2], 0: [0, 1, 2]}
     # Of what ran after the first probed layer nothing is known.
     assert probed((1, 2, 0), effects.Blocks(pipe.transformer)) == alone
     assert calls == {1: [0, 1, 2], 2: [1, 2], 0: [0, 1, 2]}
