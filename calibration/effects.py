@@ -100,7 +100,8 @@ def probe(
     """What changes in a transformer's outputs at one step if only its self-attention number `layer` of `names` is as
     in `config`: for each of `branches`, in "squares" the mean square of the change, and in "along" the mean product
     with that of the first branch."""
-    others = ",".join(str(i) for i in range(len(names)) if i != layer)
+    # A number alone would be a count.
+    others = ",".join(f"{i}-{i}" for i in range(len(names)) if i != layer)
     device = next(transformer.parameters()).device
     probed = SparseConfig.from_dict(config.to_dict() | {"dense_steps": 0, "dense_layers": others or 0})
     changes: list[Tensor] = []

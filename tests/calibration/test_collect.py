@@ -146,7 +146,7 @@ def test_the_statistics_of_a_run_do_not_change_it(model, here):
     changes = {layer: probed(config, layer, said) for layer in (1, 0)}
     offs = []
     for branch in branches:
-        with sparsify(pipe.transformer, "tail", density=0.1, dense_steps=0, dense_layers="0"):
+        with sparsify(pipe.transformer, "tail", density=0.1, dense_steps=0, dense_layers="0-0"):
             out = forward_once(pipe.transformer, tape.calls["transformer", 1, branch], torch.device("cpu"))
         offs.append(out - tape.outputs["transformer", 1, branch])
     assert changes[1]["squares"] == [off.square().mean().item() for off in offs] and min(changes[1]["squares"]) > 0
