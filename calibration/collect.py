@@ -319,7 +319,7 @@ def _felt(
             if layer != name:
                 continue
             here = (slice(start, start + heads), slice(None), int(step))
-            squares = stats["error"][here][:, :, tail, plan.middle].double().clamp(min=1e-30)
+            squares = stats["error"][here][:, :, tail, plan.middle].double().nan_to_num().clamp(min=1e-30)
             cosines = stats["together"][here][:, :, ERRORS.index("tail"), plan.middle].double().nan_to_num()
             whole = squares.sum(0)
             alike = (cosines * (squares * squares[:, :1]).sqrt()).sum(0) / (whole * whole[0]).sqrt()

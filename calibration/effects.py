@@ -99,13 +99,16 @@ def probe(
 ) -> dict[str, list[float]]:
     """What changes in a transformer's outputs at one step if only its self-attention number `layer` of `names` is as
     in `config`: for each of `branches`, in "squares" the mean square of the change, and in "along" the mean product
-    with that of the first branch."""
+    with that of the first branch; 0 of a branch that did not run at that step."""
     # A number alone would be a count.
     others = ",".join(f"{i}-{i}" for i in range(len(names)) if i != layer)
     device = next(transformer.parameters()).device
     probed = SparseConfig.from_dict(config.to_dict() | {"dense_steps": 0, "dense_layers": others or 0})
     changes: list[Tensor] = []
     for branch, blocks in branches.items():
+        if (part, step, branch) not in tape.calls:
+            changes.append(torch.zeros(()))
+            continue
         with ExitStack() as stack:
             stack.enter_context(blocks.around(names[layer]))
             stack.enter_context(sparsify(transformer, probed))

@@ -153,6 +153,10 @@ def test_the_statistics_of_a_run_do_not_change_it(model, here):
     assert changes[1]["along"] == [(off * offs[0]).mean().item() for off in offs]
     assert changes[0] != changes[1]
     assert max(probed(SparseConfig("tail", density=1.0), 0, said)["squares"]) < 1e-9
+    # Guidance may have ended before that step.
+    del tape.calls["transformer", 1, "uncond"]
+    alone = probed(config, 0, said)
+    assert alone == {"squares": [changes[0]["squares"][0], 0.0], "along": [changes[0]["along"][0], 0.0]}
 
 
 def test_blocks_before_a_probed_layer_do_not_run_again(model):
