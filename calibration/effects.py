@@ -126,7 +126,8 @@ def output_metric(transformer: nn.Module, part: str) -> dict[str, torch.Tensor]:
     family, found = FAMILIES[type(transformer).__name__], {}
     for name, module in transformer.named_modules():
         projection = getattr(module, "to_out", None)
-        if not family.is_self_attention(name) or projection is None or not isinstance(projection[0], nn.Linear):
+        plain = isinstance(projection, nn.ModuleList | nn.Sequential) and isinstance(projection[0], nn.Linear)
+        if not plain or not family.is_self_attention(name):
             continue
         weight = projection[0].weight.detach()
         if weight.is_meta:

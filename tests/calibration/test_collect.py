@@ -242,6 +242,9 @@ def test_the_metric_is_the_output_projection():
     whole = (error.flatten(1) * torch.tensor([1.0] * 32 + [0.0] * 32)) @ attention.to_out[0].weight.T
     root = metric["transformer.blocks.1.attn1"][0]
     torch.testing.assert_close((error[:, 0] @ root).norm(dim=1), whole.norm(dim=1), rtol=1e-4, atol=1e-5)
+    # Flux.2's single blocks project attention and feed-forward by one matrix.
+    found = effects.output_metric(FAMILIES["flux2"].make().transformer, "transformer")
+    assert found and not any("single" in name for name in found)
 
 
 @pytest.mark.parametrize("at", ["dense", "probe", "trial"])
