@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,14 @@ from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
 from dit_sparse.choices import Choice
 from dit_sparse.pipelines.session import FAMILIES, Session, levels_of, sparsify
-from dit_sparse.profile import METHODS, Header, Profile, fingerprint
+from dit_sparse.profile import ERRORS, METHODS, Header, Profile, fingerprint
 from dit_sparse.video import whole, write_record
 
 Tick = Callable[[str, int], None]
 # Is called after each step with its latents, or with nothing by pipelines that do not tell them.
 Done = Callable[[Tensor | None], None]
+# (component, step, branch) -> what its blocks said in the dense run.
+Heard = dict[tuple[str, int, str], effects.Blocks]
 # Qualities in dB that the trials of a prompt aim at, one prompt after the other: what comes of them is right where
 # targets are. Two of one prompt say how quality grows with what is spent, whatever the prompt.
 TRIED = ((30.0, 36.0), (33.0, 27.0), (27.0, 33.0), (36.0, 30.0))
@@ -89,9 +92,10 @@ class Job:
 def collect(job: Job, work: Path) -> Profile:
     """The profile, without choices. `work` is where finished parts are kept; the caller removes it."""
     _begin(job, work)
+    heard: Heard = {}
     for number in range(len(job.prompts)):
-        _dense(job, work, number)
-    _probes(job, work)
+        _dense(job, work, number, heard)
+    _probes(job, work, heard)
     for place in range(len(job.trials())):
         _trial(job, work, place)
     return _profile(job, work)
@@ -118,8 +122,8 @@ def _begin(job: Job, work: Path) -> None:
         )
 
 
-def _dense(job: Job, work: Path, number: int) -> None:
-    """One prompt, dense and recorded, with the tape that trials need, and probes of the first prompt."""
+def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
+    """One prompt, dense and recorded, with the tape that trials need; `heard` gets what probes need of the first."""
     file = work / f"dense-{number}.safetensors"
     if _whole(file):
         job.tick(f"prompt {number + 1}, recorded before", job.steps)
@@ -129,7 +133,12 @@ def _dense(job: Job, work: Path, number: int) -> None:
     keep = frozenset(effects.probe_steps(job.steps)) if number == 0 else frozenset()
 
     def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return tape.record(found[0].generation, keep)(part, original, *args, **kwargs)
+        moment = found[0].generation.moment
+        with ExitStack() as stack:
+            if moment is not None and moment.step in keep:
+                blocks = heard[part, moment.step, moment.branch] = effects.Blocks(job.transformers[part])
+                stack.enter_context(blocks.listening())
+            return tape.record(found[0].generation, keep)(part, original, *args, **kwargs)
 
     metric: dict[str, Tensor] = {}
     for part, module in job.transformers.items():
@@ -170,21 +179,24 @@ def _dense(job: Job, work: Path, number: int) -> None:
     _save(stats, file, {"told": json.dumps(told)})
 
 
-def _probes(job: Job, work: Path) -> None:
+def _probes(job: Job, work: Path, heard: Heard) -> None:
     """Each layer of the first prompt, written down as it is finished."""
     file, known = _effects(work)
     tape = Tape.from_tensors(load_file(work / "tape-0.safetensors"))
-    branch = _told(work, 0)["branches"][0]
+    branches = _told(work, 0)["branches"]
     config = Choice("tail", job.plan.ladder[job.plan.middle]).config(job.plan.base)
     for part, module in job.transformers.items():
         layers = _layers(part, module)
-        called = sorted(step for of, step, said in tape.calls if (of, said) == (part, branch))
+        called = sorted(step for of, step, said in tape.calls if (of, said) == (part, branches[0]))
         # One of two transformers may not run at the usual steps, and has its first.
         for step in [step for step in called if step in effects.probe_steps(job.steps)] or called:
-            for index, name in enumerate(layers):
+            said = {branch: heard.pop((part, step, branch), None) or effects.Blocks(module) for branch in branches}
+            own = [name.removeprefix(f"{part}.") for name in layers]
+            # The last first: what ran before it is then known, if it was not heard in the dense run.
+            for index, name in reversed(list(enumerate(layers))):
                 key = f"{name}@{step}"
                 if key not in known["probes"]:
-                    known["probes"][key] = effects.probe(part, module, tape, step, branch, index, len(layers), config)
+                    known["probes"][key] = effects.probe(part, module, tape, step, index, own, said, config)
                     write_record(file, known)
                 job.tick("probes", 1)
 
@@ -294,19 +306,30 @@ def _profile(job: Job, work: Path, unseen: int | None = None) -> Profile:
 def _felt(
     known: Mapping[str, Any], layers: Sequence[tuple[str, int, int]], stats: Mapping[str, Tensor], plan: Plan
 ) -> dict[str, Any]:
-    """gain: layer -> step -> how much a unit of its squared error changes the transformer's output; trials: see
-    dit_sparse.calibration.fit.try_out, and what was measured."""
+    """gain: layer -> step -> for each branch, how much a unit of its squared error changes the transformer's output;
+    agree: likewise, how much of what its error has in common with that of the first branch is still in common there,
+    from 0 to 1; trials: see dit_sparse.calibration.fit.try_out, and what was measured."""
     tail, start = METHODS.index("tail"), 0
-    gains: dict[str, dict[str, float]] = {}
+    gains: dict[str, dict[str, list[float]]] = {}
+    agree: dict[str, dict[str, list[float]]] = {}
     for name, heads, _ in layers:
-        gains[name] = {}
+        gains[name], agree[name] = {}, {}
         for key, change in known["probes"].items():
             layer, step = key.rsplit("@", 1)
-            if layer == name:
-                error = stats["error"][start : start + heads, 0, int(step), tail, plan.middle].sum().item()
-                gains[name][step] = change / max(error, 1e-30)
+            if layer != name:
+                continue
+            here = (slice(start, start + heads), slice(None), int(step))
+            squares = stats["error"][here][:, :, tail, plan.middle].double().nan_to_num().clamp(min=1e-30)
+            cosines = stats["together"][here][:, :, ERRORS.index("tail"), plan.middle].double().nan_to_num()
+            whole = squares.sum(0)
+            alike = (cosines * (squares * squares[:, :1]).sqrt()).sum(0) / (whole * whole[0]).sqrt()
+            gains[name][step] = [c / e for c, e in zip(change["squares"], whole.tolist(), strict=True)]
+            agree[name][step] = [
+                min(max(along / math.sqrt(max(own * change["squares"][0], 1e-60)) / max(said, 1e-6), 0.0), 1.0)
+                for along, own, said in zip(change["along"], change["squares"], alike.tolist(), strict=True)
+            ]
         start += heads
-    return {"gain": gains, "trials": known["trials"]}
+    return {"gain": gains, "agree": agree, "trials": known["trials"]}
 
 
 def _scale(work: Path) -> float:

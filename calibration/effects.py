@@ -1,11 +1,19 @@
-"""How much an error inside attention is felt in a transformer's output, measured: one forward for each layer."""
+"""How much an error inside attention is felt in what guidance makes of a transformer's outputs, measured."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dit_sparse.calibration.replay import Tape, forward_once
+from dit_sparse.calibration.replay import Tape, forward_once, forwards
 from dit_sparse.config import SparseConfig
 from dit_sparse.pipelines.session import FAMILIES, sparsify
+
+# What the outputs of blocks may take while a step is probed; where they need more, every probe is a whole forward.
+KEPT_BYTES = 1 << 30
 
 
 def probe_steps(steps: int) -> tuple[int, ...]:
@@ -13,18 +21,103 @@ def probe_steps(steps: int) -> tuple[int, ...]:
     return tuple(sorted({round(0.2 * (steps - 1)), round(0.75 * (steps - 1))}))
 
 
+@dataclass
+class Blocks:
+    """What the blocks of a transformer say in a dense forward, so that those before a probed layer need not run again.
+
+    known  block -> its output, as tensors and tuples on the CPU, of the first blocks in the order in which they ran;
+           None before anything was heard
+    """
+
+    transformer: nn.Module
+    known: dict[str, Any] | None = None
+    _heard: dict[str, Any] = field(default_factory=dict)
+    _deaf: bool = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Around a dense forward."""
+        with forwards(self._blocks(), self._listen):
+            yield
+        self.known, self._heard = self._heard, {}
+
+    @contextmanager
+    def around(self, layer: str) -> Iterator[None]:
+        """Around a forward of the same arguments in which only self-attention `layer` is not dense. Where nothing was
+        heard so far, all blocks run, and those before that layer are listened to."""
+        own = self._block(layer)
+        if own is not None and self.known is None:
+            with self.listening():
+                yield
+            self.known = _until(own, self.known or {})
+        else:
+            blocks, known = self._blocks(), self.known or {}
+            with forwards({name: blocks[name] for name in _until(own, known) if name in blocks}, self._recall):
+                yield
+
+    def _block(self, name: str) -> str | None:
+        """The first of a module's ancestors that is one of a list of modules."""
+        path = name.split(".")
+        for depth in range(1, len(path)):
+            if isinstance(self.transformer.get_submodule(".".join(path[:depth])), nn.ModuleList):
+                return ".".join(path[: depth + 1])
+        return None
+
+    def _blocks(self) -> dict[str, nn.Module]:
+        """Those with self-attention. None where a block has a hook, which may bring its weights, or the next one's."""
+        family, found = FAMILIES[type(self.transformer).__name__], {}
+        for name, module in self.transformer.named_modules():
+            if hasattr(module, "processor") and family.is_self_attention(name) and (block := self._block(name)):
+                found[block] = self.transformer.get_submodule(block)
+        hooked = any(hasattr(block, "_diffusers_hook") or hasattr(block, "_hf_hook") for block in found.values())
+        return {} if hooked else found
+
+    def _listen(self, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        if name in self._heard:
+            # What runs twice has no one output.
+            self._heard, self._deaf = {}, True
+        self._deaf = self._deaf or sum(map(_bytes, self._heard.values())) + _bytes(out) > KEPT_BYTES
+        if not self._deaf:
+            self._heard[name] = _copied(out, torch.device("cpu"))
+        return out
+
+    def _recall(self, name: str, _original: Any, *_args: Any, **_kwargs: Any) -> Any:
+        assert self.known is not None
+        return _copied(self.known[name], next(self.transformer.parameters()).device)
+
+
 def probe(
-    part: str, transformer: nn.Module, tape: Tape, step: int, branch: str, layer: int, of: int, config: SparseConfig
-) -> float:
-    """Mean squared change of a transformer's output at one step if only its self-attention number `layer` of `of` is
-    as in `config`."""
-    call = tape.calls[part, step, branch]
-    others = ",".join(str(i) for i in range(of) if i != layer)
+    part: str,
+    transformer: nn.Module,
+    tape: Tape,
+    step: int,
+    layer: int,
+    names: Sequence[str],
+    branches: Mapping[str, Blocks],
+    config: SparseConfig,
+) -> dict[str, list[float]]:
+    """What changes in a transformer's outputs at one step if only its self-attention number `layer` of `names` is as
+    in `config`: for each of `branches`, in "squares" the mean square of the change, and in "along" the mean product
+    with that of the first branch; 0 of a branch that did not run at that step."""
+    # A number alone would be a count.
+    others = ",".join(f"{i}-{i}" for i in range(len(names)) if i != layer)
     device = next(transformer.parameters()).device
     probed = SparseConfig.from_dict(config.to_dict() | {"dense_steps": 0, "dense_layers": others or 0})
-    with sparsify(transformer, probed):
-        out = forward_once(transformer, call, device)
-    return float((out - tape.outputs[part, step, branch].float()).square().mean())
+    changes: list[Tensor] = []
+    for branch, blocks in branches.items():
+        if (part, step, branch) not in tape.calls:
+            changes.append(torch.zeros(()))
+            continue
+        with ExitStack() as stack:
+            stack.enter_context(blocks.around(names[layer]))
+            stack.enter_context(sparsify(transformer, probed))
+            out = forward_once(transformer, tape.calls[part, step, branch], device)
+        changes.append(out - tape.outputs[part, step, branch].float())
+    return {
+        "squares": [float(change.square().mean()) for change in changes],
+        "along": [float((change * changes[0]).mean()) for change in changes],
+    }
 
 
 def output_metric(transformer: nn.Module, part: str) -> dict[str, torch.Tensor]:
@@ -33,7 +126,8 @@ def output_metric(transformer: nn.Module, part: str) -> dict[str, torch.Tensor]:
     family, found = FAMILIES[type(transformer).__name__], {}
     for name, module in transformer.named_modules():
         projection = getattr(module, "to_out", None)
-        if not family.is_self_attention(name) or projection is None or not isinstance(projection[0], nn.Linear):
+        plain = isinstance(projection, nn.ModuleList | nn.Sequential) and isinstance(projection[0], nn.Linear)
+        if not plain or not family.is_self_attention(name):
             continue
         weight = projection[0].weight.detach()
         if weight.is_meta:
@@ -42,3 +136,25 @@ def output_metric(transformer: nn.Module, part: str) -> dict[str, torch.Tensor]:
         values, vectors = torch.linalg.eigh(grams @ grams.mT)
         found[f"{part}.{name}"] = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT
     return found
+
+
+def _until(block: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What ran before a block; all where it is not there."""
+    found: dict[str, Any] = {}
+    for name, out in said.items():
+        if name == block:
+            break
+        found[name] = out
+    return found
+
+
+def _bytes(said: Any) -> int:
+    if isinstance(said, Tensor):
+        return said.numel() * said.element_size()
+    return sum(map(_bytes, said)) if isinstance(said, tuple | list) else 0
+
+
+def _copied(said: Any, device: torch.device) -> Any:
+    if isinstance(said, Tensor):
+        return said.to(device, copy=True)
+    return type(said)(_copied(x, device) for x in said) if isinstance(said, tuple | list) else said

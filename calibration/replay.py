@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dit_sparse.state import Generation
 
 Forward = Callable[..., Any]
+Argument = Tensor | tuple[Tensor, ...] | bool | int | float
 
 
 @contextmanager
@@ -35,11 +36,11 @@ class Tape:
     """The outputs of a dense run, and the arguments of the forwards at some steps, on the CPU.
 
     outputs  (component, step, branch) -> what the transformer said
-    calls    the same -> its tensor arguments by name
+    calls    the same -> its arguments by name: tensors, tuples of them, and plain numbers
     """
 
     outputs: dict[tuple[str, int, str], Tensor] = field(default_factory=dict)
-    calls: dict[tuple[str, int, str], dict[str, Tensor]] = field(default_factory=dict)
+    calls: dict[tuple[str, int, str], dict[str, Argument]] = field(default_factory=dict)
 
     def record(self, generation: Generation, keep_calls: frozenset[int]) -> Callable[..., Any]:
         """To be given to `forwards` around a dense run of a session with this generation. Arguments are kept of the
@@ -53,7 +54,7 @@ class Tape:
             if moment.step in keep_calls or moment.step == first:
                 if args:
                     raise ValueError(f"The pipeline calls {part} with nameless arguments, which no probe can repeat.")
-                self.calls[key] = {name: x.to("cpu", copy=True) for name, x in kwargs.items() if isinstance(x, Tensor)}
+                self.calls[key] = {name: _kept(x) for name, x in kwargs.items() if _repeatable(name, x)}
             out = original(*args, **kwargs)
             self.outputs[key] = _sample(out).to("cpu", copy=True)
             return out
@@ -77,18 +78,32 @@ class Tape:
         """All of it under names a file can hold."""
         named = {f"out/{part}/{step}/{branch}": x for (part, step, branch), x in self.outputs.items()}
         for (part, step, branch), call in self.calls.items():
-            named |= {f"call/{part}/{step}/{branch}/{name}": x for name, x in call.items()}
+            for name, x in call.items():
+                at = f"call/{part}/{step}/{branch}/{name}"
+                if isinstance(x, tuple):
+                    named |= {f"{at}/{i}": one for i, one in enumerate(x)}
+                else:
+                    # A number is a tensor without axes that says so in its name.
+                    named |= {at: x} if isinstance(x, Tensor) else {f"{at}/": torch.tensor(x)}
         return {name: x.contiguous() for name, x in named.items()}
 
     @classmethod
     def from_tensors(cls, named: Mapping[str, Tensor]) -> "Tape":
         tape = cls()
+        tuples: dict[tuple[tuple[str, int, str], str], dict[int, Tensor]] = {}
         for name, x in named.items():
-            kind, part, step, *rest = name.split("/")
+            kind, part, step, branch, *rest = name.split("/")
+            key = part, int(step), branch
             if kind == "out":
-                tape.outputs[part, int(step), rest[0]] = x
-            elif kind == "call":
-                tape.calls.setdefault((part, int(step), rest[0]), {})[rest[1]] = x
+                tape.outputs[key] = x
+            elif len(rest) == 1:
+                tape.calls.setdefault(key, {})[rest[0]] = x
+            elif rest[1]:
+                tuples.setdefault((key, rest[0]), {})[int(rest[1])] = x
+            else:
+                tape.calls.setdefault(key, {})[rest[0]] = x.item()
+        for (key, name), parts in tuples.items():
+            tape.calls.setdefault(key, {})[name] = tuple(parts[i] for i in sorted(parts))
         return tape
 
 
@@ -96,8 +111,26 @@ def _sample(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out.sample
 
 
+def _repeatable(name: str, x: Any) -> bool:
+    if isinstance(x, tuple | list):
+        return bool(x) and all(isinstance(one, Tensor) for one in x)
+    return isinstance(x, Tensor | bool | int | float) and name != "return_dict"
+
+
+def _kept(x: Any) -> Argument:
+    if isinstance(x, tuple | list):
+        return tuple(one.to("cpu", copy=True) for one in x)
+    return x.to("cpu", copy=True) if isinstance(x, Tensor) else x
+
+
 @torch.no_grad()
-def forward_once(transformer: nn.Module, call: Mapping[str, Tensor], device: torch.device) -> Tensor:
+def forward_once(transformer: nn.Module, call: Mapping[str, Argument], device: torch.device) -> Tensor:
     """The transformer's output for recorded arguments, on the CPU."""
-    out = transformer(**{name: x.to(device) for name, x in call.items()}, return_dict=False)
+
+    def there(x: Argument) -> Argument:
+        if isinstance(x, tuple):
+            return tuple(one.to(device) for one in x)
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    out = transformer(**{name: there(x) for name, x in call.items()}, return_dict=False)
     return _sample(out).float().cpu()

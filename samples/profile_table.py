@@ -61,10 +61,10 @@ def uniform(quick: bool, only: list[str] | None = None) -> dict[str, SparseConfi
     return chosen
 
 
-def measure(pipe: WanPipeline, configs: dict[str, SparseConfig], scenes: tuple, settings) -> list[dict]:
-    """A row for each config, the first of which is dense."""
+def measure(pipe: WanPipeline, configs: dict[str, SparseConfig], scenes: tuple, seed: int, settings) -> list[dict]:
+    """A row for each config, the first of which is dense; the noise of scene i is of seed + i."""
     captions = [world.caption(scene) for scene in scenes]
-    seeds = [UNSEEN_SEED + index for index in range(len(scenes))]
+    seeds = [seed + index for index in range(len(scenes))]
     rows, dense = [], None
     for label, config in configs.items():
         seconds, work, clips = 0.0, [], []
@@ -121,8 +121,21 @@ def made(args: argparse.Namespace) -> list[dict]:
     pipe.set_progress_bar_config(disable=True)
     settings = check_prompts.Settings(args.num_frames, args.height, args.width, steps=args.steps, batch=args.batch)
     configs = {Path(path).name: SparseConfig(profile=path) for path in args.profile}
-    scenes = check_prompts.held_out(args.num_prompts, UNSEEN_SEED).scenes
-    return measure(pipe, {"dense": SparseConfig("dense")} | configs | uniform(args.quick, args.only), scenes, settings)
+    scenes = check_prompts.held_out(args.num_prompts, args.seed).scenes
+    every = {"dense": SparseConfig("dense")} | configs | ({} if args.only == [] else uniform(args.quick, args.only))
+    return measure(pipe, every, scenes, args.seed, settings)
+
+
+def read(files: list[Path]) -> list[dict]:
+    """The rows of several output_files; of a setting that is in more than one, the first."""
+    found: dict[str, dict] = {}
+    for file in files:
+        rows = json.loads(file.read_text())
+        if found and len(rows[0]["each"]) != len(next(iter(found.values()))["each"]):
+            raise SystemExit(f"{file} has clips of {len(rows[0]['each'])} prompts, and {files[0]} of another number.")
+        for row in rows:
+            found.setdefault(row["setting"], row)
+    return list(found.values())
 
 
 def main() -> None:
@@ -130,14 +143,17 @@ def main() -> None:
     parser.add_argument("--model_id", default=str(check_prompts.DEMO))
     parser.add_argument("--profile", nargs="+", required=True, help="files of dit-sparse fit")
     parser.add_argument("--num_prompts", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=UNSEEN_SEED, help="of the prompts, and of the first one's noise")
     parser.add_argument("--steps", type=int, default=check_prompts.Settings.steps)
     parser.add_argument("--num_frames", type=int, default=check_prompts.Settings.frames)
     parser.add_argument("--height", type=int, default=check_prompts.Settings.height)
     parser.add_argument("--width", type=int, default=check_prompts.Settings.width)
     parser.add_argument("--quick", action="store_true", help="a few of the uniform settings")
-    parser.add_argument("--only", nargs="+", help="uniform settings whose names begin with one of these")
+    parser.add_argument("--only", nargs="*", help="uniform settings whose names begin with one of these, or none")
     parser.add_argument("--batch", type=int, default=1, help="clips at a time")
-    parser.add_argument("--rows", type=Path, help="an output_file of before, in place of new clips")
+    parser.add_argument(
+        "--rows", type=Path, nargs="+", help="output_files of before of the same prompts, in place of new clips"
+    )
     parser.add_argument(
         "--seconds", type=Path, help="an output_file, the seconds of which count; settings not in it do not"
     )
@@ -148,7 +164,7 @@ def main() -> None:
         rows = made(args)
         what = f"{args.num_prompts} prompts, {args.steps} steps, {args.device}, torch {torch.__version__}"
     else:
-        rows, what = json.loads(args.rows.read_text()), str(args.rows)
+        rows, what = read(args.rows), " and ".join(map(str, args.rows))
     if args.seconds is not None:
         timed = {row["setting"]: row["seconds"] for row in json.loads(args.seconds.read_text())}
         rows = [row | {"seconds": timed[row["setting"]]} for row in rows if row["setting"] in timed]

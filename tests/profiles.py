@@ -61,7 +61,7 @@ def profile(
     **base,
 ) -> Profile:
     plan = Plan(LADDER, (1, 2, 4), 4, 16, SparseConfig("tail", **base))
-    heads = sum(heads for _, heads, _ in layers)
+    heads, both = sum(heads for _, heads, _ in layers), len(branches)
     at_once = {name: [0.2, 0.35, 0.5] for name in ("none", "rectify", "tail", "calibrated", "anchor", "reshape")}
     header = Header(
         model_id="tiny",
@@ -88,7 +88,8 @@ def profile(
         seconds={"transformers": heads * len(branches) * steps * 1.0 + 10.0, "attention": 1.0, "recording": 1.0},
         costs={"dense": 1.0, "other": 10.0, **at_once, "anchor at anchor": [1.3] * 3, "reshape at anchor": [1.2] * 3},
         effects={
-            "gain": {name: {"1": 1e-3, str(steps - 2): 2e-3} for name, _, _ in layers},
+            "gain": {name: {"1": [1e-3] * both, str(steps - 2): [2e-3] * both} for name, _, _ in layers},
+            "agree": {name: {"1": [1.0] * both} for name, _, _ in layers},
             "trials": [trial(steps)],
             "scale": 1.0,
         },

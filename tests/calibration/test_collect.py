@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -20,6 +21,8 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.pipelines.session import sparsify
 from dit_sparse.profile import Profile
 from tests import profiles, tiny
+from tests.families import FAMILIES
+from tests.families import generate as generate_family
 
 SIZE = ("--height", "32", "--width", "48", "--num_frames", "3")
 FILE = "m.profile.safetensors"
@@ -82,7 +85,9 @@ def test_a_profile_holds_what_was_measured(calibrated):
         # Until the first sparse step there is nothing to find; after it errors stay.
         start = trial["start"]
         assert max(trial["found"][:start], default=0.0) == 0 and min(trial["found"][start:]) > 0
-    assert all(set(gain) == {"1", "3"} and min(gain.values()) > 0 for gain in h.effects["gain"].values())
+    for gain, agree in zip(h.effects["gain"].values(), h.effects["agree"].values(), strict=True):
+        assert set(gain) == set(agree) == {"1", "3"} and min(map(min, gain.values())) > 0
+        assert all(own[0] == pytest.approx(1.0) and 0 <= own[1] <= 1 for own in agree.values())
     for name, x in made.tensors.items():
         assert x.shape[:3] == (4, 2, 5), name
         assert name in ("stale", "drift", "together", "persist") or not x.isnan().any(), name
@@ -135,14 +140,98 @@ def test_the_statistics_of_a_run_do_not_change_it(model, here):
         assert torch.equal(played, tiny.generate(pipe))
     # One layer sparse changes the output by what it is worth; none changes nothing.
     config = SparseConfig("tail", density=0.1)
-    changes = [effects.probe("transformer", pipe.transformer, tape, 1, "cond", i, 2, config) for i in (0, 1)]
-    assert min(changes) > 0 and changes[0] != changes[1]
-    call = tape.calls["transformer", 1, "cond"]
-    with sparsify(pipe.transformer, "tail", density=0.1, dense_steps=0, dense_layers="1"):
-        first = forward_once(pipe.transformer, call, torch.device("cpu"))
-    assert changes[0] == (first - tape.outputs["transformer", 1, "cond"]).square().mean().item()
-    whole = SparseConfig("tail", density=1.0)
-    assert effects.probe("transformer", pipe.transformer, tape, 1, "cond", 0, 2, whole) < 1e-9
+    names = [f"blocks.{i}.attn1" for i in (0, 1)]
+
+    def probed(config, layer, said):
+        return effects.probe("transformer", pipe.transformer, tape, 1, layer, names, said, config)
+
+    said = {branch: effects.Blocks(pipe.transformer) for branch in branches}
+    changes = {layer: probed(config, layer, said) for layer in (1, 0)}
+    offs = []
+    for branch in branches:
+        with sparsify(pipe.transformer, "tail", density=0.1, dense_steps=0, dense_layers="0-0"):
+            out = forward_once(pipe.transformer, tape.calls["transformer", 1, branch], torch.device("cpu"))
+        offs.append(out - tape.outputs["transformer", 1, branch])
+    assert changes[1]["squares"] == [off.square().mean().item() for off in offs] and min(changes[1]["squares"]) > 0
+    assert changes[1]["along"] == [(off * offs[0]).mean().item() for off in offs]
+    assert changes[0] != changes[1]
+    assert max(probed(SparseConfig("tail", density=1.0), 0, said)["squares"]) < 1e-9
+    # Guidance may have ended before that step.
+    del tape.calls["transformer", 1, "uncond"]
+    alone = probed(config, 0, said)
+    assert alone == {"squares": [changes[0]["squares"][0], 0.0], "along": [changes[0]["along"][0], 0.0]}
+
+
+def test_blocks_before_a_probed_layer_do_not_run_again(model):
+    """Whatever the order of probes, and whatever fits: the outputs are those of the whole forward."""
+    pipe = tiny.tiny_wan(vae="1x1", layers=3)
+    config, calls, ran = SparseConfig("tail", density=0.1), {}, []
+    names = [f"blocks.{i}.attn1" for i in range(3)]
+    tape, found = Tape(), []
+
+    def wrap(part, original, *args, **kwargs):
+        return tape.record(found[0].generation, frozenset({1}))(part, original, *args, **kwargs)
+
+    with forwards({"transformer": pipe.transformer}, wrap), sparsify(pipe, "dense") as session:
+        found.append(session)
+        tiny.generate(pipe)
+
+    def probed(order, blocks):
+        told = {}
+        for layer in order:
+            ran.clear()
+            told[layer] = effects.probe(
+                "transformer", pipe.transformer, tape, 1, layer, names, {"cond": blocks}, config
+            )
+            calls[layer] = list(ran)
+        return told
+
+    hooks = [
+        block.attn1.register_forward_hook(lambda *_, number=number: ran.append(number))
+        for number, block in enumerate(pipe.transformer.blocks)
+    ]
+    alone = {layer: probed([layer], effects.Blocks(pipe.transformer))[layer] for layer in range(3)}
+    assert probed((2, 1, 0), effects.Blocks(pipe.transformer)) == alone
+    assert calls == {2: [0, 1, 2], 1: [1, 2], 0: [0, 1, 2]}
+    # Heard in a dense forward before, it is known at once.
+    heard = effects.Blocks(pipe.transformer)
+    with heard.listening(), sparsify(pipe.transformer, "dense", dense_steps=0):
+        forward_once(pipe.transformer, tape.calls["transformer", 1, "cond"], torch.device("cpu"))
+    assert probed((2, 0, 1), heard) == alone and calls == {2: [2], 1: [1, 2], 0: [0, 1, 2]}
+    # Of what ran after the first probed layer nothing is known.
+    assert probed((1, 2, 0), effects.Blocks(pipe.transformer)) == alone
+    assert calls == {1: [0, 1, 2], 2: [1, 2], 0: [0, 1, 2]}
+    pipe.transformer.blocks[0]._hf_hook = object()
+    assert probed((2, 1, 0), effects.Blocks(pipe.transformer)) == alone and calls[1] == [0, 1, 2]
+    del pipe.transformer.blocks[0]._hf_hook
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(effects, "KEPT_BYTES", 0)
+        assert probed((2, 1, 0), effects.Blocks(pipe.transformer)) == alone and calls[1] == [0, 1, 2]
+    for hook in hooks:
+        hook.remove()
+    assert all("forward" not in block.__dict__ for block in pipe.transformer.blocks)
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox-5b", "cosmos", "flux"])
+def test_a_forward_is_repeated_with_all_of_its_arguments(name):
+    """Also where these are tuples of tensors, as rotations of CogVideoX, or numbers, as the frame rate of Cosmos."""
+    pipe = tiny.tiny_wan(vae="1x1") if name == "wan" else FAMILIES[name].make()
+    tape, found, run = Tape(), [], tiny.generate if name == "wan" else partial(generate_family, name)
+
+    def wrap(part, original, *args, **kwargs):
+        return tape.record(found[0].generation, frozenset({1}))(part, original, *args, **kwargs)
+
+    with forwards({"transformer": pipe.transformer}, wrap), sparsify(pipe, "dense") as session:
+        found.append(session)
+        run(pipe)
+    again = Tape.from_tensors(tape.tensors())
+    assert again.calls.keys() == tape.calls.keys() and len(tape.calls) > 0
+    for key, call in again.calls.items():
+        assert call.keys() == tape.calls[key].keys()
+        assert [type(x) for x in call.values()] == [type(tape.calls[key][arg]) for arg in call]
+        with sparsify(pipe.transformer, "dense", dense_steps=0):
+            out = forward_once(pipe.transformer, call, torch.device("cpu"))
+        torch.testing.assert_close(out, tape.outputs[key].float(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_metric_is_the_output_projection():
@@ -153,6 +242,9 @@ def test_the_metric_is_the_output_projection():
     whole = (error.flatten(1) * torch.tensor([1.0] * 32 + [0.0] * 32)) @ attention.to_out[0].weight.T
     root = metric["transformer.blocks.1.attn1"][0]
     torch.testing.assert_close((error[:, 0] @ root).norm(dim=1), whole.norm(dim=1), rtol=1e-4, atol=1e-5)
+    # Flux.2's single blocks project attention and feed-forward by one matrix.
+    found = effects.output_metric(FAMILIES["flux2"].make().transformer, "transformer")
+    assert found and not any("single" in name for name in found)
 
 
 @pytest.mark.parametrize("at", ["dense", "probe", "trial"])

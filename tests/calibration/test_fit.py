@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dit_sparse.calibration import fit as module
-from dit_sparse.calibration.fit import Problem, Targets, fit, solve, try_out
+from dit_sparse.calibration import paths
+from dit_sparse.calibration.fit import Targets, fit, solve, try_out
+from dit_sparse.calibration.paths import Problem
 from dit_sparse.choices import Choice
 from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenGrid
@@ -97,7 +98,7 @@ def test_a_quality_is_reached_in_the_least_time():
 
 def test_targets_combine(monkeypatch):
     # Prices of memory are looked for in many rounds, each of which would take these.
-    monkeypatch.setattr(module, "ROUNDS", 2)
+    monkeypatch.setattr(paths, "ROUNDS", 2)
     problem = Problem(profiles.profile())
     speed = solve(problem, Targets(speedup=1.3))
     both = solve(problem, Targets(speedup=1.3, psnr=speed.psnr - 1))
@@ -164,7 +165,7 @@ def test_errors_count_by_what_they_do():
     made = profiles.profile()
     gain = made.header.effects["gain"]
     first, second = gain
-    gain[second] = {step: 100 * value for step, value in gain[first].items()}
+    gain[second] = {step: [100 * value for value in each] for step, each in gain[first].items()}
     same = {name: x[:2].repeat(2, *[1] * (x.dim() - 1)) for name, x in made.tensors.items()}
     problem = Problem(replace(made, tensors=same))
     path = solve(problem, Targets(speedup=1.4))
@@ -185,6 +186,36 @@ def test_what_branches_have_in_common_cancels():
     one = problem.stats["error"][:, 0, :, tail] ** 2 * problem.energy[:, 0, :, None]
     assert np.allclose(found[0.0], 25 * one) and np.allclose(found[-1.0], 49 * one)
     assert np.allclose(found[1.0], one)
+
+
+def test_what_the_text_of_a_branch_makes_of_an_error_does_not_cancel():
+    """The first layer of a model errs alike in both branches, which the layers after it do not pass on alike."""
+    made = profiles.profile()
+    even = {name: x[:, :1].repeat(1, 2, *[1] * (x.dim() - 2)) for name, x in made.tensors.items()}
+    effects, tail, found = made.header.effects, METHODS.index("tail"), []
+    for agree, louder in ((1.0, 1.0), (0.5, 1.0), (0.5, 4.0)):
+        for name, gain in effects["gain"].items():
+            effects["agree"][name] = {"1": [1.0, agree], "4": [1.0, 1.0]}
+            gain["1"] = [1e-3, louder * 1e-3]
+        problem = Problem(replace(made, tensors=even | {"together": torch.ones_like(even["together"])}))
+        one = problem.stats["error"][:, 0, :, tail] ** 2 * problem.energy[:, 0, :, None]
+        found.append(problem._joint(problem.stats["error"][..., tail, :], "tail") / one)
+    # 4 c - 3 u: where they agree by half, 16 + 9 - 12; where u counts twice, too, 16 + 36 - 24.
+    for ratio, at_one in zip(found, (1.0, 13.0, 28.0), strict=True):
+        assert np.allclose(ratio[:, 1], at_one) and np.allclose(ratio[:, 4:], 1.0)
+    assert ((found[1][:, 2] > 1) & (found[1][:, 2] < 13)).all()
+    assert np.allclose(problem._gains[:, :, 1], [1e-3, 4e-3]) and np.allclose(
+        problem._gains[:, 0], problem._gains[:, 0]
+    )
+
+
+def test_a_profile_from_before_both_branches_were_probed_is_refused():
+    made = profiles.profile()
+    gain = made.header.effects["gain"]
+    for name in gain:
+        gain[name] = {"1": 1e-3}
+    with pytest.raises(ValueError, match=r"has no probe of both branches in transformer\.blocks\.0\.attn1"):
+        fit(made, Targets(psnr=30.0))
 
 
 def test_predictions_of_a_trial_are_the_trial():

@@ -1,7 +1,9 @@
 import json
 import runpy
 import sys
+from argparse import Namespace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from diffusers import WanTransformer3DModel
@@ -13,7 +15,7 @@ SAMPLES = Path(__file__).parents[2] / "samples"
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(SAMPLES), *sys.path])
     script = runpy.run_path(str(SAMPLES / "profile_table.py"))
-between, front, uniform, verdict = (script[name] for name in ("between", "front", "uniform", "verdict"))
+between, front, read, uniform, verdict = (script[name] for name in ("between", "front", "read", "uniform", "verdict"))
 
 ROWS = [
     {"work": 0.2, "psnr_db": 20.0},
@@ -66,6 +68,27 @@ def test_only_some_settings_by_how_they_begin():
     assert len(some) > 3 and all(name.startswith("anchor 0.1, every 8,") for name in some)
     with pytest.raises(SystemExit, match="No setting begins with"):
         uniform(quick=False, only=["ankor"])
+
+
+def test_profiles_alone_and_uniform_settings_made_before(monkeypatch, tmp_path):
+    made, asked = script["made"], []
+    monkeypatch.setitem(made.__globals__, "measure", lambda _, configs, *rest: asked.append((list(configs), *rest)))
+    monkeypatch.setitem(made.__globals__, "WanPipeline", MagicMock())
+    args = Namespace(device="cpu", model_id="demo", num_frames=15, height=128, width=144, steps=20, batch=4,
+                     profile=["a.safetensors"], num_prompts=2, seed=80_000, quick=True, only=[])  # fmt: skip
+    made(args)
+    [(names, scenes, seed, settings)] = asked
+    assert names == ["dense", "a.safetensors"] and seed == 80_000 and len(scenes) == 2 and settings.batch == 4
+    args.seed = 80_001
+    made(args)
+    assert asked[1][1] != scenes
+    rows = [{"setting": name, "psnr_db": 30.0 + i, "each": [30.0 + i]} for i, name in enumerate(("dense", "a", "b"))]
+    for name, some in (("first", rows[:2]), ("second", [rows[0] | {"psnr_db": 1.0}, rows[2]])):
+        (tmp_path / name).write_text(json.dumps(some))
+    assert read([tmp_path / "first", tmp_path / "second"]) == rows
+    (tmp_path / "odd").write_text(json.dumps([rows[2] | {"each": [1.0, 2.0]}]))
+    with pytest.raises(SystemExit, match="odd has clips of 2 prompts, and .*first of another number"):
+        read([tmp_path / "first", tmp_path / "odd"])
 
 
 def test_quality_and_seconds_measured_apart(tmp_path, monkeypatch, capsys):
