@@ -2,7 +2,8 @@
 
 The data path is block_attention_hopper.py's: one warp copies, two groups of four attend to 64 rows each. A block's
 values are multiplied into registers of their own and added in float32, because Hopper's 8-bit products keep 14 bits of
-a sum. That leaves no registers to run exponentials beside a group's own products; they run beside the other group's.
+a sum. A step takes a block in two halves, because registers hold one more half's products: the exponentials of the
+second half run beside the values of the first and the next block's first products.
 """
 
 import torch
@@ -131,17 +132,17 @@ def _produce(
 
 
 @gluon.jit
-def _products(q, ring, slot, ROWS: gl.constexpr, BLOCK: gl.constexpr, s_layout: gl.constexpr):
-    """Start codes of queries times codes of keys, which as float32 read MAGIC too much."""
-    s = gl.full([ROWS, BLOCK], MAGIC_BITS, gl.int32, s_layout)
-    return warpgroup_mma(q, ring.index(slot).permute((1, 0)), s, is_async=True)
+def _products(q, ring, slot, start: gl.constexpr, KEYS: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr):
+    """Start codes of queries times codes of KEYS keys, which as float32 read MAGIC too much."""
+    s = gl.full([ROWS, KEYS], MAGIC_BITS, gl.int32, s_layout)
+    return warpgroup_mma(q, ring.index(slot).slice(start, KEYS).permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit
-def _values(p, ring, slot, ROWS: gl.constexpr, D: gl.constexpr, o_layout: gl.constexpr):
-    """Start the output of one block's values alone."""
-    o = gl.zeros([ROWS, D], gl.float32, o_layout)
-    return warpgroup_mma(p, ring.index(slot).permute((1, 0)), o, use_acc=False, is_async=True)
+def _values(p, part, ring, slot, start: gl.constexpr, KEYS: gl.constexpr, use_acc: gl.constexpr):
+    """Start the output of KEYS keys' values alone, or adding it to that of the keys before."""
+    v = ring.index(slot).slice(start, KEYS, dim=1).permute((1, 0))
+    return warpgroup_mma(p, v, part, use_acc=use_acc, is_async=True)
 
 
 @gluon.jit
@@ -152,105 +153,125 @@ def _unit(unit_ring, slot):
 
 
 @gluon.jit
-def _probabilities(e, ROWS: gl.constexpr, BLOCK: gl.constexpr, o_layout: gl.constexpr):
+def _probabilities(e, ROWS: gl.constexpr, KEYS: gl.constexpr, o_layout: gl.constexpr):
     """Exponentials by row of the keys' tile -> e4m3 by key, where each thread holds them already."""
-    e = e.reshape([ROWS, BLOCK // 32, 2, 2, 4, 2]).permute((0, 1, 2, 4, 3, 5)).reshape([ROWS, BLOCK])
+    e = e.reshape([ROWS, KEYS // 32, 2, 2, 4, 2]).permute((0, 1, 2, 4, 3, 5)).reshape([ROWS, KEYS])
     return gl.convert_layout(e, gl.DotOperandLayout(0, o_layout, 4)).to(gl.float8e4nv)
 
 
 @gluon.jit
-def _masked(s, left, BLOCK: gl.constexpr, s_layout: gl.constexpr):
-    """The first `left` keys of the block count."""
-    row = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
+def _masked(s, start: gl.constexpr, left, KEYS: gl.constexpr, s_layout: gl.constexpr):
+    """The first `left` keys of the block count; these begin at `start`."""
+    row = start + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
     key = (row & ~14) | ((row & 8) >> 2) | ((row & 6) << 1)
     return gl.where((key < left)[None, :], s, float("-inf"))
 
 
 @gluon.jit
-def _exponentials(s, unit, m, l):
-    """Products s, MAGIC too large, in units (base 2) a row -> as block_attention_hopper's, but 2^UP times as large."""
-    top = gl.maximum(m, (gl.max(s, 1) - MAGIC) * unit)
-    e = gl.exp2(s * unit[:, None] - (MAGIC * unit + top - UP)[:, None])
-    shrink = gl.exp2(m - top)
-    return e, top, shrink, l * shrink + gl.sum(e, 1)
-
-
-@gluon.jit
 def _step(
-    s, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
+    s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
     MASKED: gl.constexpr, LAST: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr,
     ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """One block with products s in `unit` a row; also the next block's products, unless this is the last."""
+    """One block, its halves' products s and s2 in `unit` a row; also the next block's, unless this is the last.
+
+    The exponentials of the second half run beside the values of the first and the next block's first products, which
+    take the registers of this block's.
+    """
     q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring = rings
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
-    t = s.to(gl.float32, bitcast=True)
+    HALF: gl.constexpr = BLOCK // 2
+    t, t2 = s.to(gl.float32, bitcast=True), s2.to(gl.float32, bitcast=True)
     if MASKED:
-        t = _masked(t, left, BLOCK, s_layout)
-    e, m, shrink, l = _exponentials(t, unit, m, l)
-    p = _probabilities(e, ROWS, BLOCK, o_layout)
+        t, t2 = _masked(t, 0, left, HALF, s_layout), _masked(t2, HALF, left, HALF, s_layout)
+    top = gl.maximum(m, (gl.max(gl.maximum(t, t2), 1) - MAGIC) * unit)
+    shift = (MAGIC * unit + top - UP)[:, None]
+    shrink = gl.exp2(m - top)
+    e = gl.exp2(t * unit[:, None] - shift)
+    l = l * shrink + gl.sum(e, 1)
+    p = _probabilities(e, ROWS, HALF, o_layout)
     mbarrier.wait(v_full.index(v_slot), v_phase)
-    part = _values(p, v_ring, v_slot, ROWS, D, o_layout)
+    part = _values(p, gl.zeros([ROWS, D], gl.float32, o_layout), v_ring, v_slot, 0, HALF, False)
+    if not LAST:
+        mbarrier.wait(k_full.index(k_slot), k_phase)
+        s = _products(q, k_ring, k_slot, 0, HALF, ROWS, s_layout)
+    e = gl.exp2(t2 * unit[:, None] - shift)
+    l += gl.sum(e, 1)
+    p = _probabilities(e, ROWS, HALF, o_layout)
+    part = _values(p, part, v_ring, v_slot, HALF, HALF, True)
     if LAST:
         part = warpgroup_mma_wait(0, deps=[part])
     else:
-        mbarrier.wait(k_full.index(k_slot), k_phase)
-        s = _products(q, k_ring, k_slot, ROWS, BLOCK, s_layout)
+        s, part = warpgroup_mma_wait(0, deps=[s, part])
+        # Not before: registers do not hold the probabilities, the values of this block and all products of the next.
+        s2 = _products(q, k_ring, k_slot, HALF, HALF, ROWS, s_layout)
         unit = q_unit * _unit(unit_ring, k_slot)
-        part = warpgroup_mma_wait(1, deps=[part])
     mbarrier.arrive(v_empty.index(v_slot))
     v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
     o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None] + part
     if not LAST:
-        s = warpgroup_mma_wait(0, deps=[s])
+        s2 = warpgroup_mma_wait(0, deps=[s2])
         mbarrier.arrive(k_empty.index(k_slot))
         k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
-    return s, unit, o, m, l, k_slot, k_phase, v_slot, v_phase
+    return s, s2, unit, o, top, l, k_slot, k_phase, v_slot, v_phase
 
 
 @gluon.jit
 def _tail_step(
     q, q2, q_unit, q2_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, limit,
-    SECOND: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    SECOND: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """A block of pooled keys, with weight, second-order term and mask."""
+    """A block of pooled keys, half by half, with weight, second-order term and mask."""
     LOG2E: gl.constexpr = 1.4426950408889634
     q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring = rings
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
+    HALF: gl.constexpr = BLOCK // 2
     column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    var_slot, var_phase = v_slot, v_phase
     if SECOND:
-        mbarrier.wait(v_full.index(v_slot), v_phase)
-        second = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
-        second = warpgroup_mma(q2, v_ring.index(v_slot).permute((1, 0)), second, use_acc=False, is_async=True)
-        second = warpgroup_mma_wait(0, deps=[second])
-        mbarrier.arrive(v_empty.index(v_slot))
+        mbarrier.wait(v_full.index(var_slot), var_phase)
         v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
-        second = gl.minimum(second * q2_unit[:, None], limit) * LOG2E
     mbarrier.wait(k_full.index(k_slot), k_phase)
-    s = _products(q, k_ring, k_slot, ROWS, BLOCK, s_layout)
     unit = q_unit * _unit(unit_ring, k_slot)
-    weight = weight_ring.index(k_slot).load(column_layout)
-    weight = gl.where(routed_ring.index(k_slot).load(column_layout) != 0, float("-inf"), weight) * LOG2E
-    s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(k_empty.index(k_slot))
+    for half in gl.static_range(2):
+        s = _products(q, k_ring, k_slot, half * HALF, HALF, ROWS, s_layout)
+        if SECOND:
+            variances = v_ring.index(var_slot).slice(half * HALF, HALF).permute((1, 0))
+            second = gl.zeros([ROWS, HALF], gl.float32, s_layout)
+            second = warpgroup_mma(q2, variances, second, use_acc=False, is_async=True)
+        weight = weight_ring.index(k_slot).slice(half * HALF, HALF).load(column_layout)
+        routed = routed_ring.index(k_slot).slice(half * HALF, HALF).load(column_layout)
+        weight = gl.where(routed != 0, float("-inf"), weight) * LOG2E
+        if SECOND:
+            s, second = warpgroup_mma_wait(0, deps=[s, second])
+        else:
+            s = warpgroup_mma_wait(0, deps=[s])
+        if half == 1:
+            mbarrier.arrive(k_empty.index(k_slot))
+            if SECOND:
+                mbarrier.arrive(v_empty.index(var_slot))
+        t = (s.to(gl.float32, bitcast=True) - MAGIC) * unit[:, None] + weight[None, :]
+        if SECOND:
+            t += gl.minimum(second * q2_unit[:, None], limit) * LOG2E
+        top = gl.maximum(m, gl.max(t, 1))
+        e = gl.exp2(t - (top - UP)[:, None])
+        shrink = gl.exp2(m - top)
+        m = top
+        l = l * shrink + gl.sum(e, 1)
+        p = _probabilities(e, ROWS, HALF, o_layout)
+        if half == 0:
+            mbarrier.wait(v_full.index(v_slot), v_phase)
+        # Into the output at once: of so few steps 14 bits of a sum are enough, and registers of their own for what
+        # these add would leave the loop over listed blocks too few to have two products under way.
+        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+        o = warpgroup_mma_wait(0, deps=[_values(p, o, v_ring, v_slot, half * HALF, HALF, True)])
     k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
-    s = (s.to(gl.float32, bitcast=True) - MAGIC) * unit[:, None] + weight[None, :]
-    if SECOND:
-        s += second
-    top = gl.maximum(m, gl.max(s, 1))
-    e = gl.exp2(s - (top - UP)[:, None])
-    shrink = gl.exp2(m - top)
-    l = l * shrink + gl.sum(e, 1)
-    p = _probabilities(e, ROWS, BLOCK, o_layout)
-    mbarrier.wait(v_full.index(v_slot), v_phase)
-    part = warpgroup_mma_wait(0, deps=[_values(p, v_ring, v_slot, ROWS, D, o_layout)])
     mbarrier.arrive(v_empty.index(v_slot))
     v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
-    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None] + part
-    return o, top, l, k_slot, k_phase, v_slot, v_phase
+    return o, m, l, k_slot, k_phase, v_slot, v_phase
 
 
 @gluon.jit
@@ -264,7 +285,7 @@ def _consume(
 ):  # fmt: skip
     """Half of a tile's rows, from the first listed block to the store."""
     LOG2E: gl.constexpr = 1.4426950408889634
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK // 2, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
@@ -292,28 +313,32 @@ def _consume(
         l = gl.zeros([ROWS], gl.float32, s_rows)
         o = gl.zeros([ROWS, D], gl.float32, o_layout)
         mbarrier.wait(k_full.index(k_slot), k_phase)
-        s = warpgroup_mma_wait(0, deps=[_products(q, k_ring, k_slot, ROWS, BLOCK, s_layout)])
+        # One after the other: under way together, they would make every product of the loop wait.
+        s = _products(q, k_ring, k_slot, 0, BLOCK // 2, ROWS, s_layout)
+        s = warpgroup_mma_wait(0, deps=[s])
+        s2 = _products(q, k_ring, k_slot, BLOCK // 2, BLOCK // 2, ROWS, s_layout)
+        s2 = warpgroup_mma_wait(0, deps=[s2])
         unit = q_unit * _unit(unit_ring, k_slot)
         mbarrier.arrive(k_empty.index(k_slot))
         k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
         ahead = gl.minimum(whole, steps - 1)
         for _ in range(0, ahead):
-            s, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
-                s, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, BLOCK,
+            s, s2, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
+                s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, BLOCK,
                 False, False, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
             )  # fmt: skip
         if TEXT:
             for i in range(ahead, steps - 1):
                 left = gl.where(i < n, short, LK - COLUMNS - (i - n) * BLOCK)
-                s, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
-                    s, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
+                s, s2, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
+                    s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
                     True, False, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
                 )  # fmt: skip
         left = short
         if TEXT:
             left = gl.where(steps > n, LK - COLUMNS - (steps - 1 - n) * BLOCK, left)
-        s, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
-            s, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
+        s, s2, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
+            s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
             True, True, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
         )  # fmt: skip
 
@@ -335,7 +360,7 @@ def _consume(
             for _ in range(0, gl.where(is_text, 0, padded // BLOCK)):
                 o, m, l, k_slot, k_phase, v_slot, v_phase = _tail_step(
                     q, q2, q_unit, q2_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, limit,
-                    SECOND, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+                    SECOND, SLOTS, BLOCK, ROWS, s_layout, o_layout,
                 )  # fmt: skip
         mbarrier.arrive(q_empty.index(group))
 
