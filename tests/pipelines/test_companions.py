@@ -256,11 +256,13 @@ def test_guidance_that_leaves_attention_out(how):
 
     stock, plain = skipping(run), run()
     assert not torch.allclose(stock, plain, atol=1e-4)
+    # Latents of these random weights are hundreds, and where they cross zero a CPU's float32 differs by as many ulps.
+    near = dict(atol=1e-6 * stock.abs().max().item(), rtol=1e-4)
     with sparsify(pipe, "tail", density=1.0, dense_steps=0) as session:
-        torch.testing.assert_close(skipping(run), stock, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(skipping(run), stock, **near)
         expected = {"perturbed attention guidance replaces attention": 3} if how == "scores" else {}
         assert session.report().fallbacks == expected
-        torch.testing.assert_close(run(), plain, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(run(), plain, **near)
         assert not session.report().fallbacks
 
 
