@@ -39,6 +39,8 @@ Heard = dict[tuple[str, int, str], effects.Blocks]
 TRIED = ((30.0, 36.0), (33.0, 27.0), (27.0, 33.0), (36.0, 30.0))
 # Numbers of the latents that are looked at after each step.
 LATENTS = 1 << 16
+# Of what is kept to be resumed; of another format nothing can be.
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a calibration to be resumed."""
         told = {
+            "format": _FORMAT,
             "plan": asdict(self.plan),
             "prompts": self.prompts,
             "seed": self.seed,
@@ -149,6 +152,8 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
         session.generation.dense = recorder
         latents = _Latents(partial(job.tick, f"prompt {number + 1}, dense", 1))
         frames = job.run(job.prompts[number], job.seed + number, latents)
+        # Some pipelines tell nobody when a step is done.
+        job.tick(f"prompt {number + 1}, dense", max(0, job.steps - latents.steps))
         report, grid = session.report(), session.generation.grid
         if report.fallbacks:
             raise ValueError(f"This model cannot be calibrated: {'; '.join(report.fallbacks)}.")
@@ -227,7 +232,8 @@ def _trial(job: Job, work: Path, place: int) -> None:
             # The machine may have been busier or freer than in the dense run.
             seconds *= fitted.header.costs["dense"] / clock.per_head
         error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
-        measured = {"prompt": number, "error": error, "seconds": seconds, "found": latents.off(dense["latents"])}
+        off = latents.off(dense["latents"], len(told["direct"]))
+        measured = {"prompt": number, "error": error, "seconds": seconds, "found": off}
         known["trials"].append(told | measured)
         write_record(file, known)
         left -= latents.steps
@@ -254,14 +260,14 @@ class _Latents:
         self.tick()
 
     def seen(self) -> Tensor:
-        """[steps, numbers]."""
-        return torch.stack(self._seen) if self._seen else torch.zeros(0)
+        """[steps, numbers]; empty where the pipeline tells no latents."""
+        return torch.stack(self._seen) if self._seen else torch.zeros(0, 0)
 
-    def off(self, dense: Tensor) -> list[float | None]:
-        """Mean squared error after each step; None where it is not known."""
+    def off(self, dense: Tensor, steps: int) -> list[float | None]:
+        """Mean squared error after each of the run's steps; None where it is not known."""
         mine = self.seen()
-        if mine.shape != dense.shape:
-            return [None] * self.steps
+        if mine.shape != dense.shape or len(mine) != steps:
+            return [None] * steps
         return [float(x) for x in (mine - dense).square().mean(-1)]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_sparse.calibration.replay import Tape, forward_once, forwards
+from dit_sparse.calibration.replay import CPU, Tape, forward_once, forwards
+from dit_sparse.calibration.values import bytes_of, copied, sample_of
 from dit_sparse.config import SparseConfig
 from dit_sparse.pipelines.session import FAMILIES, sparsify
 
@@ -25,7 +26,7 @@ def probe_steps(steps: int) -> tuple[int, ...]:
 class Blocks:
     """What the blocks of a transformer say in a dense forward, so that those before a probed layer need not run again.
 
-    known  block -> its output, as tensors and tuples on the CPU, of the first blocks in the order in which they ran;
+    known  block -> its output, on the CPU, of the first blocks in the order in which they ran;
            None before anything was heard
     """
 
@@ -77,14 +78,18 @@ class Blocks:
         if name in self._heard:
             # What runs twice has no one output.
             self._heard, self._deaf = {}, True
-        self._deaf = self._deaf or sum(map(_bytes, self._heard.values())) + _bytes(out) > KEPT_BYTES
+        self._deaf = self._deaf or sum(map(bytes_of, self._heard.values())) + bytes_of(out) > KEPT_BYTES
         if not self._deaf:
-            self._heard[name] = _copied(out, torch.device("cpu"))
+            try:
+                self._heard[name] = copied(out, CPU)
+            except TypeError:
+                # It runs again in every probe, and so does what follows.
+                self._deaf = True
         return out
 
     def _recall(self, name: str, _original: Any, *_args: Any, **_kwargs: Any) -> Any:
         assert self.known is not None
-        return _copied(self.known[name], next(self.transformer.parameters()).device)
+        return copied(self.known[name], next(self.transformer.parameters()).device)
 
 
 def probe(
@@ -113,7 +118,7 @@ def probe(
             stack.enter_context(blocks.around(names[layer]))
             stack.enter_context(sparsify(transformer, probed))
             out = forward_once(transformer, tape.calls[part, step, branch], device)
-        changes.append(out - tape.outputs[part, step, branch].float())
+        changes.append(out - sample_of(tape.outputs[part, step, branch]).float())
     return {
         "squares": [float(change.square().mean()) for change in changes],
         "along": [float((change * changes[0]).mean()) for change in changes],
@@ -146,15 +151,3 @@ def _until(block: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
             break
         found[name] = out
     return found
-
-
-def _bytes(said: Any) -> int:
-    if isinstance(said, Tensor):
-        return said.numel() * said.element_size()
-    return sum(map(_bytes, said)) if isinstance(said, tuple | list) else 0
-
-
-def _copied(said: Any, device: torch.device) -> Any:
-    if isinstance(said, Tensor):
-        return said.to(device, copy=True)
-    return type(said)(_copied(x, device) for x in said) if isinstance(said, tuple | list) else said

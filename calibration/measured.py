@@ -23,6 +23,9 @@ from dit_sparse.state import Generation, Layer
 AT_ONCE: tuple[ChoiceMethod, ...] = ("none", "rectify", "tail", "calibrated")
 KEPT: tuple[Storage, ...] = ("bf16", "fp8", "int4")
 Cost = Literal["seconds", "work"]
+# What the branches of guidance are called: by pipelines, by guiders, and where nobody names them, as with Cosmos and
+# Kandinsky, whose forward with the prompt is the first.
+COND, UNCOND = ("cond", "pred_cond", "branch 0"), ("uncond", "pred_uncond", "branch 1")
 # Cosines are measured on a sample of rows: branches are never taken to cancel further than this share of the squares.
 LEAST_LEFT = 0.02
 # How much of an error that was added up is there in the end, until a trial says so: about what the demo model's trials
@@ -86,8 +89,8 @@ class Measured:
         """[branches]: how guidance weighs what each branch says."""
         h = self.header
         guided = h.guidance_scale > 1 and len(h.branches) > 1
-        scale = {"cond": h.guidance_scale, "uncond": 1 - h.guidance_scale} if guided else {}
-        return np.array([scale.get(name, 1.0) for name in h.branches])
+        scale = dict.fromkeys(COND, h.guidance_scale) | dict.fromkeys(UNCOND, 1 - h.guidance_scale)
+        return np.array([scale.get(name, 1.0) if guided else 1.0 for name in h.branches])
 
     def _joint(self, relative: np.ndarray, kind: str) -> np.ndarray:
         """[x, t, k]: mean squared error of what guidance makes of relative errors [x, b, t, k]; kind is one of ERRORS,

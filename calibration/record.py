@@ -101,7 +101,7 @@ class Recorder:
     found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     inputs: tuple[Layer, Tensor, Tensor, Tensor] | None = None
     _marks: list[tuple[Mark, Mark, Mark]] = field(default_factory=list)
-    _memory: dict[tuple[str, str, int], dict[int, Memory]] = field(default_factory=dict)
+    _memory: dict[tuple[str, str, int, int], dict[int, Memory]] = field(default_factory=dict)
     _first: dict[tuple[str, int], tuple[int, str, Tensor]] = field(default_factory=dict)
     _last: dict[tuple[str, str, int], tuple[int, Tensor]] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
@@ -139,20 +139,18 @@ class Recorder:
         bank = Bank(self.plan, layout, q, k, v, text_mask)
         root = self.metric.get(layer.name)
         for head in range(q.shape[1]):
-            key = (layer.name, branch, head)
-            memory = self._memory.setdefault(key, {})
-            for old in [old for old in memory if step - old > self.plan.distances[-1]]:
-                del memory[old]
-            # Rows of a batch are other prompts, or the branches of guidance where these are one batch.
-            told = [
-                bank.look(b, head, None if root is None else root[head], memory if b == 0 else {}, step)
-                for b in range(q.shape[0])
-            ]
-            memory[step] = told[0][1]
+            told: list[tuple[dict[str, Tensor], Tensor]] = []
+            # Rows of a batch are other prompts, or the branches of guidance where these are one batch: each remembers.
+            for b in range(q.shape[0]):
+                memory = self._memory.setdefault((layer.name, branch, head, b), {})
+                for old in [old for old in memory if step - old > self.plan.distances[-1]]:
+                    del memory[old]
+                found, memory[step], sketch = bank.look(b, head, None if root is None else root[head], memory, step)
+                told.append((found, sketch))
             for name, whole in self.found[branch].items():
                 if name not in ("together", "persist"):
                     whole[self._rows[layer.name] + head, step] = torch.stack([t[0][name] for t in told]).mean(0)
-            self._compare(layer, head, step, branch, told[0][2])
+            self._compare(layer, head, step, branch, told[0][1])
 
     def _compare(self, layer: Layer, head: int, step: int, branch: str, sketch: Tensor) -> None:
         """Cosines between the errors, of length 1, of this branch and the first, and of this step and the one before;

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_sparse.calibration.values import copied, from_tensors, sample_of, to_tensors
 from dit_sparse.state import Generation
 
 Forward = Callable[..., Any]
-Argument = Tensor | tuple[Tensor, ...] | bool | int | float
+Key = tuple[str, int, str]
+CPU = torch.device("cpu")
 
 
 @contextmanager
@@ -31,20 +33,29 @@ def forwards(transformers: Mapping[str, nn.Module], wrap: Callable[..., Any]) ->
                 module.forward = own
 
 
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one forward as the pipeline gave them, by place and by name, on the CPU."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @dataclass
 class Tape:
-    """The outputs of a dense run, and the arguments of the forwards at some steps, on the CPU.
+    """What the forwards of a dense run said, and the arguments of those at some steps, on the CPU.
 
-    outputs  (component, step, branch) -> what the transformer said
-    calls    the same -> its arguments by name: tensors, tuples of them, and plain numbers
+    outputs  (component, step, branch) -> all that the transformer said, in the form in which it said it
+    calls    the same -> its arguments
     """
 
-    outputs: dict[tuple[str, int, str], Tensor] = field(default_factory=dict)
-    calls: dict[tuple[str, int, str], dict[str, Argument]] = field(default_factory=dict)
+    outputs: dict[Key, Any] = field(default_factory=dict)
+    calls: dict[Key, Call] = field(default_factory=dict)
 
     def record(self, generation: Generation, keep_calls: frozenset[int]) -> Callable[..., Any]:
         """To be given to `forwards` around a dense run of a session with this generation. Arguments are kept of the
-        steps `keep_calls`, and of the first that a component runs at."""
+        steps `keep_calls`, and of the first that a component runs at. The run raises ValueError where something cannot
+        be told again from a file."""
 
         def forward(part: str, original: Forward, *args: Any, **kwargs: Any) -> Any:
             moment = generation.moment
@@ -52,11 +63,12 @@ class Tape:
             key = (part, moment.step, moment.branch)
             first = min((step for of, step, _ in self.outputs if of == part), default=moment.step)
             if moment.step in keep_calls or moment.step == first:
-                if args:
-                    raise ValueError(f"The pipeline calls {part} with nameless arguments, which no probe can repeat.")
-                self.calls[key] = {name: _kept(x) for name, x in kwargs.items() if _repeatable(name, x)}
+                self.calls[key] = Call(
+                    tuple(_kept(x, f"argument {i + 1} of {part}") for i, x in enumerate(args)),
+                    {name: _kept(x, f"{name} of {part}") for name, x in kwargs.items()},
+                )
             out = original(*args, **kwargs)
-            self.outputs[key] = _sample(out).to("cpu", copy=True)
+            self.outputs[key] = _kept(out, f"the output of {part}")
             return out
 
         return forward
@@ -69,68 +81,45 @@ class Tape:
             assert moment is not None
             if moment.step >= until:
                 return original(*args, **kwargs)
-            said = self.outputs[part, moment.step, moment.branch]
-            return (said.to(generation.device),)
+            return copied(self.outputs[part, moment.step, moment.branch], generation.device)
 
         return forward
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it under names a file can hold."""
-        named = {f"out/{part}/{step}/{branch}": x for (part, step, branch), x in self.outputs.items()}
+        named: dict[str, Tensor] = {}
+        for (part, step, branch), said in self.outputs.items():
+            named |= to_tensors(f"out/{part}/{step}/{branch}", said)
         for (part, step, branch), call in self.calls.items():
-            for name, x in call.items():
-                at = f"call/{part}/{step}/{branch}/{name}"
-                if isinstance(x, tuple):
-                    named |= {f"{at}/{i}": one for i, one in enumerate(x)}
-                else:
-                    # A number is a tensor without axes that says so in its name.
-                    named |= {at: x} if isinstance(x, Tensor) else {f"{at}/": torch.tensor(x)}
-        return {name: x.contiguous() for name, x in named.items()}
+            named |= to_tensors(f"call/{part}/{step}/{branch}", (call.args, call.kwargs))
+        return named
 
     @classmethod
     def from_tensors(cls, named: Mapping[str, Tensor]) -> "Tape":
         tape = cls()
-        tuples: dict[tuple[tuple[str, int, str], str], dict[int, Tensor]] = {}
-        for name, x in named.items():
+        for name in named:
             kind, part, step, branch, *rest = name.split("/")
-            key = part, int(step), branch
+            if rest:
+                continue
+            value = from_tensors(name, named)
             if kind == "out":
-                tape.outputs[key] = x
-            elif len(rest) == 1:
-                tape.calls.setdefault(key, {})[rest[0]] = x
-            elif rest[1]:
-                tuples.setdefault((key, rest[0]), {})[int(rest[1])] = x
+                tape.outputs[part, int(step), branch] = value
             else:
-                tape.calls.setdefault(key, {})[rest[0]] = x.item()
-        for (key, name), parts in tuples.items():
-            tape.calls.setdefault(key, {})[name] = tuple(parts[i] for i in sorted(parts))
+                tape.calls[part, int(step), branch] = Call(*value)
         return tape
 
 
-def _sample(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out.sample
-
-
-def _repeatable(name: str, x: Any) -> bool:
-    if isinstance(x, tuple | list):
-        return bool(x) and all(isinstance(one, Tensor) for one in x)
-    return isinstance(x, Tensor | bool | int | float) and name != "return_dict"
-
-
-def _kept(x: Any) -> Argument:
-    if isinstance(x, tuple | list):
-        return tuple(one.to("cpu", copy=True) for one in x)
-    return x.to("cpu", copy=True) if isinstance(x, Tensor) else x
+def _kept(x: Any, what: str) -> Any:
+    try:
+        return copied(x, CPU)
+    except TypeError as error:
+        raise ValueError(
+            f"This model cannot be calibrated: {what} holds {error}, and what is repeated are tensors, numbers and "
+            "strings, and tuples, lists, dicts and outputs of diffusers made of these."
+        ) from None
 
 
 @torch.no_grad()
-def forward_once(transformer: nn.Module, call: Mapping[str, Argument], device: torch.device) -> Tensor:
-    """The transformer's output for recorded arguments, on the CPU."""
-
-    def there(x: Argument) -> Argument:
-        if isinstance(x, tuple):
-            return tuple(one.to(device) for one in x)
-        return x.to(device) if isinstance(x, Tensor) else x
-
-    out = transformer(**{name: there(x) for name, x in call.items()}, return_dict=False)
-    return _sample(out).float().cpu()
+def forward_once(transformer: nn.Module, call: Call, device: torch.device) -> Tensor:
+    """The transformer's sample, see `sample_of`, for recorded arguments: float32, on the CPU."""
+    return sample_of(transformer(*copied(call.args, device), **copied(call.kwargs, device))).float().cpu()

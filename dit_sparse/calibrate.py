@@ -289,10 +289,13 @@ def _ladder(options: CalibrateOptions) -> tuple[Rung, ...]:
 
 def _rows(options: CalibrateOptions, files: models.ModelFiles, request: generate.Request, rungs: int) -> int:
     """As many rows as asked for, unless what anchors would remember of them does not fit."""
+    from dit_sparse.pipelines.session import FAMILIES
+
     if options.rows < 1:
         raise ValueError(f"rows is at least 1, not {options.rows}.")
-    configs = [config for _, config in files.transformers.values()]
-    width = sum(c["num_layers"] * c["num_attention_heads"] * c["attention_head_dim"] for c in configs)
+    sides = request.height, request.width, request.num_frames
+    shapes = [FAMILIES[name].shape(config, *sides, files.vae) for name, config in files.transformers.values()]
+    width = sum(shape.layers * shape.heads * shape.head_dim for shape in shapes)
     branches = 2 if request.guidance_scale > 1 else 1
     per_row = width * branches * DISTANCES[-1] * rungs * 2 * 2
     rows = options.rows

@@ -353,11 +353,19 @@ def taken(part: str) -> ValueError:
 
 
 def levels_of(scheduler: Any) -> tuple[float, ...] | None:
-    """The noise level of each step, from 1 to 0."""
+    """The noise level of each step, from 1 to 0: the share of noise in what is denoised. None without a scheduler that
+    has timesteps."""
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None:
         return None
-    return tuple((timesteps.double() / scheduler.config.num_train_timesteps).tolist())
+    config = scheduler.config
+    if "sigma_data" in config:
+        # Timesteps of EDM, as in Cosmos 1, are logarithms.
+        sigmas = scheduler.sigmas[: len(timesteps)].double()
+        return tuple((sigmas / (sigmas + config.sigma_data)).tolist())
+    levels = timesteps.double() / config.num_train_timesteps
+    # Mochi's rise with what there is of the video.
+    return tuple((1.0 - levels if config.get("invert_sigmas") else levels).tolist())
 
 
 def _total_steps(pipe: Any) -> int | None:

@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -15,6 +14,7 @@ from dit_sparse import generate
 from dit_sparse.calibration import collect, effects
 from dit_sparse.calibration.metrics import psnr
 from dit_sparse.calibration.replay import Tape, forward_once, forwards
+from dit_sparse.calibration.values import sample_of
 from dit_sparse.choices import DENSE, Choice, Rung
 from dit_sparse.cli import main
 from dit_sparse.config import SparseConfig
@@ -22,7 +22,6 @@ from dit_sparse.pipelines.session import sparsify
 from dit_sparse.profile import Profile
 from tests import profiles, tiny
 from tests.families import FAMILIES
-from tests.families import generate as generate_family
 
 SIZE = ("--height", "32", "--width", "48", "--num_frames", "3")
 FILE = "m.profile.safetensors"
@@ -151,7 +150,7 @@ def test_the_statistics_of_a_run_do_not_change_it(model, here):
     for branch in branches:
         with sparsify(pipe.transformer, "tail", density=0.1, dense_steps=0, dense_layers="0-0"):
             out = forward_once(pipe.transformer, tape.calls["transformer", 1, branch], torch.device("cpu"))
-        offs.append(out - tape.outputs["transformer", 1, branch])
+        offs.append(out - sample_of(tape.outputs["transformer", 1, branch]))
     assert changes[1]["squares"] == [off.square().mean().item() for off in offs] and min(changes[1]["squares"]) > 0
     assert changes[1]["along"] == [(off * offs[0]).mean().item() for off in offs]
     assert changes[0] != changes[1]
@@ -210,28 +209,6 @@ def test_blocks_before_a_probed_layer_do_not_run_again(model):
     for hook in hooks:
         hook.remove()
     assert all("forward" not in block.__dict__ for block in pipe.transformer.blocks)
-
-
-@pytest.mark.parametrize("name", ["wan", "cogvideox-5b", "cosmos", "flux"])
-def test_a_forward_is_repeated_with_all_of_its_arguments(name):
-    """Also where these are tuples of tensors, as rotations of CogVideoX, or numbers, as the frame rate of Cosmos."""
-    pipe = tiny.tiny_wan(vae="1x1") if name == "wan" else FAMILIES[name].make()
-    tape, found, run = Tape(), [], tiny.generate if name == "wan" else partial(generate_family, name)
-
-    def wrap(part, original, *args, **kwargs):
-        return tape.record(found[0].generation, frozenset({1}))(part, original, *args, **kwargs)
-
-    with forwards({"transformer": pipe.transformer}, wrap), sparsify(pipe, "dense") as session:
-        found.append(session)
-        run(pipe)
-    again = Tape.from_tensors(tape.tensors())
-    assert again.calls.keys() == tape.calls.keys() and len(tape.calls) > 0
-    for key, call in again.calls.items():
-        assert call.keys() == tape.calls[key].keys()
-        assert [type(x) for x in call.values()] == [type(tape.calls[key][arg]) for arg in call]
-        with sparsify(pipe.transformer, "dense", dense_steps=0):
-            out = forward_once(pipe.transformer, call, torch.device("cpu"))
-        torch.testing.assert_close(out, tape.outputs[key].float(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_metric_is_the_output_projection():

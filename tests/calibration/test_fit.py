@@ -307,6 +307,22 @@ def test_a_soft_anchor_is_as_wrong_as_its_tail_and_stays_so():
     assert ways[soft].added - ways[hard].added == pytest.approx(more.sum())
 
 
+@pytest.mark.parametrize(
+    ("branches", "signed"),
+    [
+        (("cond", "uncond"), [4, -3]),
+        (("pred_cond", "pred_uncond"), [4, -3]),
+        (("branch 0", "branch 1"), [4, -3]),
+        (("cond_uncond",), [1]),
+        (("branch 0",), [1]),
+        (("cond", "uncond", "perturbed"), [4, -3, 1]),
+    ],
+)
+def test_branches_count_as_guidance_weighs_them(branches, signed):
+    made = profiles.profile()
+    assert Problem(replace(made, header=replace(made.header, branches=branches))).signed.tolist() == signed
+
+
 def test_errors_that_stay_the_same_add_up_faster():
     made = profiles.profile()
     alone, steady = made, replace(made, tensors=made.tensors | {"persist": 0 * made.tensors["persist"] + 1.0})

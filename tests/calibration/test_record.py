@@ -197,6 +197,17 @@ def test_persist_is_the_angle_between_the_errors_of_two_steps():
             torch.testing.assert_close(got, torch.cosine_similarity(*errors), atol=0.12, rtol=0)
 
 
+def test_rows_of_a_batch_are_looked_at_each_with_its_own_memory():
+    """Guidance in one batch: what is found is the mean over both branches, of what grows stale, too."""
+    first, second = sequence(3), sequence(3)
+    both = [[torch.cat(pair) for pair in zip(*step, strict=True)] for step in zip(first, second, strict=True)]
+    alone = [recorded(inputs, plan()).found["cond"] for inputs in (first, second)]
+    for name, x in recorded(both, plan()).found["cond"].items():
+        if name not in ("together", "persist"):
+            mean = torch.stack([found[name] for found in alone]).mean(0)
+            torch.testing.assert_close(x, mean, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
 def test_a_sample_of_rows_tells_about_the_same():
     inputs = sequence(2)
     whole, some = (recorded(inputs, plan(rows=rows)).found["cond"] for rows in (10_000, 64))

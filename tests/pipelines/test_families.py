@@ -20,7 +20,7 @@ from dit_sparse.pipelines import session as session_module
 from dit_sparse.pipelines.session import FAMILIES
 from dit_sparse.predict import attention_share
 from tests.families import FAMILIES as TINY
-from tests.families import generate
+from tests.families import generate, make
 
 # Tail and none are parts of anchor and reshape, and the others choose blocks for these.
 SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in ("tail", "none", "topp", "sta", "radial", "ditfastattn")]
@@ -30,17 +30,6 @@ METHODS = ["anchor", "reshape", "rectify", "svg", *SLOW]
 @pytest.fixture(params=TINY)
 def name(request):
     return request.param
-
-
-def make(name):
-    torch.manual_seed(0)
-    pipe = TINY[name].make()
-    pipe.transformer.eval()
-    for weight in pipe.transformer.parameters():
-        # Gates that are closed at first would hide whatever attention does.
-        if not weight.any():
-            weight.data.normal_(std=0.1)
-    return pipe
 
 
 def family_of(pipe):
