@@ -21,6 +21,17 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Without diffusers' note on each number of frames it rounds."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For small tensors: these only wait for a second thread, for minutes on a busy machine."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -25,6 +24,8 @@ from dit_sparse.pipelines.registry import known_of
 from dit_sparse.pipelines.session import levels_of
 from tests import families, tiny
 from tests.calibration.test_values import same
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -56,15 +57,6 @@ def case(request: pytest.FixtureRequest) -> Case:
     made = tiny.tiny_vace() if name == "wan-vace" else tiny.tiny_wan("2x1", text=False, wan22=name == "wan2.2")
     size = {} if name == "wan-vace" else {"size": 32}
     return Case(name, made, lambda seed=1, **told: tiny.generate(made, steps=STEPS, seed=seed, **size, **told))
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """Without diffusers' note on each number of frames it rounds."""
-    before = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    yield
-    diffusers.utils.logging.set_verbosity(before)
 
 
 def taped(case: Case, keep: frozenset[int]) -> tuple[Tape, Tensor]:

@@ -1,23 +1,18 @@
 """Pipelines of a few thousand weights, built anew where a test needs what a fresh process would have."""
 
-import diffusers
 import pytest
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """Without diffusers' note on each number of frames it rounds."""
-    before = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    yield
-    diffusers.utils.logging.set_verbosity(before)
 
 
 @pytest.fixture(autouse=True)
 def own_backend(monkeypatch):
     """A model's set_attention_backend changes the default of the process too, and nothing in diffusers undoes that."""
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+
+
+@pytest.fixture(autouse=True)
+def with_quiet(quiet: None) -> None:
+    """All of these generate."""
 
 
 @pytest.fixture(autouse=True, scope="module")
