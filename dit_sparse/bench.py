@@ -1,6 +1,7 @@
 """Times of attention, of the whole sparse operator, and of one transformer forward; nothing is timed that is wrong."""
 
 import json
+import math
 import platform
 import statistics
 import sys
@@ -57,8 +58,8 @@ CASES: dict[str, Case] = {
 DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 # What 8 bits may err by, relative, on random inputs, whose values share nothing that averages keep.
 ERROR_8BIT = 0.05
-# Clocks that the device is kept busy for before a call is timed: some milliseconds.
-AHEAD = 10_000_000
+# A GPU's clock is what power and heat leave: a call is repeated for so many milliseconds before as many are timed.
+SETTLE = 100
 # Densities at which counts are also spread, as top-p makes them.
 UNEVEN = (0.1,)
 
@@ -143,20 +144,27 @@ class Bench:
         print(", ".join(f"{key} {_cell(value)}" for key, value in row.items()), file=sys.stderr, flush=True)
 
     def milliseconds(self, *runs: Callable[[], Any]) -> list[float]:
-        """Median time of each, after two runs that do not count; on a GPU the device's, with the host ahead of it.
-
-        They take turns, because a chip's clock falls as it warms.
+        """Median time of each, after a run that does not count. They take turns, because a chip's clock falls as it
+        warms; on a GPU a turn is as many runs in a row as SETTLE takes, after as many that are not timed.
         """
         times: list[list[float]] = [[] for _ in runs]
-        for turn in range(-2, self.options.repeats):
+        for turn in range(-1, self.options.repeats):
             for run, found in zip(runs, times, strict=True):
-                if self.device.type == "cuda":
-                    # As in a model's forward, where the host prepares a launch while the one before is running.
-                    torch.cuda._sleep(AHEAD)
                 ms = self.timed(run)[0]
                 if turn >= 0:
-                    found.append(ms)
+                    found.append(self.settled(run, ms) if self.device.type == "cuda" else ms)
         return [statistics.median(found) for found in times]
+
+    def settled(self, run: Callable[[], Any], ms: float) -> float:
+        """Milliseconds that `run` takes on a GPU at the clock that it leaves the chip; it took `ms` just now."""
+        several = range(math.ceil(SETTLE / ms))
+
+        def again() -> None:
+            for _ in several:
+                run()
+
+        again()
+        return self.timed(again)[0] / len(several)
 
     def timed(self, run: Callable[[], Result]) -> tuple[float, Result]:
         """Milliseconds that `run` takes, and what it returns."""

@@ -1,6 +1,7 @@
 """block_attention for Hopper: one warp streams listed blocks through a ring, two groups of four attend to them."""
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -21,9 +22,13 @@ from dit_sparse.plan import BlockPlan, Correction, Tail
 # Queries and keys of a step; queries of a group, as many as one warpgroup product takes.
 BLOCK, ROWS = 128, 64
 # By channels: blocks in the ring (with the queries and the tail's weights, what 227 KiB of shared memory hold at 128
-# channels), blocks of a round, and whether registers hold two blocks' logits.
-SHAPES = {64: dict(SLOTS=8, ROUND=2, AHEAD=True), 128: dict(SLOTS=5, ROUND=2, AHEAD=False)}
+# channels), blocks of a round, and whether registers hold two blocks' logits and the queries.
+SHAPES = {64: dict(SLOTS=8, ROUND=3, AHEAD=True, HELD=True), 128: dict(SLOTS=5, ROUND=2, AHEAD=False, HELD=False)}
+# The largest sum of exponentials relative to the first block's maximum that is taken for right: float32 and bfloat16
+# hold 2^127.
+LIMIT = gl.constexpr(2.0**100)
 
+TRITON = tuple(int(x) for x in triton.__version__.split(".")[:2])
 # Today's name, and that of Triton 3.6.
 _load_tile = tma.async_load if "async_load" in tma.__all__ else tma.async_copy_global_to_shared
 _REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -80,7 +85,7 @@ def _fill(desc, b, h, row, to, bars, slot, phase, more: gl.constexpr):
 @gluon.jit
 def _produce(
     descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, tiles, padded, weight_step,
-    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, COPIED: gl.constexpr,
+    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, COPIED: gl.constexpr, REDO: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Keys of a step, then values of the step before: the order in which they are used."""
@@ -88,28 +93,33 @@ def _produce(
     q_ring, ring, routed_ring, weight_ring, var_ring = rings
     q_full, q_empty = q_bars
     full, empty = bars
-    p_next = pointers[4]
+    p_work = pointers[4]
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
     t = gl.program_id(0)
+    if REDO:
+        tiles = gl.load(p_work + 2)
     while t < tiles:
-        i_bh, i_list, row, is_text, p_list, n, steps = _tile(t, pointers, sizes, TEXT, BLOCK)
+        tile = t
+        if REDO:
+            tile = gl.load(p_work + 3 + t)
+        i_bh, i_list, row, is_text, p_list, n, steps = _tile(tile, pointers, sizes, TEXT, BLOCK)
         b, h = i_bh // H, i_bh % H
         before = gl.load(p_list) * BLOCK
         # Lists ascend, so only the last listed block can be the short one.
         short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
         for group in gl.static_range(2):
             mbarrier.wait(q_empty.index(group), q_phase ^ 1)
-        _tell(facts, i_bh, row, n, steps, short)
+        _tell(facts, i_bh, row, n, steps, short, tile)
         for group in gl.static_range(2):
             mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
             _load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
         q_phase ^= 1
         _fill(d_k, b, h, before, ring.index(slot), bars, slot, phase, 0)
         slot, phase = _next(slot, phase, SLOTS)
-        t = gl.num_programs(0) + gl.atomic_add(p_next, 1)
+        t = gl.num_programs(0) + gl.atomic_add(p_work + REDO, 1)
         for i in range(1, steps):
             start = gl.load(p_list + i, mask=i < n, other=0) * BLOCK
             if TEXT:
@@ -153,23 +163,23 @@ def _produce(
                 _load_tile(d_codes, at, codes_full.index(group), codes.index(group))
     for group in gl.static_range(2):
         mbarrier.wait(q_empty.index(group), q_phase ^ 1)
-    _tell(facts, 0, 0, 0, 0, 0)
+    _tell(facts, 0, 0, 0, 0, 0, 0)
     for group in gl.static_range(2):
         mbarrier.arrive(q_full.index(group), count=1)
 
 
 @gluon.jit
-def _tell(facts, i_bh, row, n, steps, short):
+def _tell(facts, i_bh, row, n, steps, short, tile):
     """What the groups need to know of a tile. No steps: there is none left."""
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
     place = gl.arange(0, 8, layout)
     told = gl.where(place == 0, i_bh, gl.where(place == 1, row, gl.where(place == 2, n, short)))
-    facts.store(gl.where(place == 3, steps, told))
+    facts.store(gl.where(place == 3, steps, gl.where(place == 4, tile, told)))
 
 
 @gluon.jit
 def _hear(facts, q_full, group: gl.constexpr, q_phase):
-    """Once the next tile's queries are here: its head, first row, listed blocks, steps, and keys in the last block."""
+    """Once the next tile's queries are here: head, first row, listed blocks, steps, keys in the last block, number."""
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
     mbarrier.wait(q_full.index(group), q_phase)
     told = facts.load(layout)
@@ -178,17 +188,40 @@ def _hear(facts, q_full, group: gl.constexpr, q_phase):
     row = gl.sum(gl.where(place == 1, told, 0), 0)
     n = gl.sum(gl.where(place == 2, told, 0), 0)
     steps = gl.sum(gl.where(place == 3, told, 0), 0)
-    short = gl.sum(gl.where(place == 4, told, 0), 0)
-    return i_bh, row, n, steps, short
+    tile = gl.sum(gl.where(place == 4, told, 0), 0)
+    short = gl.sum(gl.where(place == 5, told, 0), 0)
+    return i_bh, row, n, steps, short, tile
 
 
 @gluon.jit
-def _exponentials(s, m, l, scale2):
-    """Logits s, to be scaled into base 2 -> their exponentials, the row maximum, what it shrinks, the row sum."""
+def _exponentials(s, m, l, shrink, scale2, FIXED: gl.constexpr):
+    """Logits s, to be scaled into base 2 -> exponentials, row maximum, sums of a thread, what the maximum shrinks.
+
+    FIXED: the maximum stays, and nothing shrinks.
+    """
+    if FIXED:
+        e = gl.exp2(s * scale2 - m[:, None])
+        return e, m, l + _thread_sums(e), shrink
     top = gl.maximum(m, gl.max(s, 1) * scale2)
     e = gl.exp2(s * scale2 - top[:, None])
     shrink = gl.exp2(m - top)
-    return e, top, shrink, l * shrink + gl.sum(e, 1)
+    return e, top, _shrunk(l, shrink) + _thread_sums(e), shrink
+
+
+@gluon.jit
+def _thread_sums(e):
+    """[ROWS, N] -> [ROWS, 4], what each of the four threads that share a row holds: pairs of columns, eight apart.
+
+    They are added up when the tile ends: a sum over threads in every block would be two waits in every block.
+    """
+    parts = e.reshape([e.shape[0], e.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(parts, 3), 1)
+
+
+@gluon.jit
+def _shrunk(l, shrink):
+    """Sums of threads, times a factor a row."""
+    return l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None]
 
 
 @gluon.jit
@@ -198,9 +231,10 @@ def _logits(q, ring, slot, ROWS: gl.constexpr, BLOCK: gl.constexpr, s_layout: gl
 
 
 @gluon.jit
-def _add_values(p, o, shrink, ring, full, slot, phase, o_layout: gl.constexpr):
-    """Start adding the values at `slot` to the output, which shrinks before."""
-    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+def _add_values(p, o, shrink, ring, full, slot, phase, FIXED: gl.constexpr, o_layout: gl.constexpr):
+    """Start adding the values at `slot` to the output, which shrinks before unless the maximum is FIXED."""
+    if not FIXED:
+        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
     mbarrier.wait(full.index(slot), phase)
     return warpgroup_mma(p, ring.index(slot), o, is_async=True)
 
@@ -208,7 +242,7 @@ def _add_values(p, o, shrink, ring, full, slot, phase, o_layout: gl.constexpr):
 @gluon.jit
 def _round(
     q, p, o, m, l, shrink, ring, bars, slot, phase, scale2,
-    BLOCKS: gl.constexpr, AHEAD: gl.constexpr,
+    BLOCKS: gl.constexpr, AHEAD: gl.constexpr, FIXED: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Listed blocks, the keys of the first at `slot`; p is of the block before.
@@ -223,14 +257,14 @@ def _round(
     s = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
     for i in gl.static_range(BLOCKS):
         v_slot, v_phase = _next(slot, phase, SLOTS)
-        o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, o_layout)
+        o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, FIXED, o_layout)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(empty.index(slot))
         slot, phase = _next(v_slot, v_phase, SLOTS)
         if AHEAD and i + 1 < BLOCKS:
             mbarrier.wait(full.index(slot), phase)
             after = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
-        e, m, shrink, l = _exponentials(s, m, l, scale2)
+        e, m, l, shrink = _exponentials(s, m, l, shrink, scale2, FIXED)
         p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
         if i + 1 == BLOCKS:
             mbarrier.wait(full.index(slot), phase)
@@ -250,19 +284,19 @@ def _round(
 
 @gluon.jit
 def _step(
-    q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, left,
+    q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, left, FIXED: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """One block, of which the first `left` keys count."""
     full, empty = bars
     s = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
     v_slot, v_phase = _next(slot, phase, SLOTS)
-    o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, o_layout)
+    o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, FIXED, o_layout)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(empty.index(slot))
     o_c = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
     s = gl.where((o_c < left)[None, :], s, float("-inf"))
-    e, m, shrink, l = _exponentials(s, m, l, scale2)
+    e, m, l, shrink = _exponentials(s, m, l, shrink, scale2, FIXED)
     p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
     slot, phase = _next(v_slot, v_phase, SLOTS)
     mbarrier.wait(full.index(slot), phase)
@@ -274,7 +308,7 @@ def _step(
 @gluon.jit
 def _tail_step(
     q, q2, q2_unit, p, o, m, l, shrink, rings, bars, slot, phase, scale, scale2, limit,
-    SECOND: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    SECOND: gl.constexpr, FIXED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """A block of pooled keys: weight, second-order term and mask are what the product of the logits is added to."""
@@ -298,10 +332,10 @@ def _tail_step(
     s = (s + weight[None, :]) * (1.0 / scale)
     s = warpgroup_mma(q, ring.index(k_slot).permute((1, 0)), s, is_async=True)
     v_slot, v_phase = _next(k_slot, k_phase, SLOTS)
-    o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, o_layout)
+    o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, FIXED, o_layout)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(empty.index(k_slot))
-    e, m, shrink, l = _exponentials(s, m, l, scale2)
+    e, m, l, shrink = _exponentials(s, m, l, shrink, scale2, FIXED)
     p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
     slot, phase = _next(v_slot, v_phase, SLOTS)
     mbarrier.wait(full.index(slot), phase)
@@ -382,12 +416,12 @@ def _store(
 @gluon.jit
 def _consume(
     group: gl.constexpr,
-    p_out, p_lse, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts, codes_parts, sizes,
-    scattered, padded, scale, limit,
+    p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
+    sizes, scattered, padded, scale, limit,
     D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
-    COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, BLOCK: gl.constexpr,
-    ROWS: gl.constexpr,
+    COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
+    FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Half of a tile's rows, from the first listed block to the store."""
     LOG2E: gl.constexpr = 1.4426950408889634
@@ -403,12 +437,17 @@ def _consume(
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
-    q = q_ring.index(group)
-    i_bh, row, n, steps, short = _hear(facts, q_full, group, q_phase)
+    if not HELD:
+        q = q_ring.index(group)
+    i_bh, row, n, steps, short, tile = _hear(facts, q_full, group, q_phase)
     while steps > 0:
         is_text = row >= VISION
         row += group * ROWS
         whole = n - (short < BLOCK).to(gl.int32)
+        if HELD:
+            q = q_ring.index(group).load(gl.DotOperandLayout(0, s_layout, 2))
+            if not SECOND:
+                mbarrier.arrive(q_empty.index(group))
 
         mbarrier.wait(full.index(slot), phase)
         s = warpgroup_mma_wait(0, deps=[_logits(q, ring, slot, ROWS, BLOCK, s_layout)])
@@ -416,9 +455,10 @@ def _consume(
         slot, phase = _next(slot, phase, SLOTS)
         o_c = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
         s = gl.where((o_c < gl.where(n == 1, short, BLOCK))[None, :], s, float("-inf"))
-        m = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
-        l = gl.zeros([ROWS], gl.float32, s_rows)
-        e, m, shrink, l = _exponentials(s, m, l, scale2)
+        m = gl.max(s, 1) * scale2
+        e = gl.exp2(s * scale2 - m[:, None])
+        l = _thread_sums(e)
+        shrink = gl.full([ROWS], 1.0, gl.float32, s_rows)
         p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
         o = gl.zeros([ROWS, D], gl.float32, o_layout)
         mbarrier.wait(full.index(slot), phase)
@@ -426,29 +466,31 @@ def _consume(
         rounds = (whole - 1) // ROUND
         for _ in range(0, rounds):
             p, o, m, l, shrink, slot, phase = _round(
-                q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, ROUND, AHEAD, SLOTS, BLOCK, ROWS, s_layout,
-                o_layout,
+                q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, ROUND, AHEAD, FIXED, SLOTS, BLOCK, ROWS,
+                s_layout, o_layout,
             )  # fmt: skip
         for i in range(1 + ROUND * gl.maximum(rounds, 0), steps):
             left = gl.where(i < whole, BLOCK, short)
             if TEXT:
                 left = gl.where(i < n, left, LK - COLUMNS - (i - n) * BLOCK)
             p, o, m, l, shrink, slot, phase = _step(
-                q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, left, SLOTS, BLOCK, ROWS, s_layout, o_layout
-            )
+                q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, left, FIXED, SLOTS, BLOCK, ROWS, s_layout,
+                o_layout,
+            )  # fmt: skip
 
         # The log-sum-exp of the exact part, before the tail joins the sum.
         end = VISION
         if TEXT:
             end = gl.where(is_text, LQ, end)
         o_l = row + gl.arange(0, ROWS, s_rows)
-        gl.store(p_lse + i_bh.to(gl.int64) * LQ + o_l, (m + gl.log2(l)) / LOG2E, mask=o_l < end)
+        exact = gl.convert_layout(gl.sum(l, 1), s_rows)
+        gl.store(p_lse + i_bh.to(gl.int64) * LQ + o_l, (m + gl.log2(exact)) / LOG2E, mask=o_l < end)
 
         if TAIL:
             q2, q2_unit = gl.to_tensor(0), gl.to_tensor(0)
             if SECOND:
                 s8_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
-                squares = q.load(gl.DotOperandLayout(0, s8_layout, 4)).to(gl.float32) * scale
+                squares = q_ring.index(group).load(gl.DotOperandLayout(0, s8_layout, 4)).to(gl.float32) * scale
                 squares = squares * squares
                 top = gl.maximum(gl.max(squares, 1), 1e-30)
                 q2 = (squares * (448.0 / top)[:, None]).to(gl.float8e4nv)
@@ -457,11 +499,12 @@ def _consume(
             for _ in range(0, gl.where(is_text, 0, padded // BLOCK)):
                 p, o, m, l, shrink, slot, phase = _tail_step(
                     q, q2, q2_unit, p, o, m, l, shrink, rings, bars, slot, phase, scale, scale2, limit,
-                    SECOND, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+                    SECOND, FIXED, SLOTS, BLOCK, ROWS, s_layout, o_layout,
                 )  # fmt: skip
-        mbarrier.arrive(q_empty.index(group))
+        if SECOND or not HELD:
+            mbarrier.arrive(q_empty.index(group))
 
-        o = _add_values(p, o, shrink, ring, full, slot, phase, o_layout)
+        o = _add_values(p, o, shrink, ring, full, slot, phase, FIXED, o_layout)
         o_m = row + gl.arange(0, ROWS, o_rows)
         o_d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
         fetched = _fetch(
@@ -472,14 +515,20 @@ def _consume(
         mbarrier.arrive(empty.index(slot))
         slot, phase = _next(slot, phase, SLOTS)
 
-        o = o * gl.convert_layout(1.0 / l, o_rows)[:, None]
+        total = gl.sum(l, 1)
+        if FIXED:
+            # Zero times infinity is NaN, and NaN equals nothing.
+            finite = gl.convert_layout(gl.sum(o, 1), gl.SliceLayout(1, l.type.layout)) * 0.0 == 0.0
+            if gl.max(gl.where((total <= LIMIT) & finite, 0, 1), 0) > 0:
+                gl.store(p_work + 3 + gl.atomic_add(p_work + 2, 1), tile)
+        o = o * gl.convert_layout(1.0 / total, o_rows)[:, None]
         _store(
             o, o_m, o_d, end, i_bh, H, fetched, p_out, out_strides, codes_parts, q_phase,
             group, D, SCALE, RESIDUAL, COPIED, ROWS, o_layout,
         )  # fmt: skip
 
         q_phase ^= 1
-        i_bh, row, n, steps, short = _hear(facts, q_full, group, q_phase)
+        i_bh, row, n, steps, short, tile = _hear(facts, q_full, group, q_phase)
 
 
 # Sizes that change from plan to plan: nothing is gained from compiling again for each.
@@ -492,14 +541,14 @@ _SIZES = (
 @gluon.jit(do_not_specialize=_SIZES)
 def block_attention_hopper_kernel(
     d_q, d_k, d_v, d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights, d_codes,
-    p_out, p_lse, p_var_unit, p_counts, p_indices, p_every, p_order, p_next, p_scatter, p_scale, p_res, p_res_scale,
+    p_out, p_lse, p_var_unit, p_counts, p_indices, p_every, p_order, p_work, p_scatter, p_scale, p_res, p_res_scale,
     o_sb, o_sh, o_st, r_sb, r_sh, r_st,
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, weight_step, scales, residuals,
     scale, limit,
     D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
-    COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, BLOCK: gl.constexpr,
-    ROWS: gl.constexpr,
+    COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
+    FIXED: gl.constexpr, REDO: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: every program takes the next tile of BLOCK query rows when it is done with one."""
     dtype: gl.constexpr = d_k.dtype
@@ -540,7 +589,7 @@ def block_attention_hopper_kernel(
             mbarrier.init(codes_full.index(i), count=1)
             mbarrier.init(codes_empty.index(i), count=1)
         codes_parts = (d_codes, codes, codes_full, codes_empty)
-    pointers = (p_counts, p_indices, p_every, p_order, p_next)
+    pointers = (p_counts, p_indices, p_every, p_order, p_work)
     sizes = (H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts)
     out_strides = (o_sb, o_sh, o_st)
     correction = (p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals)
@@ -549,18 +598,18 @@ def block_attention_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, p_out, p_lse, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts,
+                0, p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts,
                 codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
-                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, BLOCK, ROWS,
+                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, BLOCK, ROWS,
             )),
             (_consume, (
-                1, p_out, p_lse, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts,
+                1, p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts,
                 codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
-                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, BLOCK, ROWS,
+                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, BLOCK, ROWS,
             )),
             (_produce, (
                 descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, tiles, padded,
-                weight_step, TEXT, TAIL, SECOND, COPIED, SLOTS, BLOCK, ROWS,
+                weight_step, TEXT, TAIL, SECOND, COPIED, REDO, SLOTS, BLOCK, ROWS,
             )),
         ],
         [4, 1],
@@ -574,7 +623,7 @@ def refusal(
     """Why a kernel for these head dimensions does not take such inputs, or None."""
     if torch.cuda.get_device_capability(q.device)[0] != 9:
         return "needs a GPU of compute capability 9"
-    if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 6):
+    if TRITON < (3, 6):
         return f"needs triton 3.6, not {triton.__version__}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {q.dtype}"
@@ -609,13 +658,18 @@ def _strides(x: Tensor) -> list[int]:
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """[B, H, L, D] -> tiles of `rows` by D."""
+    shape = (1, 1, rows, x.shape[-1])
+    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], list(shape), _layout(shape, x.dtype))
+
+
+@lru_cache
+def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory."""
     kind = {
         torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.uint8: gl.uint8,
         torch.float8_e4m3fn: gl.float8e4nv,
-    }[x.dtype]  # fmt: skip
-    shape = [1, 1, rows, x.shape[-1]]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, kind)
-    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], shape, layout)
+    }[dtype]  # fmt: skip
+    return gl.NVMMASharedLayout.get_default_for(list(shape), kind)
 
 
 def _line(x: Tensor) -> TensorDescriptor:
@@ -677,11 +731,15 @@ def attend(
     per_row = residual is not None and residual.codes.shape[2] == rows
     copied = residual is not None and residual.kind != "full" and per_row and _copyable(residual.codes)
     pooled, var_unit = _tail_descriptors(tail, plan, q.dtype) if tail else ([None] * 5, None)
-    block_attention_hopper_kernel[(programs,)](
+    # The next tile of both launches, and the tiles for the second, of which each group may name one.
+    fixed = q.dtype == torch.bfloat16
+    work = counts.new_zeros(3 + 2 * tiles if fixed else 3)
+    launch = partial(
+        block_attention_hopper_kernel[(programs,)],
         _descriptor(q, ROWS), _descriptor(k, BLOCK), _descriptor(v, BLOCK),
         *pooled,
         _descriptor(residual.codes, ROWS) if residual and copied else None,
-        out, lse, var_unit, counts, indices, every if text else None, order, counts.new_zeros(1), scatter,
+        out, lse, var_unit, counts, indices, every if text else None, order, work, scatter,
         row_scale.float().contiguous() if row_scale is not None else None,
         residual.codes if residual and not copied else None,
         residual.scales.contiguous() if residual and residual.scales is not None else None,
@@ -697,4 +755,7 @@ def attend(
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
         PER_ROW=per_row, COPIED=copied, **SHAPES[dim], BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
+    launch(FIXED=fixed, REDO=False)
+    if fixed:
+        launch(FIXED=False, REDO=True)
     return out, lse

@@ -25,8 +25,10 @@ from dit_sparse.kernels.block_attention_hopper import (
     _load_tile,
     _next,
     _padded,
+    _shrunk,
     _store,
     _tell,
+    _thread_sums,
     _tile,
     codes_of_variances,
 )
@@ -78,7 +80,7 @@ def _produce(
         short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
         for group in gl.static_range(2):
             mbarrier.wait(q_empty.index(group), q_phase ^ 1)
-        _tell(facts, i_bh, row, n, steps, short)
+        _tell(facts, i_bh, row, n, steps, short, t)
         for group in gl.static_range(2):
             mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
             _load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
@@ -126,7 +128,7 @@ def _produce(
                 _load_tile(d_codes, at, codes_full.index(group), codes.index(group))
     for group in gl.static_range(2):
         mbarrier.wait(q_empty.index(group), q_phase ^ 1)
-    _tell(facts, 0, 0, 0, 0, 0)
+    _tell(facts, 0, 0, 0, 0, 0, 0)
     for group in gl.static_range(2):
         mbarrier.arrive(q_full.index(group), count=1)
 
@@ -189,7 +191,7 @@ def _step(
     shift = (MAGIC * unit + top - UP)[:, None]
     shrink = gl.exp2(m - top)
     e = gl.exp2(t * unit[:, None] - shift)
-    l = l * shrink + gl.sum(e, 1)
+    l = _shrunk(l, shrink) + _thread_sums(e)
     p = _probabilities(e, ROWS, HALF, o_layout)
     mbarrier.wait(v_full.index(v_slot), v_phase)
     part = _values(p, gl.zeros([ROWS, D], gl.float32, o_layout), v_ring, v_slot, 0, HALF, False)
@@ -197,7 +199,7 @@ def _step(
         mbarrier.wait(k_full.index(k_slot), k_phase)
         s = _products(q, k_ring, k_slot, 0, HALF, ROWS, s_layout)
     e = gl.exp2(t2 * unit[:, None] - shift)
-    l += gl.sum(e, 1)
+    l += _thread_sums(e)
     p = _probabilities(e, ROWS, HALF, o_layout)
     part = _values(p, part, v_ring, v_slot, HALF, HALF, True)
     if LAST:
@@ -260,7 +262,7 @@ def _tail_step(
         e = gl.exp2(t - (top - UP)[:, None])
         shrink = gl.exp2(m - top)
         m = top
-        l = l * shrink + gl.sum(e, 1)
+        l = _shrunk(l, shrink) + _thread_sums(e)
         p = _probabilities(e, ROWS, HALF, o_layout)
         if half == 0:
             mbarrier.wait(v_full.index(v_slot), v_phase)
@@ -299,7 +301,7 @@ def _consume(
     v_slot, v_phase = gl.to_tensor(0), gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
     q = q_ring.index(group)
-    i_bh, row, n, steps, short = _hear(facts, q_full, group, q_phase)
+    i_bh, row, n, steps, short, _ = _hear(facts, q_full, group, q_phase)
     while steps > 0:
         is_text = row >= VISION
         row += group * ROWS
@@ -310,7 +312,7 @@ def _consume(
         q_unit = code * (scale * LOG2E)
 
         m = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
-        l = gl.zeros([ROWS], gl.float32, s_rows)
+        l = _thread_sums(gl.zeros([ROWS, BLOCK // 2], gl.float32, s_layout))
         o = gl.zeros([ROWS, D], gl.float32, o_layout)
         mbarrier.wait(k_full.index(k_slot), k_phase)
         # One after the other: under way together, they would make every product of the loop wait.
@@ -347,7 +349,8 @@ def _consume(
         if TEXT:
             end = gl.where(is_text, LQ, end)
         shift = gl.load(p_q_shift + at, mask=o_l < LQ, other=0.0)
-        gl.store(p_lse + at, (m + gl.log2(l) - UP) / LOG2E + shift, mask=o_l < end)
+        exact = gl.convert_layout(gl.sum(l, 1), s_rows)
+        gl.store(p_lse + at, (m + gl.log2(exact) - UP) / LOG2E + shift, mask=o_l < end)
 
         if TAIL:
             q2 = gl.zeros([ROWS, D], gl.float8e4nv, gl.DotOperandLayout(0, s_layout, 4))
@@ -371,14 +374,14 @@ def _consume(
             o_m, o_d, i_bh, is_text, sizes, p_scatter, scattered, correction,
             D, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, BLOCK,
         )  # fmt: skip
-        o = o * gl.convert_layout(1.0 / l, o_rows)[:, None] * v_unit[None, :]
+        o = o * gl.convert_layout(1.0 / gl.sum(l, 1), o_rows)[:, None] * v_unit[None, :]
         _store(
             o, o_m, o_d, end, i_bh, H, fetched, p_out, out_strides, codes_parts, q_phase,
             group, D, SCALE, RESIDUAL, COPIED, ROWS, o_layout,
         )  # fmt: skip
 
         q_phase ^= 1
-        i_bh, row, n, steps, short = _hear(facts, q_full, group, q_phase)
+        i_bh, row, n, steps, short, _ = _hear(facts, q_full, group, q_phase)
 
 
 # Sizes that change from plan to plan: nothing is gained from compiling again for each.

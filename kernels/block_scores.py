@@ -150,18 +150,22 @@ if triton is not None:
         # [BQ, BK]
         b_z = tl.zeros([BQ, BK], tl.float32)
         b_square = tl.zeros([BQ, BK], tl.float32)
-        for i_d in range(tl.cdiv(D, BD)):
-            o_d = i_d * BD + tl.arange(0, BD)
-            m_d = (o_d < D)[None, :]
-            # [BQ, BD], [BK, BD]
-            b_q = tl.load(q + (i_bh * Q + o_q[:, None]) * D + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
-            o_kd = (i_bh * N + o_k[:, None]) * D + o_d[None, :]
-            b_k = tl.load(k + o_kd, mask=m_k[:, None] & m_d, other=0.0)
-            # Tensor cores round float32 to ten bits, and sums of three such products err more than this one.
-            b_z = tl.dot(b_q, b_k.T, b_z, input_precision="ieee")
-            if variances is not None:
-                b_var = tl.load(variances + o_kd, mask=m_k[:, None] & m_d, other=0.0)
-                b_square = tl.dot(b_q * b_q, b_var.T, b_square, input_precision="ieee")
+        # Half of the channels at a time: a sum of shorter sums errs less.
+        for half in tl.static_range(2):
+            b_half = tl.zeros([BQ, BK], tl.float32)
+            for i_d in range(tl.cdiv(D, 2 * BD)):
+                o_d = (half * tl.cdiv(D, 2 * BD) + i_d) * BD + tl.arange(0, BD)
+                m_d = (o_d < D)[None, :]
+                # [BQ, BD], [BK, BD]
+                b_q = tl.load(q + (i_bh * Q + o_q[:, None]) * D + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
+                o_kd = (i_bh * N + o_k[:, None]) * D + o_d[None, :]
+                b_k = tl.load(k + o_kd, mask=m_k[:, None] & m_d, other=0.0)
+                # Tensor cores round float32 to ten bits, and sums of three such products err more than this one.
+                b_half = tl.dot(b_q, b_k.T, b_half, input_precision="ieee")
+                if variances is not None:
+                    b_var = tl.load(variances + o_kd, mask=m_k[:, None] & m_d, other=0.0)
+                    b_square = tl.dot(b_q * b_q, b_var.T, b_square, input_precision="ieee")
+            b_z += b_half
         b_z = b_z * scale + LN2 * tl.log2(tl.load(lengths + o_k, mask=m_k, other=1).to(tl.float32))[None, :]
         if variances is not None:
             b_dev = tl.load(deviations + i_bh * N + o_k, mask=m_k, other=1.0)

@@ -72,6 +72,55 @@ class TestOnHopper:
             assert_no_worse(a, by_torch, e)
 
 
+@pytest.mark.parametrize("parts", [(), ("tail", "scale", "fp8")], ids="+".join)
+@pytest.mark.parametrize("case", ["even", "64 channels", "text of several blocks"])
+class TestBeyondTheFirstBlock:
+    """Rows whose exponentials relative to the first listed block's maximum exceed what is taken for right."""
+
+    pytestmark = on_hopper
+
+    def compare(self, qkv, plan, correction, options):
+        scale = qkv[0].shape[-1] ** -0.5
+        exact = reference.block_attention(
+            *(x.double() for x in qkv), plan, cast(correction, torch.float64), scale=scale, **options
+        )
+        eager = reference.block_attention(*qkv, plan, correction, scale=scale, **options)
+        actual = block_attention(*qkv, plan, correction, impl="gluon", **options)
+        for a, by_torch, e in zip(actual, eager, exact, strict=True):
+            assert_no_worse(a, by_torch, e)
+        return actual, exact
+
+    def test_logits(self, case, parts):
+        (q, k, v), plan, correction, options = build(case, parts, torch.bfloat16)
+        # Of some rows, in some tiles: logits of up to some hundreds, and few of them in the first 64 channels' block.
+        q[:, :, 3:260:50] *= 80
+        k[:, :, : 2 * BLOCK] *= 0.01
+        (_, lse), _ = self.compare((q, k, v), plan, correction, options)
+        assert (lse[:, :, 3:260:50] > 100).any(), "no row needs more than what float32 holds"
+        once, again = (block_attention(q, k, v, plan, correction, impl="gluon", **options) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+    def test_values(self, case, parts):
+        """What they are multiplied by may be 2^100: some of float32's largest would not survive it."""
+        (q, k, v), plan, correction, options = build(case, parts, torch.bfloat16)
+        q[:, :, 3:260:50] *= 20
+        k[:, :, : 2 * BLOCK] *= 0.01
+        v *= 1e36
+        if correction is not None and correction.tail is not None:
+            tail = replace(correction.tail, values=correction.tail.values * 1e36)
+            correction = replace(correction, tail=tail)
+        (out, _), (exact, _) = self.compare((q, k, v), plan, correction, options)
+        assert out.isfinite().all() and exact.isfinite().all()
+
+    def test_a_nan_stays_in_its_row(self, case, parts):
+        (q, k, v), plan, correction, options = build(case, parts, torch.bfloat16)
+        q[:, :, 7] = float("nan")
+        out, lse = block_attention(q, k, v, plan, correction, impl="gluon", **options)
+        bad = torch.zeros_like(lse, dtype=torch.bool)
+        bad[:, :, 7] = True
+        assert torch.equal(out.isnan().all(-1), bad) and torch.equal(out.isnan().any(-1), bad)
+
+
 @pytest.mark.parametrize(
     ("case", "parts"),
     [
