@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import random
 import statistics
 import sys
 import time
@@ -59,7 +60,7 @@ DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 # What 8 bits may err by, relative, on random inputs, whose values share nothing that averages keep.
 ERROR_8BIT = 0.05
 # A GPU's clock is what power and heat leave: a call is repeated for so many milliseconds before as many are timed.
-SETTLE = 100
+SETTLE = 200
 # Densities at which counts are also spread, as top-p makes them.
 UNEVEN = (0.1,)
 
@@ -144,12 +145,14 @@ class Bench:
         print(", ".join(f"{key} {_cell(value)}" for key, value in row.items()), file=sys.stderr, flush=True)
 
     def milliseconds(self, *runs: Callable[[], Any]) -> list[float]:
-        """Median time of each, after a run that does not count. They take turns, because a chip's clock falls as it
-        warms; on a GPU a turn is as many runs in a row as SETTLE takes, after as many that are not timed.
+        """Median time of each, after a run that does not count. They take turns, in random order, because a chip's
+        clock falls as it warms; a turn on a GPU is as many runs as SETTLE takes, after as many that are not timed.
         """
         times: list[list[float]] = [[] for _ in runs]
+        turns = list(zip(runs, times, strict=True))
         for turn in range(-1, self.options.repeats):
-            for run, found in zip(runs, times, strict=True):
+            random.Random(turn).shuffle(turns)
+            for run, found in turns:
                 ms = self.timed(run)[0]
                 if turn >= 0:
                     found.append(self.settled(run, ms) if self.device.type == "cuda" else ms)

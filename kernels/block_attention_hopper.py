@@ -1,7 +1,7 @@
 """block_attention for Hopper: one warp streams listed blocks through a ring, two groups of four attend to them."""
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import triton
@@ -84,83 +84,121 @@ def _fill(desc, b, h, row, to, bars, slot, phase, more: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, tiles, padded, weight_step,
-    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, COPIED: gl.constexpr, REDO: gl.constexpr,
+    descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded, weight_step,
+    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, COPIED: gl.constexpr, FIXED: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Keys of a step, then values of the step before: the order in which they are used."""
-    d_q, d_k, d_v = descs
-    q_ring, ring, routed_ring, weight_ring, var_ring = rings
+    """Every tile of this program, then those that a group could not hold, from each group's list."""
     q_full, q_empty = q_bars
-    full, empty = bars
     p_work = pointers[4]
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
     t = gl.program_id(0)
-    if REDO:
-        tiles = gl.load(p_work + 2)
     while t < tiles:
-        tile = t
-        if REDO:
-            tile = gl.load(p_work + 3 + t)
-        i_bh, i_list, row, is_text, p_list, n, steps = _tile(tile, pointers, sizes, TEXT, BLOCK)
-        b, h = i_bh // H, i_bh % H
-        before = gl.load(p_list) * BLOCK
-        # Lists ascend, so only the last listed block can be the short one.
-        short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
+        t, slot, phase, q_phase = _copy_tile(
+            t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded, weight_step,
+            slot, phase, q_phase, TEXT, TAIL, SECOND, COPIED, False, SLOTS, BLOCK, ROWS,
+        )  # fmt: skip
+    _tell_end(facts, q_bars, q_phase)
+    if FIXED:
+        q_phase ^= 1
         for group in gl.static_range(2):
             mbarrier.wait(q_empty.index(group), q_phase ^ 1)
-        _tell(facts, i_bh, row, n, steps, short, tile)
-        for group in gl.static_range(2):
-            mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
-            _load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
-        q_phase ^= 1
-        _fill(d_k, b, h, before, ring.index(slot), bars, slot, phase, 0)
+        layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+        t, other = gl.max(lost.index(0).load(layout), 0), gl.max(lost.index(1).load(layout), 0)
+        group = gl.where(t < 0, 1, 0)
+        t = gl.where(t < 0, other, t)
+        while t >= 0:
+            following = gl.load(p_work + 1 + 2 * t + group)
+            _, slot, phase, q_phase = _copy_tile(
+                t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded, weight_step,
+                slot, phase, q_phase, TEXT, TAIL, SECOND, COPIED, True, SLOTS, BLOCK, ROWS,
+            )  # fmt: skip
+            ended = (following < 0) & (group == 0)
+            t = gl.where(ended, other, following)
+            group = gl.where(ended, 1, group)
+        _tell_end(facts, q_bars, q_phase)
+
+
+@gluon.jit
+def _copy_tile(
+    t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded, weight_step,
+    slot, phase, q_phase,
+    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, COPIED: gl.constexpr, AGAIN: gl.constexpr,
+    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Keys of a step, then values of the step before: the order in which they are used. Returns the next tile, too."""
+    d_q, d_k, d_v = descs
+    q_ring, ring, routed_ring, weight_ring, var_ring = rings
+    q_full, q_empty = q_bars
+    full, empty = bars
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    i_bh, i_list, row, is_text, p_list, n, steps = _tile(t, pointers, sizes, TEXT, BLOCK)
+    b, h = i_bh // H, i_bh % H
+    before = gl.load(p_list) * BLOCK
+    # Lists ascend, so only the last listed block can be the short one.
+    short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
+    for group in gl.static_range(2):
+        mbarrier.wait(q_empty.index(group), q_phase ^ 1)
+    _tell(facts, i_bh, row, n, steps, short, t)
+    for group in gl.static_range(2):
+        mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
+        _load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
+    q_phase ^= 1
+    _fill(d_k, b, h, before, ring.index(slot), bars, slot, phase, 0)
+    slot, phase = _next(slot, phase, SLOTS)
+    if not AGAIN:
+        t = gl.num_programs(0) + gl.atomic_add(pointers[4], 1)
+    for i in range(1, steps):
+        start = gl.load(p_list + i, mask=i < n, other=0) * BLOCK
+        if TEXT:
+            start = gl.where(i < n, start, COLUMNS + (i - n) * BLOCK)
+        _fill(d_k, b, h, start, ring.index(slot), bars, slot, phase, 0)
         slot, phase = _next(slot, phase, SLOTS)
-        t = gl.num_programs(0) + gl.atomic_add(p_work + REDO, 1)
-        for i in range(1, steps):
-            start = gl.load(p_list + i, mask=i < n, other=0) * BLOCK
-            if TEXT:
-                start = gl.where(i < n, start, COLUMNS + (i - n) * BLOCK)
-            _fill(d_k, b, h, start, ring.index(slot), bars, slot, phase, 0)
-            slot, phase = _next(slot, phase, SLOTS)
-            _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
-            slot, phase = _next(slot, phase, SLOTS)
-            before = start
-        if TAIL:
-            d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights = tail_descs
-            tail_steps = gl.where(is_text, 0, padded // BLOCK)
-            for i in range(0, tail_steps):
-                if SECOND:
-                    _fill(d_tail_var, b, h, i * BLOCK, var_ring.index(2 * slot), bars, slot, phase, 0)
-                    slot, phase = _next(slot, phase, SLOTS)
-                _fill(d_tail_k, b, h, i * BLOCK, ring.index(slot), bars, slot, phase, BLOCK * 5)
-                routed_at = (i_list * padded).to(gl.int32) + i * BLOCK
-                _load_tile(d_routed, [routed_at], full.index(slot), routed_ring.index(slot))
-                _load_tile(d_weights, [b * weight_step + i * BLOCK], full.index(slot), weight_ring.index(slot))
+        _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
+        slot, phase = _next(slot, phase, SLOTS)
+        before = start
+    if TAIL:
+        d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights = tail_descs
+        tail_steps = gl.where(is_text, 0, padded // BLOCK)
+        for i in range(0, tail_steps):
+            if SECOND:
+                _fill(d_tail_var, b, h, i * BLOCK, var_ring.index(2 * slot), bars, slot, phase, 0)
                 slot, phase = _next(slot, phase, SLOTS)
-                if i == 0:
-                    _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
-                else:
-                    _fill(d_tail_v, b, h, (i - 1) * BLOCK, ring.index(slot), bars, slot, phase, 0)
-                slot, phase = _next(slot, phase, SLOTS)
-            if tail_steps == 0:
+            _fill(d_tail_k, b, h, i * BLOCK, ring.index(slot), bars, slot, phase, BLOCK * 5)
+            routed_at = (i_list * padded).to(gl.int32) + i * BLOCK
+            _load_tile(d_routed, [routed_at], full.index(slot), routed_ring.index(slot))
+            _load_tile(d_weights, [b * weight_step + i * BLOCK], full.index(slot), weight_ring.index(slot))
+            slot, phase = _next(slot, phase, SLOTS)
+            if i == 0:
                 _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
             else:
-                _fill(d_tail_v, b, h, (tail_steps - 1) * BLOCK, ring.index(slot), bars, slot, phase, 0)
-        else:
+                _fill(d_tail_v, b, h, (i - 1) * BLOCK, ring.index(slot), bars, slot, phase, 0)
+            slot, phase = _next(slot, phase, SLOTS)
+        if tail_steps == 0:
             _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
-        slot, phase = _next(slot, phase, SLOTS)
-        if COPIED:
-            # Rows of text lie behind the last one, where the copy engine reads zeros.
-            d_codes, codes, codes_full, codes_empty = codes_parts
-            for group in gl.static_range(2):
-                mbarrier.wait(codes_empty.index(group), q_phase)
-                mbarrier.expect(codes_full.index(group), d_codes.block_type.nbytes)
-                at = [b, h, row + group * ROWS, 0]
-                _load_tile(d_codes, at, codes_full.index(group), codes.index(group))
+        else:
+            _fill(d_tail_v, b, h, (tail_steps - 1) * BLOCK, ring.index(slot), bars, slot, phase, 0)
+    else:
+        _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
+    slot, phase = _next(slot, phase, SLOTS)
+    if COPIED:
+        # Rows of text lie behind the last one, where the copy engine reads zeros. What ended the first pass came
+        # without codes.
+        d_codes, codes, codes_full, codes_empty = codes_parts
+        for group in gl.static_range(2):
+            mbarrier.wait(codes_empty.index(group), q_phase ^ AGAIN)
+            mbarrier.expect(codes_full.index(group), d_codes.block_type.nbytes)
+            at = [b, h, row + group * ROWS, 0]
+            _load_tile(d_codes, at, codes_full.index(group), codes.index(group))
+    return t, slot, phase, q_phase
+
+
+@gluon.jit
+def _tell_end(facts, q_bars, q_phase):
+    """There is no tile left."""
+    q_full, q_empty = q_bars
     for group in gl.static_range(2):
         mbarrier.wait(q_empty.index(group), q_phase ^ 1)
     _tell(facts, 0, 0, 0, 0, 0, 0)
@@ -414,16 +452,19 @@ def _store(
 
 
 @gluon.jit
-def _consume(
-    group: gl.constexpr,
+def _tiles(
+    group: gl.constexpr, slot, phase, q_phase,
     p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
     sizes, scattered, padded, scale, limit,
     D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
     COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
-    FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    FIXED: gl.constexpr, AGAIN: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Half of a tile's rows, from the first listed block to the store."""
+    """Half of the rows of every tile that the copying warp tells, from the first listed block to the store.
+
+    FIXED: also the last tile that was lost; what was lost before it stands in memory.
+    """
     LOG2E: gl.constexpr = 1.4426950408889634
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -434,9 +475,7 @@ def _consume(
     q_full, q_empty = q_bars
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
     scale2 = scale * LOG2E
-    slot = gl.to_tensor(0)
-    phase = gl.to_tensor(0)
-    q_phase = gl.to_tensor(0)
+    lost = gl.to_tensor(-1)
     if not HELD:
         q = q_ring.index(group)
     i_bh, row, n, steps, short, tile = _hear(facts, q_full, group, q_phase)
@@ -520,15 +559,46 @@ def _consume(
             # Zero times infinity is NaN, and NaN equals nothing.
             finite = gl.convert_layout(gl.sum(o, 1), gl.SliceLayout(1, l.type.layout)) * 0.0 == 0.0
             if gl.max(gl.where((total <= LIMIT) & finite, 0, 1), 0) > 0:
-                gl.store(p_work + 3 + gl.atomic_add(p_work + 2, 1), tile)
+                gl.store(p_work + 1 + 2 * tile + group, lost)
+                lost = tile
         o = o * gl.convert_layout(1.0 / total, o_rows)[:, None]
         _store(
-            o, o_m, o_d, end, i_bh, H, fetched, p_out, out_strides, codes_parts, q_phase,
-            group, D, SCALE, RESIDUAL, COPIED, ROWS, o_layout,
+            o, o_m, o_d, end, i_bh, H, fetched, p_out, out_strides, codes_parts,
+            q_phase ^ AGAIN, group, D, SCALE, RESIDUAL, COPIED, ROWS, o_layout,
         )  # fmt: skip
 
         q_phase ^= 1
         i_bh, row, n, steps, short, tile = _hear(facts, q_full, group, q_phase)
+    return slot, phase, q_phase, lost
+
+
+@gluon.jit
+def _consume(
+    group: gl.constexpr, lost,
+    p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
+    sizes, scattered, padded, scale, limit,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
+    SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
+    COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
+    FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Half of every tile's rows; of tiles whose sums grew too large, once more."""
+    q_full, q_empty = q_bars
+    slot, phase, q_phase, last = _tiles(
+        group, gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0),
+        p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
+        sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL,
+        PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, False, BLOCK, ROWS,
+    )  # fmt: skip
+    if FIXED:
+        lost.index(group).store(gl.full([8], last, gl.int32, gl.BlockedLayout([8], [32], [4], [0])))
+        mbarrier.arrive(q_empty.index(group))
+        _tiles(
+            group, slot, phase, q_phase ^ 1,
+            p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts,
+            codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE, SCALE_PER_ROW,
+            RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, False, True, BLOCK, ROWS,
+        )  # fmt: skip
 
 
 # Sizes that change from plan to plan: nothing is gained from compiling again for each.
@@ -548,7 +618,7 @@ def block_attention_hopper_kernel(
     D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
     COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
-    FIXED: gl.constexpr, REDO: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: every program takes the next tile of BLOCK query rows when it is done with one."""
     dtype: gl.constexpr = d_k.dtype
@@ -578,6 +648,7 @@ def block_attention_hopper_kernel(
         mbarrier.init(q_empty.index(i), count=1)
     bars, q_bars = (full, empty), (q_full, q_empty)
     facts = gl.allocate_shared_memory(gl.int32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    lost = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     codes_parts = (facts, facts, full, empty)
     if COPIED:
         WIDTH: gl.constexpr = D // 2 if RESIDUAL == 3 else D
@@ -598,18 +669,18 @@ def block_attention_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts,
-                codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
+                0, lost, p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars,
+                facts, codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
                 SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, BLOCK, ROWS,
             )),
             (_consume, (
-                1, p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts,
-                codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
+                1, lost, p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars,
+                facts, codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
                 SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, BLOCK, ROWS,
             )),
             (_produce, (
-                descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, tiles, padded,
-                weight_step, TEXT, TAIL, SECOND, COPIED, REDO, SLOTS, BLOCK, ROWS,
+                descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded,
+                weight_step, TEXT, TAIL, SECOND, COPIED, FIXED, SLOTS, BLOCK, ROWS,
             )),
         ],
         [4, 1],
@@ -731,11 +802,11 @@ def attend(
     per_row = residual is not None and residual.codes.shape[2] == rows
     copied = residual is not None and residual.kind != "full" and per_row and _copyable(residual.codes)
     pooled, var_unit = _tail_descriptors(tail, plan, q.dtype) if tail else ([None] * 5, None)
-    # The next tile of both launches, and the tiles for the second, of which each group may name one.
+    # float16 has no room for exponentials relative to less than the maximum.
     fixed = q.dtype == torch.bfloat16
-    work = counts.new_zeros(3 + 2 * tiles if fixed else 3)
-    launch = partial(
-        block_attention_hopper_kernel[(programs,)],
+    # The next tile, and of each tile and group the one lost before it.
+    work = counts.new_zeros(1 + 2 * tiles if fixed else 1)
+    block_attention_hopper_kernel[(programs,)](
         _descriptor(q, ROWS), _descriptor(k, BLOCK), _descriptor(v, BLOCK),
         *pooled,
         _descriptor(residual.codes, ROWS) if residual and copied else None,
@@ -753,9 +824,6 @@ def attend(
         SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
-        PER_ROW=per_row, COPIED=copied, **SHAPES[dim], BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
+        PER_ROW=per_row, COPIED=copied, **SHAPES[dim], FIXED=fixed, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
-    launch(FIXED=fixed, REDO=False)
-    if fixed:
-        launch(FIXED=False, REDO=True)
     return out, lse

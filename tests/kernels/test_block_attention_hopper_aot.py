@@ -1,6 +1,7 @@
 """The Hopper kernel compiled for sm_90: copy engine and warpgroup products, and the softmax beside one of them."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -25,7 +26,7 @@ OPTIONAL = {
 }  # fmt: skip
 
 
-def build(kind: str, dim: int, flags: dict, *, redo: bool = False) -> Build:
+def build(kind: str, dim: int, flags: dict) -> Build:
     def tile(rows: int) -> str:
         layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], gl.bfloat16)
         return f"tensordesc<{kind}[1,1,{rows},{dim}],{layout!r}>"
@@ -44,8 +45,7 @@ def build(kind: str, dim: int, flags: dict, *, redo: bool = False) -> Build:
         "p_out": f"*{kind}", "p_lse": "*fp32", "p_scatter": "*i64", "p_scale": "*fp32", "p_res_scale": "*fp32",
         "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}", "scale": "fp32", "limit": "fp32",
     }  # fmt: skip
-    fixed = kind == "bf16" and not redo
-    constexprs = flags | dict(D=dim, **SHAPES[dim], FIXED=fixed, REDO=redo, BLOCK=BLOCK, ROWS=ROWS)
+    constexprs = flags | dict(D=dim, **SHAPES[dim], FIXED=kind == "bf16", BLOCK=BLOCK, ROWS=ROWS)
     signature = {}
     for name in block_attention_hopper_kernel.arg_names:
         if name in constexprs:
@@ -100,7 +100,7 @@ def built() -> dict[str, Resources]:
         "bare": build("bf16", 128, BARE),
         "bare, 64 channels": build("fp16", 64, BARE),
         "everything": build("bf16", 128, EVERYTHING),
-        "done again": build("bf16", 128, BARE, redo=True),
+        "fp16": build("fp16", 128, BARE),
     }
     return dict(zip(builds, compile_kernels(list(builds.values())), strict=True))
 
@@ -118,8 +118,8 @@ def test_it_uses_what_hopper_has(built):
 
 def test_next_to_nothing_is_spilled(built):
     # Of 240 registers 192 hold logits, output and two blocks' probabilities; what does not fit is addresses and
-    # counters. Triton 3.6 spills 32 bytes there, 3.9 168, nearly all before the loop over blocks.
-    assert built["bare"].spill_bytes <= 176
+    # counters. Triton 3.6 spills 72 bytes there, 3.9 192, nearly all before the loop over blocks.
+    assert built["bare"].spill_bytes <= 192
     # Two blocks' logits, output and queries take 176 there: 3.6 spills nothing, 3.9 six registers of addresses.
     assert built["bare, 64 channels"].spill_bytes <= 24
     # The tail holds the queries twice; what it spills lies outside of the loops over blocks.
@@ -127,27 +127,20 @@ def test_next_to_nothing_is_spilled(built):
 
 
 def test_the_exponentials_run_beside_the_product_of_the_values(built):
-    """After the logits are waited for (one group of products left), before the next wait."""
+    """After the logits are waited for (one group of products left), before the next wait; with bfloat16 no maximum is
+    looked for there but where tiles are done again."""
     for name, used in built.items():
-        marks = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])|(MUFU\.EX2)", used.sass)
-        beside, steps = None, []
-        for left, _ in marks:
-            if not left:
-                beside = None if beside is None else beside + 1
-                continue
-            if beside is not None:
-                steps.append(beside)
-            beside = 0 if left == "0x1" else None
+        marks = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])|(MUFU\.EX2)|\b(FMNMX)", used.sass)
+        waits = [i for i, (left, _, _) in enumerate(marks) if left]
+        steps = [marks[i + 1 : j] for i, j in pairwise(waits) if marks[i][0] == "0x1"]
         # 64 exponentials a thread and block: of a round, of one block and of pooled ones, in each of two groups.
-        full = [count for count in steps if count >= 64]
+        full = [step for step in steps if sum(bool(e) for _, e, _ in step) >= 64]
         loops = SHAPES[64 if "64" in name else 128]["ROUND"] + 1 + (name == "everything")
-        assert len(full) == 2 * loops, f"{name}: {steps}"
-
-
-def test_only_the_first_block_of_a_row_looks_for_a_maximum(built):
-    """Of 64 logits a thread and two rows, in each of two groups; where tiles are done again, every block does."""
-    bare, again = (len(re.findall(r"\bFMNMX", built[name].sass)) for name in ("bare", "done again"))
-    assert 2 * 62 <= bare <= 2 * 70 and again >= 2 * 4 * 62
+        # The second-order term is limited by a minimum of each logit.
+        plain = [step for step in full if sum(bool(m) for _, _, m in step) <= (64 if name == "everything" else 0)]
+        fixed = name in ("bare", "everything")
+        assert len(full) == 2 * loops * (2 if fixed else 1), f"{name}: {[len(step) for step in steps]}"
+        assert len(plain) == (2 * loops if fixed else 0), f"{name}: {len(plain)} of {len(full)} look for no maximum"
 
 
 def test_8_bits():
