@@ -19,8 +19,9 @@ except ImportError:  # Triton has no wheel for macOS and Windows; the torch impl
 try:
     from dit_sparse.kernels import block_attention_hopper as hopper
     from dit_sparse.kernels import block_attention_hopper8 as hopper8
+    from dit_sparse.kernels import hopper_tiles
 except ImportError:  # Triton without Gluon, or none.
-    hopper = hopper8 = None
+    hopper = hopper8 = hopper_tiles = None
 
 # auto, or one of: PyTorch; Triton for any GPU; Gluon, Triton's lower-level dialect, for Hopper.
 AttentionImpl = Literal[Impl, "gluon"]
@@ -107,9 +108,9 @@ def _refused(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None, head_dims: tuple[int, ...]
 ) -> str | None:
     """Why the Hopper kernels do not take these inputs, or None."""
-    if hopper is None or not q.is_cuda:
+    if hopper_tiles is None or not q.is_cuda:
         return "needs CUDA tensors and triton 3.6 or newer"
-    return hopper.refusal(q, k, v, plan, block, key_mask, head_dims)
+    return hopper_tiles.refusal(q, k, v, plan, block, key_mask, head_dims)
 
 
 def refused_8bit(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None) -> str | None:

@@ -14,25 +14,25 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dit_sparse.kernels.block_attention_hopper import (
+from dit_sparse.kernels.block_select import plan_mask
+from dit_sparse.kernels.hopper_tiles import (
     BLOCK,
     ROWS,
-    _copyable,
-    _descriptor,
-    _fetch,
-    _hear,
-    _line,
-    _load_tile,
-    _next,
-    _padded,
-    _shrunk,
-    _store,
-    _tell,
-    _thread_sums,
-    _tile,
     codes_of_variances,
+    copyable,
+    describe,
+    describe_line,
+    fetch,
+    find_tile,
+    hear,
+    load_tile,
+    next_slot,
+    shrunk,
+    store,
+    tell,
+    thread_sums,
+    whole_blocks,
 )
-from dit_sparse.kernels.block_select import plan_mask
 from dit_sparse.kernels.quantise import key_order, quantise, quantise_keys, quantise_values
 from dit_sparse.plan import BlockPlan, Correction, Tail
 
@@ -52,7 +52,7 @@ def _copy(desc, at, ring, bars, slot, phase, more: gl.constexpr):
     full, empty = bars
     mbarrier.wait(empty.index(slot), phase ^ 1)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes + more)
-    _load_tile(desc, at, full.index(slot), ring.index(slot))
+    load_tile(desc, at, full.index(slot), ring.index(slot))
 
 
 @gluon.jit
@@ -73,21 +73,21 @@ def _produce(
     q_phase = gl.to_tensor(0)
     t = gl.program_id(0)
     while t < tiles:
-        i_bh, i_list, row, is_text, p_list, n, steps = _tile(t, pointers, sizes, TEXT, BLOCK)
+        i_bh, i_list, row, is_text, p_list, n, steps = find_tile(t, pointers, sizes, TEXT, BLOCK)
         b, h = i_bh // H, i_bh % H
         before = gl.load(p_list)
         # Lists ascend, so only the last listed block can be the short one.
         short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
         for group in gl.static_range(2):
             mbarrier.wait(q_empty.index(group), q_phase ^ 1)
-        _tell(facts, i_bh, row, n, steps, short, t)
+        tell(facts, i_bh, row, n, steps, short, t)
         for group in gl.static_range(2):
             mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
-            _load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
+            load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
         q_phase ^= 1
         _copy(d_k, [b, h, before * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 128)
-        _load_tile(d_unit, [(i_bh * key_blocks + before) * 32], k_full.index(k_slot), unit_ring.index(k_slot))
-        k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+        load_tile(d_unit, [(i_bh * key_blocks + before) * 32], k_full.index(k_slot), unit_ring.index(k_slot))
+        k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
         t = gl.num_programs(0) + gl.atomic_add(pointers[4], 1)
         for i in range(1, steps):
             now = gl.load(p_list + i, mask=i < n, other=0)
@@ -95,29 +95,29 @@ def _produce(
                 # Text keys lie behind the last block of vision, which is filled up.
                 now = gl.where(i < n, now, NK + i - n)
             _copy(d_k, [b, h, now * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 128)
-            _load_tile(d_unit, [(i_bh * key_blocks + now) * 32], k_full.index(k_slot), unit_ring.index(k_slot))
-            k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+            load_tile(d_unit, [(i_bh * key_blocks + now) * 32], k_full.index(k_slot), unit_ring.index(k_slot))
+            k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
             _copy(d_v, [b, h, 0, before * BLOCK], v_ring, v_bars, v_slot, v_phase, 0)
-            v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+            v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
             before = now
         _copy(d_v, [b, h, 0, before * BLOCK], v_ring, v_bars, v_slot, v_phase, 0)
-        v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+        v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
         if TAIL:
             d_tail_k, d_tail_unit, d_tail_v, d_tail_var, d_routed, d_weights = tail_descs
             for i in range(0, gl.where(is_text, 0, padded // BLOCK)):
                 if SECOND:
                     _copy(d_tail_var, [b, h, i * BLOCK, 0], v_ring, v_bars, v_slot, v_phase, 0)
-                    v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+                    v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
                 _copy(d_tail_k, [b, h, i * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 128 + BLOCK * 5)
                 at = (i_bh * (padded // BLOCK) + i) * 32
-                _load_tile(d_tail_unit, [at], k_full.index(k_slot), unit_ring.index(k_slot))
+                load_tile(d_tail_unit, [at], k_full.index(k_slot), unit_ring.index(k_slot))
                 routed_at = (i_list * padded).to(gl.int32) + i * BLOCK
-                _load_tile(d_routed, [routed_at], k_full.index(k_slot), routed_ring.index(k_slot))
+                load_tile(d_routed, [routed_at], k_full.index(k_slot), routed_ring.index(k_slot))
                 weights_at = b * weight_step + i * BLOCK
-                _load_tile(d_weights, [weights_at], k_full.index(k_slot), weight_ring.index(k_slot))
-                k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+                load_tile(d_weights, [weights_at], k_full.index(k_slot), weight_ring.index(k_slot))
+                k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
                 _copy(d_tail_v, [b, h, 0, i * BLOCK], v_ring, v_bars, v_slot, v_phase, 0)
-                v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+                v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
         if COPIED:
             # Rows of text lie behind the last one, where the copy engine reads zeros.
             d_codes, codes, codes_full, codes_empty = codes_parts
@@ -125,10 +125,10 @@ def _produce(
                 mbarrier.wait(codes_empty.index(group), q_phase)
                 mbarrier.expect(codes_full.index(group), d_codes.block_type.nbytes)
                 at = [b, h, row + group * ROWS, 0]
-                _load_tile(d_codes, at, codes_full.index(group), codes.index(group))
+                load_tile(d_codes, at, codes_full.index(group), codes.index(group))
     for group in gl.static_range(2):
         mbarrier.wait(q_empty.index(group), q_phase ^ 1)
-    _tell(facts, 0, 0, 0, 0, 0, 0)
+    tell(facts, 0, 0, 0, 0, 0, 0)
     for group in gl.static_range(2):
         mbarrier.arrive(q_full.index(group), count=1)
 
@@ -191,7 +191,7 @@ def _step(
     shift = (MAGIC * unit + top - UP)[:, None]
     shrink = gl.exp2(m - top)
     e = gl.exp2(t * unit[:, None] - shift)
-    l = _shrunk(l, shrink) + _thread_sums(e)
+    l = shrunk(l, shrink) + thread_sums(e)
     p = _probabilities(e, ROWS, HALF, o_layout)
     mbarrier.wait(v_full.index(v_slot), v_phase)
     part = _values(p, gl.zeros([ROWS, D], gl.float32, o_layout), v_ring, v_slot, 0, HALF, False)
@@ -199,7 +199,7 @@ def _step(
         mbarrier.wait(k_full.index(k_slot), k_phase)
         s = _products(q, k_ring, k_slot, 0, HALF, ROWS, s_layout)
     e = gl.exp2(t2 * unit[:, None] - shift)
-    l += _thread_sums(e)
+    l += thread_sums(e)
     p = _probabilities(e, ROWS, HALF, o_layout)
     part = _values(p, part, v_ring, v_slot, HALF, HALF, True)
     if LAST:
@@ -210,12 +210,12 @@ def _step(
         s2 = _products(q, k_ring, k_slot, HALF, HALF, ROWS, s_layout)
         unit = q_unit * _unit(unit_ring, k_slot)
     mbarrier.arrive(v_empty.index(v_slot))
-    v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+    v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
     o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None] + part
     if not LAST:
         s2 = warpgroup_mma_wait(0, deps=[s2])
         mbarrier.arrive(k_empty.index(k_slot))
-        k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+        k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
     return s, s2, unit, o, top, l, k_slot, k_phase, v_slot, v_phase
 
 
@@ -235,7 +235,7 @@ def _tail_step(
     var_slot, var_phase = v_slot, v_phase
     if SECOND:
         mbarrier.wait(v_full.index(var_slot), var_phase)
-        v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+        v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
     mbarrier.wait(k_full.index(k_slot), k_phase)
     unit = q_unit * _unit(unit_ring, k_slot)
     for half in gl.static_range(2):
@@ -262,7 +262,7 @@ def _tail_step(
         e = gl.exp2(t - (top - UP)[:, None])
         shrink = gl.exp2(m - top)
         m = top
-        l = _shrunk(l, shrink) + _thread_sums(e)
+        l = shrunk(l, shrink) + thread_sums(e)
         p = _probabilities(e, ROWS, HALF, o_layout)
         if half == 0:
             mbarrier.wait(v_full.index(v_slot), v_phase)
@@ -270,9 +270,9 @@ def _tail_step(
         # these add would leave the loop over listed blocks too few to have two products under way.
         o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
         o = warpgroup_mma_wait(0, deps=[_values(p, o, v_ring, v_slot, half * HALF, HALF, True)])
-    k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+    k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
     mbarrier.arrive(v_empty.index(v_slot))
-    v_slot, v_phase = _next(v_slot, v_phase, SLOTS)
+    v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
     return o, m, l, k_slot, k_phase, v_slot, v_phase
 
 
@@ -301,7 +301,7 @@ def _consume(
     v_slot, v_phase = gl.to_tensor(0), gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
     q = q_ring.index(group)
-    i_bh, row, n, steps, short, _ = _hear(facts, q_full, group, q_phase)
+    i_bh, row, n, steps, short, _ = hear(facts, q_full, group, q_phase)
     while steps > 0:
         is_text = row >= VISION
         row += group * ROWS
@@ -312,7 +312,7 @@ def _consume(
         q_unit = code * (scale * LOG2E)
 
         m = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
-        l = _thread_sums(gl.zeros([ROWS, BLOCK // 2], gl.float32, s_layout))
+        l = thread_sums(gl.zeros([ROWS, BLOCK // 2], gl.float32, s_layout))
         o = gl.zeros([ROWS, D], gl.float32, o_layout)
         mbarrier.wait(k_full.index(k_slot), k_phase)
         # One after the other: under way together, they would make every product of the loop wait.
@@ -322,7 +322,7 @@ def _consume(
         s2 = warpgroup_mma_wait(0, deps=[s2])
         unit = q_unit * _unit(unit_ring, k_slot)
         mbarrier.arrive(k_empty.index(k_slot))
-        k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+        k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
         ahead = gl.minimum(whole, steps - 1)
         for _ in range(0, ahead):
             s, s2, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
@@ -370,18 +370,18 @@ def _consume(
         o_m = row + gl.arange(0, ROWS, o_rows)
         o_d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
         v_unit = gl.load(p_v_unit + i_bh * D + o_d)
-        fetched = _fetch(
+        fetched = fetch(
             o_m, o_d, i_bh, is_text, sizes, p_scatter, scattered, correction,
             D, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, BLOCK,
         )  # fmt: skip
         o = o * gl.convert_layout(1.0 / gl.sum(l, 1), o_rows)[:, None] * v_unit[None, :]
-        _store(
+        store(
             o, o_m, o_d, end, i_bh, H, fetched, p_out, out_strides, codes_parts, q_phase,
             group, D, SCALE, RESIDUAL, COPIED, ROWS, o_layout,
         )  # fmt: skip
 
         q_phase ^= 1
-        i_bh, row, n, steps, short, _ = _hear(facts, q_full, group, q_phase)
+        i_bh, row, n, steps, short, _ = hear(facts, q_full, group, q_phase)
 
 
 # Sizes that change from plan to plan: nothing is gained from compiling again for each.
@@ -492,7 +492,7 @@ def _pooled(
     tail: Tail, plan: BlockPlan, mean: Tensor, v_unit: Tensor
 ) -> tuple[list[TensorDescriptor | None], Tensor | None]:
     """The pooled keys in 8 bits like the keys, and what a code of the variances stands for, [B, H]."""
-    padded = _padded(plan.key_blocks)
+    padded = whole_blocks(plan.key_blocks)
     # Pooled keys that do not exist weigh nothing.
     weights = tail.log_weights.new_full((*tail.log_weights.shape[:-1], padded), float("-inf"), dtype=torch.float32)
     weights[..., : plan.key_blocks] = tail.log_weights
@@ -513,8 +513,8 @@ def _pooled(
         _units(unit),
         _tile_descriptor(values, values.shape[2], BLOCK),
         None if variances is None else _tile_descriptor(variances, BLOCK, variances.shape[-1]),
-        _line(_by_row(routed).contiguous()),
-        _line(_by_row(weights).contiguous()),
+        describe_line(_by_row(routed).contiguous()),
+        describe_line(_by_row(weights).contiguous()),
     ], var_unit
 
 
@@ -541,16 +541,16 @@ def attend(
     counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
     # Longest first within a head, so that programs end together, while the head's keys and values stay in the cache.
     order = counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True).indices.int()
-    padded = _padded(plan.key_blocks)
+    padded = whole_blocks(plan.key_blocks)
     texts = batch * heads * triton.cdiv(text, BLOCK)
     tiles = texts + counts.numel()
     programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
     per_row = residual is not None and residual.codes.shape[2] == rows
-    copied = residual is not None and residual.kind != "full" and per_row and _copyable(residual.codes)
+    copied = residual is not None and residual.kind != "full" and per_row and copyable(residual.codes)
     block_attention_hopper8_kernel[(programs,)](
         _tile_descriptor(codes.q, ROWS, dim), _tile_descriptor(codes.k, BLOCK, dim), _units(codes.k_unit),
         _tile_descriptor(codes.v, dim, BLOCK), *pooled,
-        _descriptor(residual.codes, ROWS) if residual and copied else None,
+        describe(residual.codes, ROWS) if residual and copied else None,
         out, lse, codes.q_unit, codes.q_shift, codes.v_unit, var_unit,
         counts, indices, every if text else None, order, counts.new_zeros(1), scatter,
         row_scale.float().contiguous() if row_scale is not None else None,

@@ -253,7 +253,7 @@ class _Pointer(NamedTuple):
         return _Pointer(self.base, self.offset + int(step))
 
 
-def schedule(hopper, monkeypatch, *, heads, blocks, text, programs):
+def schedule(tiles, monkeypatch, *, heads, blocks, text, programs):
     """The steps of each program, which takes the next tile when it is free, and where tiles begin: (head, row)."""
     counts = torch.randint(blocks // 8, blocks // 4, (heads, blocks))
     order = counts.sort(dim=-1, descending=True, stable=True).indices
@@ -265,12 +265,12 @@ def schedule(hopper, monkeypatch, *, heads, blocks, text, programs):
         load=lambda p: tables[p.base][p.offset],
         int64=torch.int64,
     )
-    monkeypatch.setattr(hopper, "gl", language)
+    monkeypatch.setattr(tiles, "gl", language)
     pointers = tuple(_Pointer(name) for name in ("counts", "indices", "every", "order", "next"))
     sizes = (heads, rows + text, rows + text, rows, rows, blocks, blocks, 8, texts)
     steps, begins = [0] * programs, []
     for t in range(texts + heads * blocks):
-        i_bh, _, row, is_text, p_list, n, took = hopper._tile.fn(torch.tensor(t), pointers, sizes, text > 0, BLOCK)
+        i_bh, _, row, is_text, p_list, n, took = tiles.find_tile.fn(torch.tensor(t), pointers, sizes, text > 0, BLOCK)
         assert p_list.base == ("every" if is_text else "indices") and n == (blocks if is_text else n) and took >= n
         steps[steps.index(min(steps))] += int(took)
         begins.append((int(i_bh), int(row)))
@@ -279,17 +279,17 @@ def schedule(hopper, monkeypatch, *, heads, blocks, text, programs):
 
 @pytest.mark.parametrize("text", [0, 7, 300])
 def test_every_row_is_in_one_tile(text, monkeypatch):
-    hopper = pytest.importorskip("dit_sparse.kernels.block_attention_hopper")
-    _, begins, rows = schedule(hopper, monkeypatch, heads=5, blocks=9, text=text, programs=7)
+    tiles = pytest.importorskip("dit_sparse.kernels.hopper_tiles")
+    _, begins, rows = schedule(tiles, monkeypatch, heads=5, blocks=9, text=text, programs=7)
     vision = [(h, i * BLOCK) for h in range(5) for i in range(9)]
     words = [(h, rows + i * BLOCK) for h in range(5) for i in range(-(-text // BLOCK))]
     assert sorted(begins) == sorted(vision + words)
 
 
 def test_programs_end_together(monkeypatch):
-    hopper = pytest.importorskip("dit_sparse.kernels.block_attention_hopper")
+    tiles = pytest.importorskip("dit_sparse.kernels.hopper_tiles")
     # Tiles of text are four to eight times as long as others; last in line, they would be computed by a few programs.
-    steps, _, _ = schedule(hopper, monkeypatch, heads=24, blocks=128, text=512, programs=132)
+    steps, _, _ = schedule(tiles, monkeypatch, heads=24, blocks=128, text=512, programs=132)
     assert max(steps) < 1.06 * sum(steps) / len(steps)
 
 

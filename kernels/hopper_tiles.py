@@ -1,0 +1,238 @@
+"""What both Hopper kernels share: what a tile is and how groups hear of it, sums of rows, the store, descriptors."""
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dit_sparse.plan import BlockPlan
+
+# Queries and keys of a step; queries of a group, as many as one warpgroup product takes.
+BLOCK, ROWS = 128, 64
+TRITON = tuple(int(x) for x in triton.__version__.split(".")[:2])
+# Today's name, and that of Triton 3.6.
+load_tile = tma.async_load if "async_load" in tma.__all__ else tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def next_slot(slot, phase, SLOTS: gl.constexpr):
+    """The slot after this one, and the phase of its barriers."""
+    slot += 1
+    wrapped = slot == SLOTS
+    return gl.where(wrapped, 0, slot), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def find_tile(t, pointers, sizes, TEXT: gl.constexpr, BLOCK: gl.constexpr):
+    """Tile t: its head, query block and row, the list it reads, and how many steps that list and the text take."""
+    p_counts, p_indices, p_every, p_order, p_next = pointers
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    i_bh = t // NQ
+    i = t % NQ
+    i_block = i
+    is_text = i < 0
+    if TEXT:
+        # Text rows list every block. A head's would meet those of other heads in the same few programs, were they not
+        # all at the start, one or none for each program.
+        is_text = t < texts
+        per_head = gl.cdiv(LQ - VISION, BLOCK)
+        i_bh = gl.where(is_text, t // per_head, (t - texts) // NQ)
+        i = gl.where(is_text, t % per_head, (t - texts) % NQ)
+        i_block = gl.where(is_text, 0, i)
+    i_block = gl.load(p_order + i_bh * NQ + i_block)
+    i_list = i_bh.to(gl.int64) * NQ + i_block
+    n = gl.load(p_counts + i_list)
+    p_list = p_indices + i_list * W
+    row = i_block * BLOCK
+    steps = n
+    if TEXT:
+        row = gl.where(is_text, VISION + i * BLOCK, row)
+        n = gl.where(is_text, NK, n)
+        p_list = gl.where(is_text, p_every, p_list)
+        steps = n + gl.cdiv(LK - COLUMNS, BLOCK)
+    return i_bh, i_list, row, is_text, p_list, n, steps
+
+
+@gluon.jit
+def tell(facts, i_bh, row, n, steps, short, tile):
+    """What the groups need to know of a tile. No steps: there is none left."""
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+    place = gl.arange(0, 8, layout)
+    told = gl.where(place == 0, i_bh, gl.where(place == 1, row, gl.where(place == 2, n, short)))
+    facts.store(gl.where(place == 3, steps, gl.where(place == 4, tile, told)))
+
+
+@gluon.jit
+def hear(facts, q_full, group: gl.constexpr, q_phase):
+    """Once the next tile's queries are here: head, first row, listed blocks, steps, keys in the last block, number."""
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    mbarrier.wait(q_full.index(group), q_phase)
+    told = facts.load(layout)
+    place = gl.arange(0, 8, layout)
+    i_bh = gl.sum(gl.where(place == 0, told, 0), 0)
+    row = gl.sum(gl.where(place == 1, told, 0), 0)
+    n = gl.sum(gl.where(place == 2, told, 0), 0)
+    steps = gl.sum(gl.where(place == 3, told, 0), 0)
+    tile = gl.sum(gl.where(place == 4, told, 0), 0)
+    short = gl.sum(gl.where(place == 5, told, 0), 0)
+    return i_bh, row, n, steps, short, tile
+
+
+@gluon.jit
+def thread_sums(e):
+    """[ROWS, N] -> [ROWS, 4], what each of the four threads that share a row holds: pairs of columns, eight apart.
+
+    They are added up when the tile ends: a sum over threads in every block would be two waits in every block.
+    """
+    parts = e.reshape([e.shape[0], e.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(parts, 3), 1)
+
+
+@gluon.jit
+def shrunk(l, shrink):
+    """Sums of threads, times a factor a row."""
+    return l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None]
+
+
+@gluon.jit
+def fetch(
+    o_m, o_d, i_bh, is_text, sizes, p_scatter, scattered, correction,
+    D: gl.constexpr, SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
+    PER_ROW: gl.constexpr, COPIED: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """What the store of these rows needs from memory: where they go, factor, residual's scale and codes."""
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals = correction
+    b, h = (i_bh // H).to(gl.int64), (i_bh % H).to(gl.int64)
+    m_r = (o_m < VISION) & (is_text == 0)
+    o_o = o_m.to(gl.int64)
+    factor, unit, codes = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    if SCATTER:
+        o_o = gl.where(o_m < scattered, gl.load(p_scatter + o_m, mask=o_m < scattered, other=0).to(gl.int64), o_o)
+    if SCALE:
+        o_r = o_m if SCALE_PER_ROW else o_m // BLOCK
+        factor = gl.load(p_scale + i_bh.to(gl.int64) * scales + o_r, mask=m_r, other=1.0)
+    if RESIDUAL > 0:
+        o_r = o_m if PER_ROW else o_m // BLOCK
+        if RESIDUAL > 1:
+            unit = gl.load(p_res_scale + i_bh.to(gl.int64) * residuals + o_r, mask=m_r, other=0.0)
+        if not COPIED:
+            p_r = p_res + b * r_sb + h * r_sh + o_r.to(gl.int64)[:, None] * r_st
+            if RESIDUAL == 3:
+                p_r += (o_d % (D // 2))[None, :]
+            else:
+                p_r += o_d[None, :]
+            codes = gl.load(p_r, mask=m_r[:, None], other=0)
+    return o_o, factor, unit, codes
+
+
+@gluon.jit
+def store(
+    o, o_m, o_d, end, i_bh, H, fetched, p_out, out_strides, codes_parts, q_phase,
+    group: gl.constexpr, D: gl.constexpr, SCALE: gl.constexpr, RESIDUAL: gl.constexpr, COPIED: gl.constexpr,
+    ROWS: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """out = factor * o + residual, to where the rows go."""
+    o_o, factor, unit, codes = fetched
+    o_sb, o_sh, o_st = out_strides
+    b, h = (i_bh // H).to(gl.int64), (i_bh % H).to(gl.int64)
+    if SCALE:
+        o = o * factor[:, None]
+    if COPIED:
+        d_codes, codes_ring, codes_full, codes_empty = codes_parts
+        mbarrier.wait(codes_full.index(group), q_phase)
+        if RESIDUAL == 3:
+            half = codes_ring.index(group).load(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16]))
+            # A byte holds channel d in its low half and channel d + D/2 in its high half.
+            codes = gl.join(half & 15, half >> 4).permute((0, 2, 1)).reshape([ROWS, D])
+            codes = gl.convert_layout(codes, o_layout)
+        else:
+            codes = codes_ring.index(group).load(o_layout)
+        mbarrier.arrive(codes_empty.index(group))
+    if RESIDUAL == 1:
+        o += codes.to(gl.float32)
+    elif RESIDUAL == 2:
+        o += codes.to(gl.float8e4nv, bitcast=True).to(gl.float32) * unit[:, None]
+    elif RESIDUAL == 3:
+        if COPIED:
+            o += (codes.to(gl.float32) - 8.0) * unit[:, None]
+        else:
+            nibble = (codes.to(gl.int32) >> (4 * (o_d // (D // 2)))[None, :]) & 15
+            o += (nibble.to(gl.float32) - 8.0) * unit[:, None]
+    p_o = p_out + b * o_sb + h * o_sh + o_o[:, None] * o_st + o_d[None, :]
+    gl.store(p_o, o.to(p_out.dtype.element_ty), mask=(o_m < end)[:, None])
+
+
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None, head_dims: tuple[int, ...]
+) -> str | None:
+    """Why a kernel for these head dimensions does not take such inputs, or None."""
+    if torch.cuda.get_device_capability(q.device)[0] != 9:
+        return "needs a GPU of compute capability 9"
+    if TRITON < (3, 6):
+        return f"needs triton 3.6, not {triton.__version__}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {q.dtype}"
+    if q.shape[-1] not in head_dims:
+        dims = " and ".join(map(str, head_dims))
+        return f"takes head dimension{'s' if len(head_dims) > 1 else ''} {dims}, not {q.shape[-1]}"
+    if block != BLOCK:
+        return f"takes blocks of {BLOCK}, not {block}"
+    if key_mask is not None:
+        return "takes no key mask"
+    if not all(copyable(x) for x in (q, k, v)):
+        return "needs 16-byte alignment of every row"
+    if plan.counts.numel() * whole_blocks(plan.key_blocks) >= 2**31:
+        return "takes fewer than 2^31 pairs of blocks"
+    return None
+
+
+def whole_blocks(blocks: int) -> int:
+    return triton.cdiv(blocks, BLOCK) * BLOCK
+
+
+def copyable(x: Tensor) -> bool:
+    """Whether the copy engine takes it: whole rows, each on a multiple of 16 bytes."""
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(n * x.element_size() % 16 for n in _strides(x))
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides of all but the last dimension; a dimension of one is never stepped along."""
+    unit = 16 // x.element_size()
+    return [unit if n == 1 else stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+
+
+def describe(x: Tensor, rows: int) -> TensorDescriptor:
+    """[B, H, L, D] -> tiles of `rows` by D."""
+    shape = (1, 1, rows, x.shape[-1])
+    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], list(shape), _layout(shape, x.dtype))
+
+
+@lru_cache
+def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory."""
+    kind = {
+        torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.uint8: gl.uint8,
+        torch.float8_e4m3fn: gl.float8e4nv,
+    }[dtype]  # fmt: skip
+    return gl.NVMMASharedLayout.get_default_for(list(shape), kind)
+
+
+def describe_line(x: Tensor) -> TensorDescriptor:
+    """Any contiguous tensor as one row -> pieces of BLOCK numbers."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * x.element_size(), rank=1)
+    return TensorDescriptor(x, [x.numel()], [1], [BLOCK], layout)
+
+
+def codes_of_variances(variances: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, H, N, D] -> e4m3, and what a code stands for, [B, H] float32.
+
+    The second-order term is at most some units of a logit, and a sum over channels: three bits of each are as good.
+    """
+    unit = variances.float().amax((-1, -2)).clamp(min=1e-20) / 448
+    return (variances.float() / unit[..., None, None]).to(torch.float8_e4m3fn), unit
