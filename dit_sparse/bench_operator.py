@@ -1,0 +1,95 @@
+"""Times of the whole sparse step of a layer, and of its parts."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dit_sparse.attention import sparse_attention
+from dit_sparse.bench import DENSITIES, Bench, Case, right_ones, verify
+from dit_sparse.config import SparseConfig
+from dit_sparse.correction import Learned, pooled_tail
+from dit_sparse.kernels.block_attention import block_attention, refused_8bit
+from dit_sparse.kernels.dense_attention import dense_attention
+from dit_sparse.kernels.permute import permute, permute_pooled
+from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.order import token_order
+from dit_sparse.plan import Correction
+from dit_sparse.residual import pack
+from dit_sparse.routing import pool, route, wanted
+from dit_sparse.state import Generation, Layer
+
+
+def operator(bench: Bench) -> None:
+    """The whole sparse step of a layer and its parts: statistics, routing, permutation, kernel, tail, residual."""
+    for name, case in bench.cases().items():
+        q, k, v = bench.qkv(case)
+        [dense_ms] = bench.milliseconds(partial(dense_attention, q, k, v))
+        bench.add(case=name, what="dense", density=1.0, ms=dense_ms, error=None, share_of_dense=1.0, over_bare=None)
+        for density in bench.densities(*DENSITIES):
+            _operator_of(bench, name, case, (q, k, v), dense_ms, density)
+
+
+def _operator_of(
+    bench: Bench, name: str, case: Case, qkv: tuple[Tensor, Tensor, Tensor], dense_ms: float, density: float
+) -> None:
+    grid, scale = TokenGrid(*case.grid), case.head_dim**-0.5
+    layer = Layer("layer", 0, 1, case.heads, case.head_dim)
+    config = SparseConfig(density=density, block=case.block, dense_steps=0, residual="fp8")
+    layout = Layout(grid, case.text, case.block)
+    order = token_order(config.order, grid, config.tile, bench.device)
+    q, k, v = permute(qkv, order.take)
+    texts = dict(text_keys=k[:, :, grid.tokens :]) if case.text else {}
+    pooled = pool(q, k, v, layout, config)
+    plan = route(pooled, layout, config, density=density, scale=scale, **texts).plan
+    tail = pooled_tail(pooled, q.dtype, second_order=True, limit=config.second_order_limit)
+    residual = pack(torch.randn_like(q[:, :, : grid.tokens]), "fp8")
+    full = Correction(tail=tail, residual=residual)
+    kernel = partial(block_attention, q, k, v, plan, block=case.block, text=case.text)
+    error = verify(q, k, v, plan, full, case, kernel(full)[0])
+    scattered = permute((kernel(full, scatter=order.take)[0],), order.take)[0]
+    error = max(error, verify(q, k, v, plan, full, case, scattered))
+
+    tails = Generation(SparseConfig("tail", density=density, block=case.block, dense_steps=0), [layer])
+    anchors = Generation(config, [layer])
+    low = Generation(replace(config, precision="8bit"), [layer])
+    for generation, step in ((tails, 0), (anchors, 1), (low, 1)):
+        generation.enter(grid, batch=1, device=bench.device, timestep=0.0, step=step, total=100)
+    for generation in (anchors, low):
+        generation.record(layer, Learned(plan, residual, None, 0, plan.counts.sum()))
+    in_8bit = {}
+    if refused_8bit(q, k, v, plan, case.block, None) is None:
+        found = kernel(full, precision="8bit")[0]
+        error = max(error, verify(q, k, v, plan, full, case, found, "8bit"))
+        in_8bit = {
+            "bare block attention, 8bit": partial(kernel, precision="8bit"),
+            "whole, between anchors, 8bit": partial(sparse_attention, *qkv, layer, low),
+        }
+
+    calls = {
+        "permute q, k, v": partial(permute, qkv, order.take),
+        "statistics": partial(pool, q, k, v, layout, config),
+        "permute with statistics": partial(
+            permute_pooled,
+            qkv,
+            order.take,
+            pooled.lengths,
+            block=case.block,
+            wants=wanted(config, routes=True),
+        ),
+        "routing": partial(route, pooled, layout, config, density=density, scale=scale, **texts),
+        "bare block attention": kernel,
+        "with tail": partial(kernel, Correction(tail=tail)),
+        "with tail and residual": partial(kernel, full),
+        "with tail and residual, in the model's order": partial(kernel, full, scatter=order.take),
+        "permute out": partial(permute, (q,), order.place),
+        "whole, tail": partial(sparse_attention, *qkv, layer, tails),
+        "whole, between anchors": partial(sparse_attention, *qkv, layer, anchors),
+        **in_8bit,
+    }
+    times = right_ones(bench, calls, dict.fromkeys(calls, error))
+    bare = times["bare block attention"]
+    for what, ms in times.items():
+        bench.add(case=name, what=what, density=plan.density(), ms=ms, error=error,
+                  share_of_dense=ms and ms / dense_ms, over_bare=ms / bare if ms and bare else None)  # fmt: skip
