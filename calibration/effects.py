@@ -118,11 +118,21 @@ def probe(
             stack.enter_context(blocks.around(names[layer]))
             stack.enter_context(sparsify(transformer, probed))
             out = forward_once(transformer, tape.calls[part, step, branch], device)
-        changes.append(out - sample_of(tape.outputs[part, step, branch]).float())
+        change = out - sample_of(tape.outputs[part, step, branch]).float()
+        changes.append(taken(transformer, change))
     return {
         "squares": [float(change.square().mean()) for change in changes],
         "along": [float((change * changes[0]).mean()) for change in changes],
     }
+
+
+def taken(transformer: nn.Module, sample: Tensor) -> Tensor:
+    """What pipelines take of a transformer's sample [B, C, ...]: those of PixArt and HunyuanDiT leave the second half of
+    the channels, a variance."""
+    config = transformer.config
+    channels = config.get("in_channels")
+    twice = config.get("learn_sigma") or (channels and config.get("out_channels") == 2 * channels)
+    return sample[:, : sample.shape[1] // 2] if twice else sample
 
 
 def output_metric(transformer: nn.Module, part: str) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_sparse import calibrate, generate, models, sparsify
 from dit_sparse.calibration.collect import Job, collect
+from dit_sparse.calibration.effects import taken
 from dit_sparse.calibration.fit import Targets, fit
 from dit_sparse.calibration.record import Plan
 from dit_sparse.calibration.replay import Tape, forward_once, forwards
@@ -57,6 +58,23 @@ def case(request: pytest.FixtureRequest) -> Case:
     made = tiny.tiny_vace() if name == "wan-vace" else tiny.tiny_wan("2x1", text=False, wan22=name == "wan2.2")
     size = {} if name == "wan-vace" else {"size": 32}
     return Case(name, made, lambda seed=1, **told: tiny.generate(made, steps=STEPS, seed=seed, **size, **told))
+
+
+def test_what_is_not_taken_of_an_output_changes_nothing(case: Case) -> None:
+    before, dropped = case.run(), []
+
+    def spoil(transformer: torch.nn.Module, _: tuple[()], output: Any) -> None:
+        sample = sample_of(output)
+        kept = taken(transformer, sample)
+        if kept.shape != sample.shape:
+            sample[:, kept.shape[1] :] = float("nan")
+            dropped.append(sample.shape[1] - kept.shape[1])
+
+    hooks = [transformer.register_forward_hook(spoil) for transformer in case.transformers.values()]
+    assert torch.equal(before, case.run())
+    assert bool(dropped) == (case.name in ("pixart-sigma", "hunyuan-dit"))
+    for hook in hooks:
+        hook.remove()
 
 
 def taped(case: Case, keep: frozenset[int]) -> tuple[Tape, Tensor]:
