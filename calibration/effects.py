@@ -127,8 +127,8 @@ def probe(
 
 
 def taken(transformer: nn.Module, sample: Tensor) -> Tensor:
-    """What pipelines take of a transformer's sample [B, C, ...]: those of PixArt and HunyuanDiT leave the second half of
-    the channels, a variance."""
+    """What pipelines take of a transformer's sample [B, C, ...]: those of PixArt and HunyuanDiT leave the second half
+    of the channels, a variance."""
     config = transformer.config
     channels = config.get("in_channels")
     twice = config.get("learn_sigma") or (channels and config.get("out_channels") == 2 * channels)
