@@ -17,6 +17,7 @@ from dit_sparse.calibration.growth import Run, fit_slopes, lasting
 from dit_sparse.choices import DENSE, LEARNING, Choice, ChoiceMethod
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.layout import TokenGrid
+from dit_sparse.pipelines.registry import FAMILIES
 from dit_sparse.profile import ERRORS, LEARNERS, METHODS, ROUTINGS, STORAGES, Profile
 from dit_sparse.state import Generation, Layer
 
@@ -89,7 +90,9 @@ class Measured:
         """[branches]: how guidance weighs what each branch says."""
         h = self.header
         guided = h.guidance_scale > 1 and len(h.branches) > 1
-        scale = dict.fromkeys(COND, h.guidance_scale) | dict.fromkeys(UNCOND, 1 - h.guidance_scale)
+        beyond = any(FAMILIES[told["class"]].beyond for told in h.weights.values())
+        own = h.guidance_scale + beyond
+        scale = dict.fromkeys(COND, own) | dict.fromkeys(UNCOND, 1 - own)
         return np.array([scale.get(name, 1.0) if guided else 1.0 for name in h.branches])
 
     def _joint(self, relative: np.ndarray, kind: str) -> np.ndarray:

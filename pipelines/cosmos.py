@@ -59,4 +59,5 @@ FAMILY = Family(
     ),
     size=_size,
     shape=_shape,
+    beyond=True,
 )

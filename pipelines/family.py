@@ -86,6 +86,8 @@ class Family:
     shape              (transformer config, height, width, num_frames, vae config) -> ModelShape
     is_joint           by module name: self-attention that has text among its tokens
     one_forward        whether both branches of guidance come in one batch
+    beyond             whether its pipelines go guidance_scale times beyond what the prompt says, not from what it
+                       does not: p + w (p - n) instead of n + w (p - n)
     heads              (attention module) -> heads, and channels of each
     on_host            arguments that `forward` reads: it is given them on the CPU
     """
@@ -99,5 +101,6 @@ class Family:
     shape: Callable[[Mapping[str, Any], int, int, int, Mapping[str, Any]], ModelShape]
     is_joint: Callable[[str], bool] = lambda _: False
     one_forward: bool = False
+    beyond: bool = False
     heads: Callable[[Any], tuple[int, int]] = lambda module: (module.heads, module.inner_dim // module.heads)
     on_host: tuple[str, ...] = ()

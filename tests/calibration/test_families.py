@@ -21,7 +21,7 @@ from dit_sparse.calibration.replay import Tape, forward_once, forwards
 from dit_sparse.calibration.values import sample_of
 from dit_sparse.choices import Rung
 from dit_sparse.config import SparseConfig
-from dit_sparse.pipelines.registry import known_of
+from dit_sparse.pipelines.registry import family_of, known_of
 from dit_sparse.pipelines.session import levels_of
 from tests import families, tiny
 from tests.calibration.test_values import same
@@ -58,6 +58,27 @@ def case(request: pytest.FixtureRequest) -> Case:
     made = tiny.tiny_vace() if name == "wan-vace" else tiny.tiny_wan("2x1", text=False, wan22=name == "wan2.2")
     size = {} if name == "wan-vace" else {"size": 32}
     return Case(name, made, lambda seed=1, **told: tiny.generate(made, steps=STEPS, seed=seed, **size, **told))
+
+
+@pytest.mark.parametrize("case", ["wan2.1", "cosmos", "kandinsky5"], indirect=True)
+def test_guidance_goes_as_far_as_its_family_says(case: Case) -> None:
+    """By what a change of either forward of the last step does to the latents: w and 1 - w, or 1 + w and -w."""
+    before, moved = case.run(), []
+    for number in (2 * STEPS - 2, 2 * STEPS - 1):
+        calls = 0
+
+        def change(_transformer: torch.nn.Module, _: tuple[()], output: Any, number: int = number) -> None:
+            nonlocal calls
+            if calls == number:
+                sample_of(output).add_(0.1)
+            calls += 1
+
+        hook = case.pipe.transformer.register_forward_hook(change)
+        moved.append((case.run() - before).norm().item())
+        hook.remove()
+        assert calls == 2 * STEPS
+    own = case.pipe.guidance_scale + family_of(case.pipe.transformer).beyond
+    assert own > 2 and moved[0] / moved[1] == pytest.approx(own / (own - 1), rel=2e-3)
 
 
 def test_what_is_not_taken_of_an_output_changes_nothing(case: Case) -> None:

@@ -323,6 +323,14 @@ def test_branches_count_as_guidance_weighs_them(branches, signed):
     assert Problem(replace(made, header=replace(made.header, branches=branches))).signed.tolist() == signed
 
 
+def test_cosmos_goes_beyond_what_the_prompt_says():
+    """p + w (p - n), as test_families.py finds of its pipeline."""
+    made = profiles.profile()
+    weights = {"transformer": made.header.weights["transformer"] | {"class": "CosmosTransformer3DModel"}}
+    header = replace(made.header, branches=("branch 0", "branch 1"), weights=weights)
+    assert Problem(replace(made, header=header)).signed.tolist() == [5, -4]
+
+
 def test_errors_that_stay_the_same_add_up_faster():
     made = profiles.profile()
     alone, steady = made, replace(made, tensors=made.tensors | {"persist": 0 * made.tensors["persist"] + 1.0})
