@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dit_sparse.kernels.block_select import plan_mask
 from dit_sparse.kernels.hopper_tiles import (
     BLOCK,
     ROWS,
@@ -26,6 +25,8 @@ from dit_sparse.kernels.hopper_tiles import (
     find_tile,
     hear,
     load_tile,
+    longest_first,
+    masks_of,
     next_slot,
     shrunk,
     store,
@@ -554,11 +555,7 @@ def _tail_descriptors(
     tail: Tail, plan: BlockPlan, dtype: torch.dtype
 ) -> tuple[Sequence[TensorDescriptor | None], Tensor | None]:
     """The tail as the kernel copies it, and the unit of its variances."""
-    padded = whole_blocks(plan.key_blocks)
-    # Pooled keys that do not exist weigh nothing.
-    weights = tail.log_weights.new_full((*tail.log_weights.shape[:-1], padded), float("-inf"), dtype=torch.float32)
-    weights[..., : plan.key_blocks] = tail.log_weights
-    routed = plan_mask(BlockPlan(plan.counts, plan.indices, padded), impl="triton")
+    routed, weights = masks_of(tail, plan)
     variances = var_unit = None
     if tail.variances is not None:
         codes, var_unit = codes_of_variances(tail.variances)
@@ -585,8 +582,7 @@ def attend(
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     tail, residual, row_scale = correction.tail, correction.residual, correction.scale
     counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
-    # Longest first within a head, so that programs end together, while the head's keys and values stay in the cache.
-    order = counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True).indices.int()
+    order = longest_first(counts)
     padded = whole_blocks(plan.key_blocks)
     texts = batch * heads * triton.cdiv(text, BLOCK)
     tiles = texts + counts.numel()

@@ -14,7 +14,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dit_sparse.kernels.block_select import plan_mask
 from dit_sparse.kernels.hopper_tiles import (
     BLOCK,
     ROWS,
@@ -26,6 +25,8 @@ from dit_sparse.kernels.hopper_tiles import (
     find_tile,
     hear,
     load_tile,
+    longest_first,
+    masks_of,
     next_slot,
     shrunk,
     store,
@@ -493,10 +494,7 @@ def _pooled(
 ) -> tuple[list[TensorDescriptor | None], Tensor | None]:
     """The pooled keys in 8 bits like the keys, and what a code of the variances stands for, [B, H]."""
     padded = whole_blocks(plan.key_blocks)
-    # Pooled keys that do not exist weigh nothing.
-    weights = tail.log_weights.new_full((*tail.log_weights.shape[:-1], padded), float("-inf"), dtype=torch.float32)
-    weights[..., : plan.key_blocks] = tail.log_weights
-    routed = plan_mask(BlockPlan(plan.counts, plan.indices, padded), impl="triton")
+    routed, weights = masks_of(tail, plan)
     keys, unit = quantise_keys(tail.keys, mean, 0)
     values = quantise_values(tail.values, v_unit, 0)
     variances = var_unit = None
@@ -539,8 +537,7 @@ def attend(
     codes = quantise(q, k, v, text, scale, tail.keys.mean(2, dtype=torch.float32) if tail else None)
     pooled, var_unit = _pooled(tail, plan, codes.k_mean, codes.v_unit) if tail else ([None] * 6, None)
     counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
-    # Longest first within a head, so that programs end together, while the head's keys and values stay in the cache.
-    order = counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True).indices.int()
+    order = longest_first(counts)
     padded = whole_blocks(plan.key_blocks)
     texts = batch * heads * triton.cdiv(text, BLOCK)
     tiles = texts + counts.numel()

@@ -10,7 +10,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dit_sparse.plan import BlockPlan
+from dit_sparse.kernels.block_select import plan_mask
+from dit_sparse.plan import BlockPlan, Tail
 
 # Queries and keys of a step; queries of a group, as many as one warpgroup product takes.
 BLOCK, ROWS = 128, 64
@@ -30,7 +31,7 @@ def next_slot(slot, phase, SLOTS: gl.constexpr):
 @gluon.jit
 def find_tile(t, pointers, sizes, TEXT: gl.constexpr, BLOCK: gl.constexpr):
     """Tile t: its head, query block and row, the list it reads, and how many steps that list and the text take."""
-    p_counts, p_indices, p_every, p_order, p_next = pointers
+    p_counts, p_indices, p_every, p_order, _ = pointers
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
     i_bh = t // NQ
     i = t % NQ
@@ -190,6 +191,21 @@ def refusal(
     if plan.counts.numel() * whole_blocks(plan.key_blocks) >= 2**31:
         return "takes fewer than 2^31 pairs of blocks"
     return None
+
+
+def longest_first(counts: Tensor) -> Tensor:
+    """[B, H, N] -> [B * H, N] int32: query blocks of a head, those with the most keys first, so that programs end
+    together, while the head's keys and values stay in the cache."""
+    return counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True).indices.int()
+
+
+def masks_of(tail: Tail, plan: BlockPlan) -> tuple[Tensor, Tensor]:
+    """Which pooled keys are listed, and what each weighs: of as many as whole tiles have, of which those that do not
+    exist weigh nothing."""
+    padded = whole_blocks(plan.key_blocks)
+    weights = tail.log_weights.new_full((*tail.log_weights.shape[:-1], padded), float("-inf"), dtype=torch.float32)
+    weights[..., : plan.key_blocks] = tail.log_weights
+    return plan_mask(BlockPlan(plan.counts, plan.indices, padded), impl="triton"), weights
 
 
 def whole_blocks(blocks: int) -> int:
