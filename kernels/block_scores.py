@@ -13,8 +13,8 @@ try:
 except ImportError:  # Triton has no wheel for macOS and Windows; the torch implementation needs none.
     triton = None
 
-# Query and key blocks of a program, and channels of a step: three sums of a tile take 96 registers a thread, and
-# twice the channels would spill on Ampere.
+# Query and key blocks of a program, and channels of a step: three sums of a tile take 96 registers a thread, and what
+# they are made of most of the rest.
 TILE, CHANNELS, WARPS = 64, 16, 4
 # Rows lie this many numbers apart or a multiple, so that each begins a line of memory for whoever reads it.
 ALIGNED = 16
