@@ -37,10 +37,12 @@ Heard = dict[tuple[str, int, str], effects.Blocks]
 # Qualities in dB that the trials of a prompt aim at, one prompt after the other: what comes of them is right where
 # targets are. Two of one prompt say how quality grows with what is spent, whatever the prompt.
 TRIED = ((30.0, 36.0), (33.0, 27.0), (27.0, 33.0), (36.0, 30.0))
+# Into how many parts the steps of a run are cut, each of which is tried alone.
+BANDS = 5
 # Numbers of the latents that are looked at after each step.
 LATENTS = 1 << 16
 # Of what is kept to be resumed; of another format nothing can be.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Job:
     def forwards(self) -> int:
         """Ticks of the whole calibration: a tick is a step of a run, or a probe."""
         layers = sum(len(_layers(part, module)) for part, module in self.transformers.items())
-        runs = len(self.prompts) + len(self.trials())
+        runs = len(self.prompts) + len(self.trials()) + len(self.bands())
         return runs * self.steps + layers * len(effects.probe_steps(self.steps))
 
     def trials(self) -> list[tuple[int, float]]:
@@ -91,6 +93,16 @@ class Job:
         count = 1 if len(self.prompts) == 1 else 2
         return [(number, aim) for turn in range(count) for number, aim in enumerate(each[turn] for each in aims)]
 
+    def bands(self) -> list[tuple[int, float, range]]:
+        """Number of the prompt, the quality to try, and the steps that are not dense: each prompt once in each band.
+        Of a single prompt none, for which they would take longer than all the rest."""
+        count = min(BANDS, self.steps)
+        if len(self.prompts) == 1 or count < 2:
+            return []
+        ends = [round(i * self.steps / count) for i in range(count + 1)]
+        spans = [range(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        return [(number, TRIED[number % len(TRIED)][0], span) for number in range(len(self.prompts)) for span in spans]
+
 
 def collect(job: Job, work: Path) -> Profile:
     """The profile, without choices. `work` is where finished parts are kept; the caller removes it."""
@@ -99,7 +111,11 @@ def collect(job: Job, work: Path) -> Profile:
     for number in range(len(job.prompts)):
         _dense(job, work, number, heard)
     _probes(job, work, heard)
-    for place in range(len(job.trials())):
+    for place in range(len(job.prompts)):
+        _trial(job, work, place)
+    for place in range(len(job.bands())):
+        _band(job, work, place)
+    for place in range(len(job.prompts), len(job.trials())):
         _trial(job, work, place)
     return _profile(job, work)
 
@@ -209,40 +225,66 @@ def _probes(job: Job, work: Path, heard: Heard) -> None:
 def _trial(job: Job, work: Path, place: int) -> None:
     """What would be chosen by all that is known, on one prompt: how its error grows from step to step, and by how much
     predictions are off."""
+    _, known = _effects(work)
+    if place < len(known["trials"]):
+        job.tick(f"trial {place + 1}", job.steps)
+        return
+    number, aim = job.trials()[place]
+    fitted, told = try_out(_profile(job, work, unseen=number), aim)
+    _keep(work, "trials", told | _tried(job, work, number, fitted, told, f"trial {place + 1}"))
+
+
+def _band(job: Job, work: Path, place: int) -> None:
+    """The same where all but a few steps are dense: what the errors of these alone come to in the end."""
+    _, known = _effects(work)
+    if place < len(known["bands"]):
+        job.tick("bands", job.steps)
+        return
+    number, aim, band = job.bands()[place]
+    fitted, told = try_out(_profile(job, work, unseen=number), aim, band)
+    measured = _tried(job, work, number, fitted, told, "bands")
+    _keep(work, "bands", {"prompt": number, "direct": told["direct"], "error": measured["error"]})
+
+
+def _tried(job: Job, work: Path, number: int, fitted: Profile, told: dict[str, Any], said: str) -> dict[str, Any]:
+    """A prompt with a fitted profile that is dense before the step told as "start".
+
+    "error" is the mean square of the frames' error, "seconds" what passed from that step on, "found" the error of the
+    latents after each step."""
+    start = told["start"]
+    fitted.save(work / "trial.safetensors")
+    dense = load_file(work / f"dense-{number}.safetensors")
+    tape = Tape.from_tensors(load_file(work / f"tape-{number}.safetensors"))
+    found: list[Session] = []
+
+    def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return tape.play(found[0].generation, start)(part, original, *args, **kwargs)
+
+    with forwards(job.transformers, wrap), sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
+        found.append(session)
+        clock = session.generation.dense = costs.Clock()
+        latents = _Latents(partial(job.tick, said, 1))
+        frames = job.run(job.prompts[number], job.seed + number, latents)
+        seconds = sum(step.seconds for step in session.report().steps if step.step >= start)
+    if clock.per_head:
+        # The machine may have been busier or freer than in the dense run.
+        seconds *= fitted.header.costs["dense"] / clock.per_head
+    job.tick(said, job.steps - latents.steps)
+    error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
+    off = latents.off(dense["latents"], len(told["direct"]))
+    return {"prompt": number, "error": error, "seconds": seconds, "found": off}
+
+
+def _keep(work: Path, kind: str, told: dict[str, Any]) -> None:
     file, known = _effects(work)
-    said, left = f"trial {place + 1}", job.steps
-    if place >= len(known["trials"]):
-        number, aim = job.trials()[place]
-        fitted, told = try_out(_profile(job, work, unseen=number), aim)
-        fitted.save(work / "trial.safetensors")
-        dense = load_file(work / f"dense-{number}.safetensors")
-        tape = Tape.from_tensors(load_file(work / f"tape-{number}.safetensors"))
-        found: list[Session] = []
-
-        def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return tape.play(found[0].generation, told["start"])(part, original, *args, **kwargs)
-
-        with forwards(job.transformers, wrap), sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
-            found.append(session)
-            clock = session.generation.dense = costs.Clock()
-            latents = _Latents(partial(job.tick, said, 1))
-            frames = job.run(job.prompts[number], job.seed + number, latents)
-            seconds = sum(step.seconds for step in session.report().steps if step.step >= told["start"])
-        if clock.per_head:
-            # The machine may have been busier or freer than in the dense run.
-            seconds *= fitted.header.costs["dense"] / clock.per_head
-        error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
-        off = latents.off(dense["latents"], len(told["direct"]))
-        measured = {"prompt": number, "error": error, "seconds": seconds, "found": off}
-        known["trials"].append(told | measured)
-        write_record(file, known)
-        left -= latents.steps
-    job.tick(said, left)
+    known[kind].append(told)
+    write_record(file, known)
 
 
 def _effects(work: Path) -> tuple[Path, dict[str, Any]]:
     file = work / "effects.json"
-    return file, json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"probes": {}, "trials": []}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return file, {"probes": {}, "trials": [], "bands": []} | known
 
 
 class _Latents:
@@ -314,7 +356,7 @@ def _felt(
 ) -> dict[str, Any]:
     """gain: layer -> step -> for each branch, how much a unit of its squared error changes the transformer's output;
     agree: likewise, how much of what its error has in common with that of the first branch is still in common there,
-    from 0 to 1; trials: see dit_sparse.calibration.fit.try_out, and what was measured."""
+    from 0 to 1; trials and bands: see dit_sparse.calibration.fit.try_out, and what was measured."""
     tail, start = METHODS.index("tail"), 0
     gains: dict[str, dict[str, list[float]]] = {}
     agree: dict[str, dict[str, list[float]]] = {}
@@ -335,7 +377,7 @@ def _felt(
                 for along, own, said in zip(change["along"], change["squares"], alike.tolist(), strict=True)
             ]
         start += heads
-    return {"gain": gains, "agree": agree, "trials": known["trials"]}
+    return {"gain": gains, "agree": agree, "trials": known["trials"], "bands": known.get("bands", [])}
 
 
 def _scale(work: Path) -> float:

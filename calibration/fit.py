@@ -129,13 +129,15 @@ def default_speedup(problem: Problem) -> float:
     return problem.header.seconds["transformers"] / every.uniform(SparseConfig(), k).seconds
 
 
-def try_out(profile: Profile, psnr: float) -> tuple[Profile, dict[str, Any]]:
+def try_out(profile: Profile, psnr: float, band: range | None = None) -> tuple[Profile, dict[str, Any]]:
     """Choices of the least work for `psnr`, or of the least there is, to be tried, and what is predicted of them: the
     error that each step adds, the step of the first that is not dense, and from it on the seconds, and how many of
-    these are not of sparse attention."""
+    these are not of sparse attention. With a band all but its steps are dense."""
     problem = Problem(profile, by="work")
     targets = Targets(psnr=psnr, by="work")
     path = solve(problem, targets)
+    if band is not None:
+        path = problem.within(path, band)
     sparse = (path.option > 0).any(0)
     start = int(sparse.argmax()) if sparse.any() else problem.steps - 1
     other = problem.header.costs["other"] * (problem.steps - start) / problem.steps

@@ -20,6 +20,8 @@ USUAL = (0.8, 1.6, 1.3)
 # How far off the usual slopes are expected to be, beside how far off the error of a step, as a logarithm.
 WIDTH = 0.35
 NOISE = 0.7
+# How far, as logarithms, bands of one prompt are off for other reasons than growth, and how far growth may be off.
+BAND_NOISE, BAND_WIDTH = 1.0, 0.7
 # Levels closer to 1 are taken to be here, where growth stops: nothing of a video has formed yet.
 FIRST = 0.99
 
@@ -60,6 +62,39 @@ def fit_slopes(levels: Sequence[float], runs: Sequence[Run]) -> tuple[float, ...
         move = np.linalg.lstsq(jacobian, -now, rcond=None)[0]
         slopes = np.clip(slopes + np.clip(move, -0.3, 0.3), 0.0, 4.0)
     return tuple(float(slope) for slope in slopes)
+
+
+@dataclass(frozen=True)
+class Band:
+    """A run that was dense but for a few steps in a row. direct as in `Run`, 0 outside of them; error: mean squared
+    error of the frames, as measured."""
+
+    direct: np.ndarray
+    error: float
+
+
+def corrected(grown: np.ndarray, bands: Sequence[Band]) -> np.ndarray:
+    """[steps]: growth of squares such that it explains the errors of bands, of which each set of steps has several.
+
+    Its logarithm moves by what the bands that lie alike are off on average, as far as their number makes that certain;
+    between their middles, each the mean of its steps by what they add, it is linear in the step. How much all are off
+    together is left as it is: that is not growth, but how latents become frames.
+    """
+    found: dict[tuple[int, ...], list[tuple[float, float]]] = {}
+    steps = np.arange(len(grown))
+    for band in bands:
+        parts = band.direct * grown
+        if parts.sum() > 0 and band.error > 0:
+            middle = float((steps * parts).sum() / parts.sum())
+            found.setdefault(tuple(np.flatnonzero(parts > 0)[[0, -1]]), []).append(
+                (middle, math.log(band.error / parts.sum()))
+            )
+    if len(found) < 2:
+        return grown
+    told = sorted((np.mean([m for m, _ in each]), np.mean([r for _, r in each]), len(each)) for each in found.values())
+    middles, ratios, counts = (np.array(x, float) for x in zip(*told, strict=True))
+    off = (ratios - (ratios * counts).sum() / counts.sum()) * counts / (counts + (BAND_NOISE / BAND_WIDTH) ** 2)
+    return grown * np.exp(np.interp(steps, middles, off))
 
 
 def _gap(levels: Sequence[float], slopes: np.ndarray, run: Run) -> np.ndarray:

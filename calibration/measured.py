@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dit_sparse.calibration.growth import Run, fit_slopes, lasting
+from dit_sparse.calibration.growth import Band, Run, corrected, fit_slopes, lasting
 from dit_sparse.choices import DENSE, LEARNING, Choice, ChoiceMethod
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.layout import TokenGrid
@@ -154,10 +154,12 @@ class Measured:
 
     @cached_property
     def grown(self) -> np.ndarray:
-        """[t]: mean squared error of the latents at the end for one after a step."""
-        levels = self.header.levels
+        """[t]: mean squared error of the latents at the end for one after a step, by how errors grew in trials, and by
+        what came of the bands of steps that were tried alone."""
+        levels, effects = self.header.levels, self.header.effects
         runs = [Run(np.array(t["direct"]), np.array(t["found"], float)) for t in self._trials]
-        return lasting(levels, fit_slopes(levels, runs)) ** 2
+        bands = [Band(np.array(t["direct"]), t["error"]) for t in effects.get("bands", ())]
+        return corrected(lasting(levels, fit_slopes(levels, runs)) ** 2, bands)
 
     @property
     def _trials(self) -> list[dict[str, Any]]:

@@ -125,6 +125,19 @@ class Problem(Measured):
             here = np.where(starts, t + length[t], here)
         return self.account(chosen, anchor, begin)
 
+    def within(self, path: Solution, band: range) -> Solution:
+        """The same at the steps of a band, and dense elsewhere. What remembers from before begins with the band."""
+        steps = np.arange(self.steps)
+        inside = (steps >= band.start) & (steps < band.stop)
+        chosen = np.where(inside, path.option, 0)
+        anchor = (path.anchor & inside) | ((chosen >= self.singles) & (steps == band.start))
+        # A memory that no step of the band uses is none.
+        followed = np.append((chosen >= self.singles)[:, 1:] & ~anchor[:, 1:], np.zeros((len(chosen), 1), bool), 1)
+        chosen = np.where(anchor & ~followed, 0, chosen)
+        anchor &= followed
+        begin = np.where(chosen >= self.singles, np.maximum.accumulate(np.where(anchor, steps, 0), 1), steps)
+        return self.account(chosen, anchor, begin)
+
     def account(self, chosen: np.ndarray, anchor: np.ndarray, begin: np.ndarray) -> Solution:
         """Error, cost and memory of given options; begin [x, t] is the step that each memory is from."""
         single_error, single_seconds, single_work = self.single

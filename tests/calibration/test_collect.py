@@ -84,6 +84,12 @@ def test_a_profile_holds_what_was_measured(calibrated):
         # Until the first sparse step there is nothing to find; after it errors stay.
         start = trial["start"]
         assert max(trial["found"][:start], default=0.0) == 0 and min(trial["found"][start:]) > 0
+    # Each prompt once in each band; before and after that all is dense.
+    assert [band["prompt"] for band in h.effects["bands"]] == [0] * 5 + [1] * 5
+    for step, band in zip([*range(5)] * 2, h.effects["bands"], strict=True):
+        sparse = [i for i, added in enumerate(band["direct"]) if added > 0]
+        assert sparse in ([step], []) and (band["error"] > 1e-12) == bool(sparse)
+    assert any(sum(band["direct"]) > 0 for band in h.effects["bands"])
     for gain, agree in zip(h.effects["gain"].values(), h.effects["agree"].values(), strict=True):
         assert set(gain) == set(agree) == {"1", "3"} and min(map(min, gain.values())) > 0
         assert all(own[0] == pytest.approx(1.0) and 0 <= own[1] <= 1 for own in agree.values())
@@ -224,7 +230,16 @@ def test_the_metric_is_the_output_projection():
     assert found and not any("single" in name for name in found)
 
 
-@pytest.mark.parametrize("at", ["dense", "probe", "trial"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_bands_are_all_of_the_steps_once(count):
+    job = collect.Job(None, None, tuple("abc"[:count]), 0, 13, None, {}, None)
+    found = {}
+    for number, _, span in job.bands():
+        found.setdefault(number, []).extend(span)
+    assert found == ({} if count == 1 else {number: list(range(13)) for number in range(count)})
+
+
+@pytest.mark.parametrize("at", ["dense", "probe", "trial", "band"])
 def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
     expected = Profile.load(FILE)
     (here / FILE).unlink()
@@ -232,12 +247,13 @@ def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
         "dense": (collect.costs, "measure"),
         "probe": (effects, "probe"),
         "trial": (collect, "try_out"),
+        "band": (collect, "try_out"),
     }[at]
     original, calls = getattr(module, name), []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == {"dense": 1, "probe": 3, "trial": 2}[at]:
+        if len(calls) == {"dense": 1, "probe": 3, "trial": 2, "band": 5}[at]:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
@@ -256,6 +272,8 @@ def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
     for name in ("rho", "error", "stale"):
         assert torch.equal(made.tensors[name].nan_to_num(), expected.tensors[name].nan_to_num())
     assert made.header.effects["gain"] == expected.header.effects["gain"]
+    tried = [[trial["prompt"] for trial in made.header.effects[kind]] for kind in ("trials", "bands")]
+    assert tried == [[0, 1, 0, 1], [0] * 5 + [1] * 5]
     tried, before = (x.header.effects["trials"] for x in (made, expected))
     assert tried[0]["direct"] == pytest.approx(before[0]["direct"])
     assert tried[0]["error"] == pytest.approx(before[0]["error"])

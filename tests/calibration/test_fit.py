@@ -406,6 +406,48 @@ def test_a_trial_corrects_what_is_predicted():
     assert after.cheapest(1e-30, np.zeros(6)).seconds == pytest.approx(made.header.seconds["transformers"])
 
 
+def test_a_band_is_the_same_choices_at_some_steps():
+    made = profiles.profile(steps=8)
+    problem = Problem(made, ("tail", "anchor"), by="work")
+    path = solve(problem, Targets(work=0.5))
+    found = problem.within(path, range(2, 5))
+    outside, inside = [0, 1, 5, 6, 7], slice(2, 5)
+    assert (found.option[:, outside] == 0).all() and not found.anchor[:, outside].any()
+    assert (found.direct[outside] == 0).all() and (found.direct[inside] > 0).any()
+    # A head does the same there, but for memories that the band leaves with nobody to use them.
+    kept = found.option[:, inside] == path.option[:, inside]
+    assert kept.any() and (found.option[:, inside][~kept] == 0).all()
+    learns = found.option >= problem.singles
+    assert learns.any() and (found.anchor[:, 2] == learns[:, 2]).all()
+    assert (path.anchor[:, 2] != learns[:, 2]).any() and path.anchor[:, 3].any()
+    short = problem.within(path, range(2, 4))
+    assert (short.option[path.anchor[:, 3], 3] == 0).all() and not short.anchor[:, 3].any()
+    for t in range(2, 5):
+        used = learns[:, t + 1] & ~found.anchor[:, t + 1] & (found.option[:, t + 1] == found.option[:, t])
+        assert (used | ~found.anchor[:, t]).all()
+    whole = problem.within(path, range(8))
+    assert np.array_equal(whole.option, path.option) and whole.added == pytest.approx(path.added)
+    tried, told = try_out(made, 20.0, range(2, 5))
+    sparse = (tried.tensors["choice"] > 0).any(1).any(0).tolist()
+    assert told["start"] == 2 and sparse == [x > 0 for x in told["direct"]] == [2 <= t < 5 for t in range(8)]
+
+
+def test_bands_that_err_more_than_predicted_are_left_more_exact():
+    made = profiles.profile(steps=8)
+    path = solve(Problem(made, by="work"), Targets(work=0.5))
+    bands = []
+    for prompt in range(8):
+        for first, times in ((0, 10.0), (4, 1.0)):
+            _, told = try_out(made, 20.0, range(first, first + 4))
+            grown = Problem(made).grown
+            bands.append({"prompt": prompt, "direct": told["direct"],
+                          "error": times * float((grown * told["direct"]).sum())})  # fmt: skip
+    made.header.effects["bands"] = bands
+    after = solve(Problem(made, by="work"), Targets(work=0.5))
+    early = [(p.direct[:4] / p.direct.sum()).sum() for p in (path, after)]
+    assert early[1] < 0.7 * early[0]
+
+
 def test_what_is_tried_is_what_is_asked_for():
     made = profiles.profile()
     tried, told = try_out(made, 20.0)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dit_sparse.calibration.growth import USUAL, Run, fit_slopes, lasting
+from dit_sparse.calibration.growth import USUAL, Band, Run, corrected, fit_slopes, lasting
 
 # Evenly spaced, but for a shift of 8, as video models have it.
 LEVELS = tuple(8 * s / (1 + 7 * s) for s in (1 - i / 16 for i in range(16)))
@@ -37,3 +37,34 @@ def test_without_runs_they_are_the_usual_ones():
 def test_one_run_moves_them_some_of_the_way():
     [first, second, third] = fit_slopes(LEVELS, [run((0.8, 2.4, 1.3))])
     assert 1.6 < second < 2.4 and abs(first - 0.8) < 0.2 and abs(third - 1.3) < 0.4
+
+
+def bands(grown, prompts, level=1.0):
+    """Four bands of four steps, of prompts that are more or less easily changed."""
+    found = []
+    for prompt in range(prompts):
+        for first in range(0, 16, 4):
+            direct = np.where((np.arange(16) >= first) & (np.arange(16) < first + 4), 1e-3, 0.0)
+            found.append(Band(direct, level * 4.0**prompt * float((direct * grown).sum())))
+    return found
+
+
+def test_bands_correct_growth_and_not_what_all_have_in_common():
+    thought = lasting(LEVELS) ** 2
+    tilt = np.exp(np.linspace(1.5, -1.5, 16))
+    found = corrected(thought, bands(thought * tilt, 200, level=1e-3 / 4.0**199)) / thought
+    # In the middle of bands it is what was measured, and what is beyond the outer ones is as off as they are.
+    assert found[6] / found[9] == pytest.approx(tilt[6] / tilt[9], rel=0.1)
+    assert found[0] / found[15] == pytest.approx(np.exp(2.4), rel=0.2) and found[14] == found[15]
+    assert np.log(found).mean() == pytest.approx(0.0, abs=0.2)
+    # A few prompts are believed less.
+    some = corrected(thought, bands(thought * tilt, 2)) / thought
+    assert 1.3 < some[0] / some[15] < 0.7 * found[0] / found[15]
+
+
+def test_without_bands_to_compare_growth_stays():
+    thought = lasting(LEVELS) ** 2
+    nothing = Band(np.zeros(16), 1e-9)
+    for some in ([], [nothing], bands(3 * thought, 4)[:1], [nothing, *bands(3 * thought, 1)[:1]]):
+        assert np.array_equal(corrected(thought, some), thought)
+    assert np.allclose(corrected(thought, bands(3 * thought, 4)), thought)
