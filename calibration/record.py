@@ -212,7 +212,11 @@ class Bank:
         gains = gain(pooled)[:, :, self.blocks]
         self.compensable = by_mass[0].mass[:, :, self.blocks, : layout.blocks].masked_fill(~gains, 0)
         self.tail = pooled_tail(
-            pooled, torch.float32, second_order=plan.base.second_order, limit=plan.base.second_order_limit
+            pooled,
+            torch.float32,
+            scale=self.scale,
+            second_order=plan.base.second_order,
+            limit=plan.base.second_order_limit,
         )
 
     def _config(self, method: str) -> SparseConfig:
@@ -257,10 +261,10 @@ class Bank:
         text = (shares[:, vision:] @ v[vision:]).view(n, 1, r, dim)
         dense = parts.sum(1).view(n, 1, r, dim) + text
         # The same for each block as one pooled key.
-        pooled = (q @ self.tail.keys[b, h].mT).mul_(self.scale) + self.tail.log_weights
-        if self.tail.variances is not None:
-            spread = (q * self.scale).square() @ self.tail.variances[b, h].mT
-            pooled += spread.mul_(0.5).clamp_(max=self.tail.limit)
+        added = self.tail.log_weights
+        if added.dim() == 4:
+            added = added[b, h, self.blocks].repeat_interleave(r, 0)
+        pooled = (q @ self.tail.keys[b, h].mT).mul_(self.scale) + added
         weights = (pooled - lse).clamp_(FLOOR, 30).exp_().view(n, r, blocks)
         stand_ins = (weights.permute(0, 2, 1)[..., None] * means[None, :, None]).reshape(n, blocks, r * dim)
 

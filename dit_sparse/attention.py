@@ -275,7 +275,7 @@ class Call:
 
     @cached_property
     def pooled(self) -> Pooled:
-        return self.given or pool(self.q if self.routes else None, self.k, self.v, self.layout, self.config)
+        return self.given or pool(self.q, self.k, self.v, self.layout, self.config, routes=self.routes)
 
     @cached_property
     def tail(self) -> Correction:
@@ -283,7 +283,9 @@ class Call:
         if not self.config.has_tail:
             return Correction()
         c = self.config
-        tail = pooled_tail(self.pooled, self.q.dtype, second_order=c.second_order, limit=c.second_order_limit)
+        tail = pooled_tail(
+            self.pooled, self.q.dtype, scale=self.scale, second_order=c.second_order, limit=c.second_order_limit
+        )
         return Correction(tail=tail)
 
     def plan(self, density: float) -> BlockPlan:

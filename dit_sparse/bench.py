@@ -272,8 +272,10 @@ def _rows(
     one = slice(head, head + 1)
     tail, residual = correction.tail, correction.residual
     if tail is not None:
-        variances = None if tail.variances is None else tail.variances[:, one]
-        tail = Tail(tail.keys[:, one], tail.values[:, one], tail.log_weights, variances, tail.limit)
+        weights = tail.log_weights
+        if weights.dim() == 4:
+            weights = weights[:, one, rows.start // case.block, None]
+        tail = Tail(tail.keys[:, one], tail.values[:, one], weights)
     if residual is not None:
         scales = None if residual.scales is None else residual.scales[:, one, rows]
         residual = Residual(residual.codes[:, one, rows], scales, residual.kind)

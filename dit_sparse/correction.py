@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.config import Storage
+from dit_sparse.kernels.tail_weights import tail_weights
 from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
 from dit_sparse.residual import pack
 from dit_sparse.routing import Pooled, Routing
@@ -17,15 +18,22 @@ LEAST_REST = 2**-8
 AT_ONCE = 1 << 24
 
 
-def pooled_tail(pooled: Pooled, dtype: torch.dtype, *, second_order: bool, limit: float = math.inf) -> Tail:
-    """Every block as one pseudo-key; the kernel leaves out the routed ones. dtype is that of q, k and v."""
-    return Tail(
-        pooled.k.mean.to(dtype),
-        pooled.v.mean.to(dtype),
-        pooled.lengths.to(pooled.k.mean.dtype).log(),
-        pooled.k.var.to(dtype) if second_order else None,
-        limit,
-    )
+def pooled_tail(
+    pooled: Pooled, dtype: torch.dtype, *, scale: float, second_order: bool, limit: float = math.inf
+) -> Tail:
+    """Every block as one pseudo-key; the kernel leaves out the routed ones. dtype is that of q, k and v.
+
+    The second order takes the mean square of a block's queries for that of each of them: one more product for every
+    row and pooled key would cost a quarter of the tail, and is next to nothing nearer to dense attention.
+    """
+    if second_order:
+        q, k = pooled.q, pooled.k
+        assert q is not None and q.var is not None and k.var is not None
+        half = dtype in (torch.float16, torch.bfloat16)
+        weights = tail_weights(q.mean, q.var, k.var, pooled.lengths, scale=scale, limit=limit, half=half)
+    else:
+        weights = pooled.lengths.to(pooled.k.mean.dtype).log()
+    return Tail(pooled.k.mean.to(dtype), pooled.v.mean.to(dtype), weights)
 
 
 def rectify(routing: Routing, pooled: Pooled, *, critical_mass: bool = False) -> Correction:
@@ -129,19 +137,19 @@ def calibrated(q: Tensor, plan: BlockPlan, tail: Tail, rho: Tensor, *, block: in
     """
     routed, rows = plan.mask(), q.shape[2]
     rho = torch.where(routed.all(-1), 1.0, rho)
-    weights = tail.log_weights.reshape(-1, 1, 1, tail.log_weights.shape[-1])
+    weights = tail.log_weights
+    if weights.dim() < 4:
+        weights = weights.reshape(-1, 1, 1, weights.shape[-1]).expand(routed.shape)
     rest = torch.empty_like(q)
     # The logits of all heads and rows would be as large as a dense attention map over the block.
     at_once = max(block, AT_ONCE // max(1, q.shape[0] * q.shape[1] * routed.shape[-1]) // block * block)
     for first in range(0, rows, at_once):
         some = slice(first, min(first + at_once, rows))
         blocks = slice(first // block, -(-some.stop // block))
-        logits = (q[:, :, some] @ tail.keys.mT).float().mul_(scale) + weights
-        if tail.variances is not None:
-            spread = (q[:, :, some] * scale).square() @ tail.variances.mT
-            logits += spread.float().mul_(0.5).clamp_(max=tail.limit)
-        hidden = routed[:, :, blocks].repeat_interleave(block, 2)[:, :, : some.stop - first]
-        share = logits.masked_fill_(hidden, float("-inf")).softmax(-1).nan_to_num_()
+        logits = (q[:, :, some] @ tail.keys.mT).float().mul_(scale)
+        hidden = weights[:, :, blocks].masked_fill(routed[:, :, blocks], float("-inf"))
+        logits += hidden.repeat_interleave(block, 2)[:, :, : some.stop - first]
+        share = logits.softmax(-1).nan_to_num_()
         share *= (1 - rho[:, :, blocks]).repeat_interleave(block, 2)[:, :, : some.stop - first, None]
         rest[:, :, some] = share.to(q.dtype) @ tail.values
     return Correction(scale=rho, residual=Residual(rest))

@@ -1,6 +1,5 @@
 """What an attention kernel is given besides q, k and v: which blocks to visit, and what to add for the rest."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,17 +69,14 @@ class BlockPlan:
 class Tail:
     """The blocks a plan leaves out, each as one pseudo-key that stands for all its tokens.
 
-    keys, values  [B, H, N, D]    block means
-    log_weights   [N] or [B, N]   float32, ln of the number of real tokens
-    variances     [B, H, N, D]    per-channel variance of each block's keys, or None for the first-order tail
-    limit         most that the variance may add to a logit
+    keys, values  [B, H, N, D]   block means
+    log_weights   what is added to their logits, a float type: [N] or [B, N], ln of the number of real tokens, or
+                  [B, H, Nq, N], one for each query block, see `dit_sparse.kernels.tail_weights`
     """
 
     keys: Tensor
     values: Tensor
     log_weights: Tensor
-    variances: Tensor | None = None
-    limit: float = math.inf
 
 
 @dataclass(frozen=True)

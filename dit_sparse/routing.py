@@ -20,7 +20,7 @@ from dit_sparse.plan import BlockPlan
 class Pooled:
     """Block statistics of one attention call's vision tokens, float32 (float64 for float64), each [B, H, N, D].
 
-    q is None where nothing is to be routed, and a statistic is None where the config has no use for it.
+    q is None where neither routing nor a tail takes it, and a statistic is None where the config has no use for it.
     """
 
     q: BlockStats | None
@@ -42,26 +42,27 @@ class Routing:
         return self.logits().softmax(-1)
 
 
-def pool(q: Tensor | None, k: Tensor, v: Tensor, layout: Layout, config: SparseConfig) -> Pooled:
+def pool(q: Tensor, k: Tensor, v: Tensor, layout: Layout, config: SparseConfig, *, routes: bool = True) -> Pooled:
     """q, k, v [B, H, L, D] in routing order, post-RoPE and post-normalisation -> statistics of their vision blocks.
 
-    Without q: only what a tail takes.
+    Unless it `routes`, only what a tail takes.
     """
     lengths = layout.lengths(k.device)
-    of_q, of_k, of_v = wanted(config, routes=q is not None)
+    of_q, of_k, of_v = wanted(config, routes=routes)
 
     def stats(x: Tensor, want: Want) -> BlockStats:
         return block_stats(x[:, :, : layout.grid.tokens], lengths, block=layout.block, want=want)
 
-    return Pooled(None if q is None or of_q is None else stats(q, of_q), stats(k, of_k), stats(v, of_v), lengths)
+    return Pooled(None if of_q is None else stats(q, of_q), stats(k, of_k), stats(v, of_v), lengths)
 
 
 def wanted(config: SparseConfig, *, routes: bool) -> tuple[Want | None, Want, Want]:
     """Which statistics of q, k and v a call takes that chooses blocks, or one that does not."""
     by_error = config.by_error and routes
     gain = config.method == "rectify"
-    variance = by_error or (config.has_tail and config.second_order)
-    of_q: Want | None = None if not routes else "all" if gain else "mean"
+    second_order = config.has_tail and config.second_order
+    variance = by_error or second_order
+    of_q: Want | None = "mean+var" if second_order else None if not routes else "all" if gain else "mean"
     return of_q, "all" if gain else "mean+var" if variance else "mean", "mean+var" if by_error else "mean"
 
 

@@ -1,6 +1,5 @@
 """Attention over listed key blocks, with everything a method adds for the rest done before the output is written."""
 
-import math
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -93,8 +92,6 @@ def block_attention(
         tail and tail.keys,
         tail and tail.values,
         tail and tail.log_weights,
-        tail and tail.variances,
-        tail.limit if tail else math.inf,
         correction.scale,
         residual and residual.codes,
         residual and residual.scales,
@@ -202,14 +199,12 @@ def _check(
         if residual.kind != "full" and (residual.scales is None or residual.scales.shape != residual.codes.shape[:-1]):
             raise ValueError(f"A {residual.kind} residual needs one scale a row, shape {residual.codes.shape[:-1]}.")
     if (tail := correction.tail) is not None:
-        for name, x in (("keys", tail.keys), ("values", tail.values), ("variances", tail.variances)):
-            if x is not None and x.shape != (batch, heads, key_blocks, dim):
+        for name, x in (("keys", tail.keys), ("values", tail.values)):
+            if x.shape != (batch, heads, key_blocks, dim):
                 raise ValueError(f"tail.{name} must be {(batch, heads, key_blocks, dim)}, not {tuple(x.shape)}.")
-        if tail.log_weights.shape not in ((key_blocks,), (batch, key_blocks)):
-            raise ValueError(
-                f"tail.log_weights must be {(key_blocks,)} or {(batch, key_blocks)}, "
-                f"not {tuple(tail.log_weights.shape)}."
-            )
+        shapes = (key_blocks,), (batch, key_blocks), (batch, heads, rows, key_blocks)
+        if tail.log_weights.shape not in shapes:
+            raise ValueError(f"tail.log_weights must be one of {shapes}, not {tuple(tail.log_weights.shape)}.")
 
 
 @torch.library.custom_op("dit_sparse::block_attention", mutates_args=())
@@ -228,8 +223,6 @@ def _block_attention(
     tail_keys: Tensor | None,
     tail_values: Tensor | None,
     tail_log_weights: Tensor | None,
-    tail_variances: Tensor | None,
-    tail_limit: float,
     row_scale: Tensor | None,
     residual: Tensor | None,
     residual_scales: Tensor | None,
@@ -238,7 +231,7 @@ def _block_attention(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     plan = BlockPlan(counts, indices, key_blocks)
-    tail = None if tail_keys is None else Tail(tail_keys, tail_values, tail_log_weights, tail_variances, tail_limit)
+    tail = None if tail_keys is None else Tail(tail_keys, tail_values, tail_log_weights)
     added = None if residual is None else Residual(residual, residual_scales, residual_kind)
     correction = Correction(row_scale, added, tail)
     # Here and not before, so that a compiler need not look into it.

@@ -17,21 +17,19 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dit_sparse.kernels.hopper_tiles import (
     BLOCK,
     ROWS,
-    codes_of_variances,
     copyable,
     describe,
-    describe_line,
     fetch,
     find_tile,
     hear,
     load_tile,
     longest_first,
-    masks_of,
     next_slot,
     shrunk,
     store,
     tell,
     thread_sums,
+    weights_of,
     whole_blocks,
 )
 from dit_sparse.plan import BlockPlan, Correction, Tail
@@ -42,8 +40,6 @@ SHAPES = {64: dict(SLOTS=8, ROUND=3, AHEAD=True, HELD=True), 128: dict(SLOTS=5, 
 # The largest sum of exponentials relative to the first block's maximum that is taken for right: float32 and bfloat16
 # hold 2^127.
 LIMIT = gl.constexpr(2.0**100)
-
-_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
@@ -57,8 +53,8 @@ def _fill(desc, b, h, row, to, bars, slot, phase, more: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded, weight_step,
-    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, COPIED: gl.constexpr, FIXED: gl.constexpr,
+    descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded,
+    TEXT: gl.constexpr, TAIL: gl.constexpr, COPIED: gl.constexpr, FIXED: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Every tile of this program, then those that a group could not hold, from each group's list."""
@@ -70,8 +66,8 @@ def _produce(
     t = gl.program_id(0)
     while t < tiles:
         t, slot, phase, q_phase = _copy_tile(
-            t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded, weight_step,
-            slot, phase, q_phase, TEXT, TAIL, SECOND, COPIED, False, SLOTS, BLOCK, ROWS,
+            t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
+            slot, phase, q_phase, TEXT, TAIL, COPIED, False, SLOTS, BLOCK, ROWS,
         )  # fmt: skip
     _tell_end(facts, q_bars, q_phase)
     if FIXED:
@@ -85,8 +81,8 @@ def _produce(
         while t >= 0:
             following = gl.load(p_work + 1 + 2 * t + group)
             _, slot, phase, q_phase = _copy_tile(
-                t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded, weight_step,
-                slot, phase, q_phase, TEXT, TAIL, SECOND, COPIED, True, SLOTS, BLOCK, ROWS,
+                t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
+                slot, phase, q_phase, TEXT, TAIL, COPIED, True, SLOTS, BLOCK, ROWS,
             )  # fmt: skip
             ended = (following < 0) & (group == 0)
             t = gl.where(ended, other, following)
@@ -96,14 +92,14 @@ def _produce(
 
 @gluon.jit
 def _copy_tile(
-    t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded, weight_step,
+    t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
     slot, phase, q_phase,
-    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, COPIED: gl.constexpr, AGAIN: gl.constexpr,
+    TEXT: gl.constexpr, TAIL: gl.constexpr, COPIED: gl.constexpr, AGAIN: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Keys of a step, then values of the step before: the order in which they are used. Returns the next tile, too."""
     d_q, d_k, d_v = descs
-    q_ring, ring, routed_ring, weight_ring, var_ring = rings
+    q_ring, ring, weight_ring = rings
     q_full, q_empty = q_bars
     full, empty = bars
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
@@ -133,16 +129,12 @@ def _copy_tile(
         slot, phase = next_slot(slot, phase, SLOTS)
         before = start
     if TAIL:
-        d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights = tail_descs
+        d_tail_k, d_tail_v, d_weights = tail_descs
         tail_steps = gl.where(is_text, 0, padded // BLOCK)
         for i in range(0, tail_steps):
-            if SECOND:
-                _fill(d_tail_var, b, h, i * BLOCK, var_ring.index(2 * slot), bars, slot, phase, 0)
-                slot, phase = next_slot(slot, phase, SLOTS)
-            _fill(d_tail_k, b, h, i * BLOCK, ring.index(slot), bars, slot, phase, BLOCK * 5)
-            routed_at = (i_list * padded).to(gl.int32) + i * BLOCK
-            load_tile(d_routed, [routed_at], full.index(slot), routed_ring.index(slot))
-            load_tile(d_weights, [b * weight_step + i * BLOCK], full.index(slot), weight_ring.index(slot))
+            _fill(d_tail_k, b, h, i * BLOCK, ring.index(slot), bars, slot, phase, d_weights.block_type.nbytes)
+            weights_at = (i_list * padded).to(gl.int32) + i * BLOCK
+            load_tile(d_weights, [weights_at], full.index(slot), weight_ring.index(slot))
             slot, phase = next_slot(slot, phase, SLOTS)
             if i == 0:
                 _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
@@ -195,9 +187,16 @@ def _exponentials(s, m, l, shrink, scale2, FIXED: gl.constexpr):
 
 
 @gluon.jit
-def _logits(q, ring, slot, ROWS: gl.constexpr, BLOCK: gl.constexpr, s_layout: gl.constexpr):
+def _logits(
+    q, rings, slot, unscale, POOLED: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, s_layout: gl.constexpr
+):  # fmt: skip
+    """Start the product with the keys at `slot`; POOLED ones' weights are what it is added to."""
+    q_ring, ring, weight_ring = rings
     s = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
-    return warpgroup_mma(q, ring.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+    if POOLED:
+        weight = weight_ring.index(slot).load(gl.SliceLayout(0, s_layout)).to(gl.float32)
+        s += (weight * unscale)[None, :]
+    return warpgroup_mma(q, ring.index(slot).permute((1, 0)), s, use_acc=POOLED, is_async=True)
 
 
 @gluon.jit
@@ -211,11 +210,11 @@ def _add_values(p, o, shrink, ring, full, slot, phase, FIXED: gl.constexpr, o_la
 
 @gluon.jit
 def _round(
-    q, p, o, m, l, shrink, ring, bars, slot, phase, scale2,
-    BLOCKS: gl.constexpr, AHEAD: gl.constexpr, FIXED: gl.constexpr,
+    q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale,
+    BLOCKS: gl.constexpr, AHEAD: gl.constexpr, POOLED: gl.constexpr, FIXED: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """Listed blocks, the keys of the first at `slot`; p is of the block before.
+    """Listed blocks, or POOLED ones, the keys of the first at `slot`; p is of the block before.
 
     Exponentials run beside the values of the block before, and the logits of the next block are queued before those
     values are waited for, so that the tensor cores have something to go on with; AHEAD, where registers hold two
@@ -224,7 +223,8 @@ def _round(
     behind which the assembler would move the exponentials.
     """
     full, empty = bars
-    s = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
+    ring = rings[1]
+    s = _logits(q, rings, slot, unscale, POOLED, ROWS, BLOCK, s_layout)
     for i in gl.static_range(BLOCKS):
         v_slot, v_phase = next_slot(slot, phase, SLOTS)
         o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, FIXED, o_layout)
@@ -233,7 +233,7 @@ def _round(
         slot, phase = next_slot(v_slot, v_phase, SLOTS)
         if AHEAD and i + 1 < BLOCKS:
             mbarrier.wait(full.index(slot), phase)
-            after = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
+            after = _logits(q, rings, slot, unscale, POOLED, ROWS, BLOCK, s_layout)
         e, m, l, shrink = _exponentials(s, m, l, shrink, scale2, FIXED)
         p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
         if i + 1 == BLOCKS:
@@ -246,7 +246,7 @@ def _round(
                 s = after
             else:
                 mbarrier.wait(full.index(slot), phase)
-                s = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
+                s = _logits(q, rings, slot, unscale, POOLED, ROWS, BLOCK, s_layout)
             o = warpgroup_mma_wait(1, deps=[o])
         mbarrier.arrive(empty.index(v_slot))
     return p, o, m, l, shrink, slot, phase
@@ -254,57 +254,21 @@ def _round(
 
 @gluon.jit
 def _step(
-    q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, left, FIXED: gl.constexpr,
+    q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale, left,
+    POOLED: gl.constexpr, FIXED: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """One block, of which the first `left` keys count."""
+    """One block, of which the first `left` keys count, or a POOLED one."""
     full, empty = bars
-    s = _logits(q, ring, slot, ROWS, BLOCK, s_layout)
+    ring = rings[1]
+    s = _logits(q, rings, slot, unscale, POOLED, ROWS, BLOCK, s_layout)
     v_slot, v_phase = next_slot(slot, phase, SLOTS)
     o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, FIXED, o_layout)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(empty.index(slot))
-    o_c = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
-    s = gl.where((o_c < left)[None, :], s, float("-inf"))
-    e, m, l, shrink = _exponentials(s, m, l, shrink, scale2, FIXED)
-    p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
-    slot, phase = next_slot(v_slot, v_phase, SLOTS)
-    mbarrier.wait(full.index(slot), phase)
-    o = warpgroup_mma_wait(0, deps=[o])
-    mbarrier.arrive(empty.index(v_slot))
-    return p, o, m, l, shrink, slot, phase
-
-
-@gluon.jit
-def _tail_step(
-    q, q2, q2_unit, p, o, m, l, shrink, rings, bars, slot, phase, scale, scale2, limit,
-    SECOND: gl.constexpr, FIXED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr,
-):  # fmt: skip
-    """A block of pooled keys: weight, second-order term and mask are what the product of the logits is added to."""
-    q_ring, ring, routed_ring, weight_ring, var_ring = rings
-    full, empty = bars
-    k_slot, k_phase = slot, phase
-    if SECOND:
-        s8_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
-        s = gl.zeros([ROWS, BLOCK], gl.float32, s8_layout)
-        s = warpgroup_mma(q2, var_ring.index(2 * slot).permute((1, 0)), s, use_acc=False, is_async=True)
-        k_slot, k_phase = next_slot(slot, phase, SLOTS)
-        mbarrier.wait(full.index(k_slot), k_phase)
-        s = gl.convert_layout(warpgroup_mma_wait(0, deps=[s]), s_layout)
-        mbarrier.arrive(empty.index(slot))
-        s = gl.minimum(s * q2_unit[:, None], limit)
-    else:
-        s = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
-    column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-    weight = weight_ring.index(k_slot).load(column_layout)
-    weight = gl.where(routed_ring.index(k_slot).load(column_layout) != 0, float("-inf"), weight)
-    s = (s + weight[None, :]) * (1.0 / scale)
-    s = warpgroup_mma(q, ring.index(k_slot).permute((1, 0)), s, is_async=True)
-    v_slot, v_phase = next_slot(k_slot, k_phase, SLOTS)
-    o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, FIXED, o_layout)
-    s = warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(empty.index(k_slot))
+    if not POOLED:
+        o_c = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
+        s = gl.where((o_c < left)[None, :], s, float("-inf"))
     e, m, l, shrink = _exponentials(s, m, l, shrink, scale2, FIXED)
     p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
     slot, phase = next_slot(v_slot, v_phase, SLOTS)
@@ -317,9 +281,9 @@ def _tail_step(
 @gluon.jit
 def _tiles(
     group: gl.constexpr, slot, phase, q_phase,
-    p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
-    sizes, scattered, padded, scale, limit,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
+    p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
+    sizes, scattered, padded, scale,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
     COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
     FIXED: gl.constexpr, AGAIN: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
@@ -333,11 +297,11 @@ def _tiles(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q_ring, ring, routed_ring, weight_ring, var_ring = rings
+    q_ring, ring, weight_ring = rings
     full, empty = bars
     q_full, q_empty = q_bars
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
-    scale2 = scale * LOG2E
+    scale2, unscale = scale * LOG2E, 1.0 / scale
     lost = gl.to_tensor(-1)
     if not HELD:
         q = q_ring.index(group)
@@ -348,11 +312,10 @@ def _tiles(
         whole = n - (short < BLOCK).to(gl.int32)
         if HELD:
             q = q_ring.index(group).load(gl.DotOperandLayout(0, s_layout, 2))
-            if not SECOND:
-                mbarrier.arrive(q_empty.index(group))
+            mbarrier.arrive(q_empty.index(group))
 
         mbarrier.wait(full.index(slot), phase)
-        s = warpgroup_mma_wait(0, deps=[_logits(q, ring, slot, ROWS, BLOCK, s_layout)])
+        s = warpgroup_mma_wait(0, deps=[_logits(q, rings, slot, unscale, False, ROWS, BLOCK, s_layout)])
         mbarrier.arrive(empty.index(slot))
         slot, phase = next_slot(slot, phase, SLOTS)
         o_c = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
@@ -368,16 +331,16 @@ def _tiles(
         rounds = (whole - 1) // ROUND
         for _ in range(0, rounds):
             p, o, m, l, shrink, slot, phase = _round(
-                q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, ROUND, AHEAD, FIXED, SLOTS, BLOCK, ROWS,
-                s_layout, o_layout,
+                q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale, ROUND, AHEAD, False, FIXED, SLOTS,
+                BLOCK, ROWS, s_layout, o_layout,
             )  # fmt: skip
         for i in range(1 + ROUND * gl.maximum(rounds, 0), steps):
             left = gl.where(i < whole, BLOCK, short)
             if TEXT:
                 left = gl.where(i < n, left, LK - COLUMNS - (i - n) * BLOCK)
             p, o, m, l, shrink, slot, phase = _step(
-                q, p, o, m, l, shrink, ring, bars, slot, phase, scale2, left, FIXED, SLOTS, BLOCK, ROWS, s_layout,
-                o_layout,
+                q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale, left, False, FIXED, SLOTS, BLOCK,
+                ROWS, s_layout, o_layout,
             )  # fmt: skip
 
         # The log-sum-exp of the exact part, before the tail joins the sum.
@@ -389,21 +352,18 @@ def _tiles(
         gl.store(p_lse + i_bh.to(gl.int64) * LQ + o_l, (m + gl.log2(exact)) / LOG2E, mask=o_l < end)
 
         if TAIL:
-            q2, q2_unit = gl.to_tensor(0), gl.to_tensor(0)
-            if SECOND:
-                s8_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
-                squares = q_ring.index(group).load(gl.DotOperandLayout(0, s8_layout, 4)).to(gl.float32) * scale
-                squares = squares * squares
-                top = gl.maximum(gl.max(squares, 1), 1e-30)
-                q2 = (squares * (448.0 / top)[:, None]).to(gl.float8e4nv)
-                # Half: the second term of the series of the mean of exp.
-                q2_unit = gl.convert_layout(top, s_rows) * (gl.load(p_var_unit + i_bh) * (0.5 / 448.0))
-            for _ in range(0, gl.where(is_text, 0, padded // BLOCK)):
-                p, o, m, l, shrink, slot, phase = _tail_step(
-                    q, q2, q2_unit, p, o, m, l, shrink, rings, bars, slot, phase, scale, scale2, limit,
-                    SECOND, FIXED, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+            tail_steps = gl.where(is_text, 0, padded // BLOCK)
+            for _ in range(0, tail_steps // ROUND):
+                p, o, m, l, shrink, slot, phase = _round(
+                    q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale, ROUND, AHEAD, True, FIXED, SLOTS,
+                    BLOCK, ROWS, s_layout, o_layout,
                 )  # fmt: skip
-        if SECOND or not HELD:
+            for _ in range(0, tail_steps % ROUND):
+                p, o, m, l, shrink, slot, phase = _step(
+                    q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale, BLOCK, True, FIXED, SLOTS, BLOCK,
+                    ROWS, s_layout, o_layout,
+                )  # fmt: skip
+        if not HELD:
             mbarrier.arrive(q_empty.index(group))
 
         o = _add_values(p, o, shrink, ring, full, slot, phase, FIXED, o_layout)
@@ -438,9 +398,9 @@ def _tiles(
 @gluon.jit
 def _consume(
     group: gl.constexpr, lost,
-    p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
-    sizes, scattered, padded, scale, limit,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
+    p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
+    sizes, scattered, padded, scale,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
     COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
     FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
@@ -449,8 +409,8 @@ def _consume(
     q_full, q_empty = q_bars
     slot, phase, q_phase, last = _tiles(
         group, gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0),
-        p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
-        sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL,
+        p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
+        sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL,
         PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, False, BLOCK, ROWS,
     )  # fmt: skip
     if FIXED:
@@ -458,27 +418,27 @@ def _consume(
         mbarrier.arrive(q_empty.index(group))
         _tiles(
             group, slot, phase, q_phase ^ 1,
-            p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars, facts,
-            codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE, SCALE_PER_ROW,
+            p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars, facts,
+            codes_parts, sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE, SCALE_PER_ROW,
             RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, False, True, BLOCK, ROWS,
         )  # fmt: skip
 
 
 # Sizes that change from plan to plan: nothing is gained from compiling again for each.
 _SIZES = (
-    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "texts", "tiles", "scattered", "padded", "weight_step",
+    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "texts", "tiles", "scattered", "padded",
     "scales", "residuals",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_SIZES)
 def block_attention_hopper_kernel(
-    d_q, d_k, d_v, d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights, d_codes,
-    p_out, p_lse, p_var_unit, p_counts, p_indices, p_every, p_order, p_work, p_scatter, p_scale, p_res, p_res_scale,
+    d_q, d_k, d_v, d_tail_k, d_tail_v, d_weights, d_codes,
+    p_out, p_lse, p_counts, p_indices, p_every, p_order, p_work, p_scatter, p_scale, p_res, p_res_scale,
     o_sb, o_sh, o_st, r_sb, r_sh, r_st,
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, weight_step, scales, residuals,
-    scale, limit,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, scales, residuals,
+    scale,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
     COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
     FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
@@ -488,17 +448,10 @@ def block_attention_hopper_kernel(
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
     q_ring = gl.allocate_shared_memory(dtype, [2, ROWS, D], tile_layout)
     ring = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK, D], tile_layout)
-    rings = (q_ring, ring, ring, ring, ring)
+    rings = (q_ring, ring, ring)
     if TAIL:
-        routed_ring = gl.allocate_shared_memory(gl.uint8, [SLOTS, BLOCK], d_routed.layout)
-        weight_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, BLOCK], d_weights.layout)
-        # Variances are half as wide as keys: a tile of them is the first half of a slot.
-        var_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], gl.float8e4nv)
-        if _REINTERPRETS:
-            var_ring = ring.reinterpret(gl.float8e4nv, [2 * SLOTS, BLOCK, D], var_layout)
-        else:
-            var_ring = ring._reinterpret(gl.float8e4nv, [2 * SLOTS, BLOCK, D], var_layout)
-        rings = (q_ring, ring, routed_ring, weight_ring, var_ring)
+        weight_ring = gl.allocate_shared_memory(d_weights.dtype, [SLOTS, BLOCK], d_weights.layout)
+        rings = (q_ring, ring, weight_ring)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -528,22 +481,22 @@ def block_attention_hopper_kernel(
     out_strides = (o_sb, o_sh, o_st)
     correction = (p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals)
     descs = (d_q, d_k, d_v)
-    tail_descs = (d_tail_k, d_tail_v, d_tail_var, d_routed, d_weights)
+    tail_descs = (d_tail_k, d_tail_v, d_weights)
     gl.warp_specialize(
         [
             (_consume, (
-                0, lost, p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars,
-                facts, codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
+                0, lost, p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars,
+                facts, codes_parts, sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE,
                 SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, BLOCK, ROWS,
             )),
             (_consume, (
-                1, lost, p_out, p_lse, p_work, p_scatter, p_var_unit, out_strides, correction, rings, bars, q_bars,
-                facts, codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
+                1, lost, p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars,
+                facts, codes_parts, sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE,
                 SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, BLOCK, ROWS,
             )),
             (_produce, (
                 descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded,
-                weight_step, TEXT, TAIL, SECOND, COPIED, FIXED, SLOTS, BLOCK, ROWS,
+                TEXT, TAIL, COPIED, FIXED, SLOTS, BLOCK, ROWS,
             )),
         ],
         [4, 1],
@@ -551,17 +504,10 @@ def block_attention_hopper_kernel(
     )  # fmt: skip
 
 
-def _tail_descriptors(
-    tail: Tail, plan: BlockPlan, dtype: torch.dtype
-) -> tuple[Sequence[TensorDescriptor | None], Tensor | None]:
-    """The tail as the kernel copies it, and the unit of its variances."""
-    routed, weights = masks_of(tail, plan)
-    variances = var_unit = None
-    if tail.variances is not None:
-        codes, var_unit = codes_of_variances(tail.variances)
-        variances = describe(codes, BLOCK)
+def _tail_descriptors(tail: Tail, plan: BlockPlan, dtype: torch.dtype) -> Sequence[TensorDescriptor]:
+    """The tail as the kernel copies it."""
     keys, values = (describe(x.to(dtype).contiguous(), BLOCK) for x in (tail.keys, tail.values))
-    return [keys, values, variances, describe_line(routed), describe_line(weights)], var_unit
+    return keys, values, weights_of(tail, plan)
 
 
 def attend(
@@ -589,7 +535,7 @@ def attend(
     programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
     per_row = residual is not None and residual.codes.shape[2] == rows
     copied = residual is not None and residual.kind != "full" and per_row and copyable(residual.codes)
-    pooled, var_unit = _tail_descriptors(tail, plan, q.dtype) if tail else ([None] * 5, None)
+    pooled = _tail_descriptors(tail, plan, q.dtype) if tail else [None] * 3
     # float16 has no room for exponentials relative to less than the maximum.
     fixed = q.dtype == torch.bfloat16
     # The next tile, and of each tile and group the one lost before it.
@@ -598,17 +544,17 @@ def attend(
         describe(q, ROWS), describe(k, BLOCK), describe(v, BLOCK),
         *pooled,
         describe(residual.codes, ROWS) if residual and copied else None,
-        out, lse, var_unit, counts, indices, every if text else None, order, work, scatter,
+        out, lse, counts, indices, every if text else None, order, work, scatter,
         row_scale.float().contiguous() if row_scale is not None else None,
         residual.codes if residual and not copied else None,
         residual.scales.contiguous() if residual and residual.scales is not None else None,
         *out.stride()[:3], *(residual.codes.stride()[:3] if residual else (0, 0, 0)),
         heads, queries, keys, rows, keys - text, counts.shape[-1], plan.key_blocks, indices.shape[-1],
         texts, tiles, 0 if scatter is None else scatter.numel(),
-        padded, padded if tail and tail.log_weights.dim() == 2 else 0,
+        padded,
         row_scale.shape[2] if row_scale is not None else 0, residual.codes.shape[2] if residual else 0,
-        scale, tail.limit if tail else 0.0,
-        D=dim, TEXT=text > 0, TAIL=tail is not None, SECOND=tail is not None and tail.variances is not None,
+        scale,
+        D=dim, TEXT=text > 0, TAIL=tail is not None,
         SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],

@@ -17,24 +17,22 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dit_sparse.kernels.hopper_tiles import (
     BLOCK,
     ROWS,
-    codes_of_variances,
     copyable,
     describe,
-    describe_line,
     fetch,
     find_tile,
     hear,
     load_tile,
     longest_first,
-    masks_of,
     next_slot,
     shrunk,
     store,
     tell,
     thread_sums,
+    weights_of,
     whole_blocks,
 )
-from dit_sparse.kernels.quantise import key_order, quantise, quantise_keys, quantise_values
+from dit_sparse.kernels.quantise import quantise, quantise_keys, quantise_values
 from dit_sparse.plan import BlockPlan, Correction, Tail
 
 # Blocks of keys and of values in their rings.
@@ -58,14 +56,13 @@ def _copy(desc, at, ring, bars, slot, phase, more: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    descs, tail_descs, pointers, rings, k_bars, v_bars, q_bars, facts, codes_parts, sizes, tiles, padded, weight_step,
-    key_blocks,
-    TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, COPIED: gl.constexpr,
+    descs, tail_descs, pointers, rings, k_bars, v_bars, q_bars, facts, codes_parts, sizes, tiles, padded, key_blocks,
+    TEXT: gl.constexpr, TAIL: gl.constexpr, COPIED: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Keys of a step, then values of the step before: the order in which they are used."""
     d_q, d_k, d_unit, d_v = descs
-    q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring = rings
+    q_ring, k_ring, unit_ring, v_ring, weight_ring = rings
     q_full, q_empty = q_bars
     k_full = k_bars[0]
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
@@ -104,17 +101,13 @@ def _produce(
         _copy(d_v, [b, h, 0, before * BLOCK], v_ring, v_bars, v_slot, v_phase, 0)
         v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
         if TAIL:
-            d_tail_k, d_tail_unit, d_tail_v, d_tail_var, d_routed, d_weights = tail_descs
+            d_tail_k, d_tail_unit, d_tail_v, d_weights = tail_descs
             for i in range(0, gl.where(is_text, 0, padded // BLOCK)):
-                if SECOND:
-                    _copy(d_tail_var, [b, h, i * BLOCK, 0], v_ring, v_bars, v_slot, v_phase, 0)
-                    v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
-                _copy(d_tail_k, [b, h, i * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, 128 + BLOCK * 5)
+                more: gl.constexpr = 128 + d_weights.block_type.nbytes
+                _copy(d_tail_k, [b, h, i * BLOCK, 0], k_ring, k_bars, k_slot, k_phase, more)
                 at = (i_bh * (padded // BLOCK) + i) * 32
                 load_tile(d_tail_unit, [at], k_full.index(k_slot), unit_ring.index(k_slot))
-                routed_at = (i_list * padded).to(gl.int32) + i * BLOCK
-                load_tile(d_routed, [routed_at], k_full.index(k_slot), routed_ring.index(k_slot))
-                weights_at = b * weight_step + i * BLOCK
+                weights_at = (i_list * padded).to(gl.int32) + i * BLOCK
                 load_tile(d_weights, [weights_at], k_full.index(k_slot), weight_ring.index(k_slot))
                 k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
                 _copy(d_tail_v, [b, h, 0, i * BLOCK], v_ring, v_bars, v_slot, v_phase, 0)
@@ -181,7 +174,7 @@ def _step(
     The exponentials of the second half run beside the values of the first and the next block's first products, which
     take the registers of this block's.
     """
-    q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring = rings
+    q_ring, k_ring, unit_ring, v_ring, weight_ring = rings
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     HALF: gl.constexpr = BLOCK // 2
@@ -222,43 +215,25 @@ def _step(
 
 @gluon.jit
 def _tail_step(
-    q, q2, q_unit, q2_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, limit,
-    SECOND: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr,
+    q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase,
+    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """A block of pooled keys, half by half, with weight, second-order term and mask."""
+    """A block of pooled keys, half by half, with what they weigh."""
     LOG2E: gl.constexpr = 1.4426950408889634
-    q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring = rings
+    q_ring, k_ring, unit_ring, v_ring, weight_ring = rings
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     HALF: gl.constexpr = BLOCK // 2
     column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-    var_slot, var_phase = v_slot, v_phase
-    if SECOND:
-        mbarrier.wait(v_full.index(var_slot), var_phase)
-        v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
     mbarrier.wait(k_full.index(k_slot), k_phase)
     unit = q_unit * _unit(unit_ring, k_slot)
     for half in gl.static_range(2):
         s = _products(q, k_ring, k_slot, half * HALF, HALF, ROWS, s_layout)
-        if SECOND:
-            variances = v_ring.index(var_slot).slice(half * HALF, HALF).permute((1, 0))
-            second = gl.zeros([ROWS, HALF], gl.float32, s_layout)
-            second = warpgroup_mma(q2, variances, second, use_acc=False, is_async=True)
-        weight = weight_ring.index(k_slot).slice(half * HALF, HALF).load(column_layout)
-        routed = routed_ring.index(k_slot).slice(half * HALF, HALF).load(column_layout)
-        weight = gl.where(routed != 0, float("-inf"), weight) * LOG2E
-        if SECOND:
-            s, second = warpgroup_mma_wait(0, deps=[s, second])
-        else:
-            s = warpgroup_mma_wait(0, deps=[s])
+        weight = weight_ring.index(k_slot).slice(half * HALF, HALF).load(column_layout).to(gl.float32) * LOG2E
+        s = warpgroup_mma_wait(0, deps=[s])
         if half == 1:
             mbarrier.arrive(k_empty.index(k_slot))
-            if SECOND:
-                mbarrier.arrive(v_empty.index(var_slot))
         t = (s.to(gl.float32, bitcast=True) - MAGIC) * unit[:, None] + weight[None, :]
-        if SECOND:
-            t += gl.minimum(second * q2_unit[:, None], limit) * LOG2E
         top = gl.maximum(m, gl.max(t, 1))
         e = gl.exp2(t - (top - UP)[:, None])
         shrink = gl.exp2(m - top)
@@ -281,8 +256,8 @@ def _tail_step(
 def _consume(
     group: gl.constexpr,
     p_out, p_lse, p_scatter, p_units, out_strides, correction, rings, k_bars, v_bars, q_bars, facts, codes_parts,
-    sizes, scattered, padded, scale, limit,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
+    sizes, scattered, padded, scale,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
     COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
@@ -292,11 +267,11 @@ def _consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring = rings
+    q_ring, k_ring, unit_ring, v_ring, weight_ring = rings
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     q_full, q_empty = q_bars
-    p_q_unit, p_q_shift, p_v_unit, p_var_unit = p_units
+    p_q_unit, p_q_shift, p_v_unit = p_units
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
     k_slot, k_phase = gl.to_tensor(0), gl.to_tensor(0)
     v_slot, v_phase = gl.to_tensor(0), gl.to_tensor(0)
@@ -354,17 +329,10 @@ def _consume(
         gl.store(p_lse + at, (m + gl.log2(exact) - UP) / LOG2E + shift, mask=o_l < end)
 
         if TAIL:
-            q2 = gl.zeros([ROWS, D], gl.float8e4nv, gl.DotOperandLayout(0, s_layout, 4))
-            q2_unit = code
-            if SECOND:
-                codes = q.load(gl.DotOperandLayout(0, s_layout, 4)).to(gl.float32)
-                q2 = (codes * codes * (448.0 / 127.0 / 127.0)).to(gl.float8e4nv)
-                var_unit = gl.load(p_var_unit + i_bh)
-                q2_unit = code * code * (scale * scale * (0.5 * 127.0 * 127.0 / 448.0)) * var_unit
             for _ in range(0, gl.where(is_text, 0, padded // BLOCK)):
                 o, m, l, k_slot, k_phase, v_slot, v_phase = _tail_step(
-                    q, q2, q_unit, q2_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, limit,
-                    SECOND, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+                    q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase,
+                    SLOTS, BLOCK, ROWS, s_layout, o_layout,
                 )  # fmt: skip
         mbarrier.arrive(q_empty.index(group))
 
@@ -387,19 +355,19 @@ def _consume(
 
 # Sizes that change from plan to plan: nothing is gained from compiling again for each.
 _SIZES = (
-    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "texts", "tiles", "scattered", "padded", "weight_step",
+    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "texts", "tiles", "scattered", "padded",
     "key_blocks", "scales", "residuals",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_SIZES)
 def block_attention_hopper8_kernel(
-    d_q, d_k, d_unit, d_v, d_tail_k, d_tail_unit, d_tail_v, d_tail_var, d_routed, d_weights, d_codes,
-    p_out, p_lse, p_q_unit, p_q_shift, p_v_unit, p_var_unit, p_counts, p_indices, p_every, p_order, p_next, p_scatter,
+    d_q, d_k, d_unit, d_v, d_tail_k, d_tail_unit, d_tail_v, d_weights, d_codes,
+    p_out, p_lse, p_q_unit, p_q_shift, p_v_unit, p_counts, p_indices, p_every, p_order, p_next, p_scatter,
     p_scale, p_res, p_res_scale, o_sb, o_sh, o_st, r_sb, r_sh, r_st,
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, weight_step, key_blocks, scales, residuals,
-    scale, limit,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SECOND: gl.constexpr, SCATTER: gl.constexpr,
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, key_blocks, scales, residuals,
+    scale,
+    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SCATTER: gl.constexpr,
     SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
     COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
@@ -409,11 +377,10 @@ def block_attention_hopper8_kernel(
     k_ring = gl.allocate_shared_memory(gl.int8, [SLOTS, BLOCK, D], tile_layout)
     v_ring = gl.allocate_shared_memory(gl.float8e4nv, [SLOTS, D, BLOCK], tile_layout)
     unit_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, 32], d_unit.layout)
-    rings = (q_ring, k_ring, unit_ring, v_ring, k_ring, k_ring)
+    rings = (q_ring, k_ring, unit_ring, v_ring, k_ring)
     if TAIL:
-        routed_ring = gl.allocate_shared_memory(gl.uint8, [SLOTS, BLOCK], d_routed.layout)
-        weight_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, BLOCK], d_weights.layout)
-        rings = (q_ring, k_ring, unit_ring, v_ring, routed_ring, weight_ring)
+        weight_ring = gl.allocate_shared_memory(d_weights.dtype, [SLOTS, BLOCK], d_weights.layout)
+        rings = (q_ring, k_ring, unit_ring, v_ring, weight_ring)
     k_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -442,27 +409,27 @@ def block_attention_hopper8_kernel(
             mbarrier.init(codes_empty.index(i), count=1)
         codes_parts = (d_codes, codes, codes_full, codes_empty)
     pointers = (p_counts, p_indices, p_every, p_order, p_next)
-    p_units = (p_q_unit, p_q_shift, p_v_unit, p_var_unit)
+    p_units = (p_q_unit, p_q_shift, p_v_unit)
     sizes = (H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts)
     out_strides = (o_sb, o_sh, o_st)
     correction = (p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals)
     descs = (d_q, d_k, d_unit, d_v)
-    tail_descs = (d_tail_k, d_tail_unit, d_tail_v, d_tail_var, d_routed, d_weights)
+    tail_descs = (d_tail_k, d_tail_unit, d_tail_v, d_weights)
     gl.warp_specialize(
         [
             (_consume, (
                 0, p_out, p_lse, p_scatter, p_units, out_strides, correction, rings, k_bars, v_bars, q_bars, facts,
-                codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
+                codes_parts, sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE,
                 SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
             )),
             (_consume, (
                 1, p_out, p_lse, p_scatter, p_units, out_strides, correction, rings, k_bars, v_bars, q_bars, facts,
-                codes_parts, sizes, scattered, padded, scale, limit, D, TEXT, TAIL, SECOND, SCATTER, SCALE,
+                codes_parts, sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE,
                 SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
             )),
             (_produce, (
                 descs, tail_descs, pointers, rings, k_bars, v_bars, q_bars, facts, codes_parts, sizes, tiles, padded,
-                weight_step, key_blocks, TEXT, TAIL, SECOND, COPIED, SLOTS, BLOCK, ROWS,
+                key_blocks, TEXT, TAIL, COPIED, SLOTS, BLOCK, ROWS,
             )),
         ],
         [4, 1],
@@ -484,36 +451,16 @@ def _units(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel()], [1], [32], layout)
 
 
-def _by_row(x: Tensor) -> Tensor:
-    """[..., n * BLOCK] by key -> by row of the keys' tiles."""
-    return x.unflatten(-1, (-1, BLOCK))[..., key_order(x.device)].flatten(-2)
-
-
-def _pooled(
-    tail: Tail, plan: BlockPlan, mean: Tensor, v_unit: Tensor
-) -> tuple[list[TensorDescriptor | None], Tensor | None]:
-    """The pooled keys in 8 bits like the keys, and what a code of the variances stands for, [B, H]."""
-    padded = whole_blocks(plan.key_blocks)
-    routed, weights = masks_of(tail, plan)
+def _pooled(tail: Tail, plan: BlockPlan, mean: Tensor, v_unit: Tensor) -> list[TensorDescriptor]:
+    """The pooled keys in 8 bits like the keys, and what they weigh."""
     keys, unit = quantise_keys(tail.keys, mean, 0)
     values = quantise_values(tail.values, v_unit, 0)
-    variances = var_unit = None
-    if tail.variances is not None:
-        filled = tail.variances.new_zeros((*tail.variances.shape[:2], padded, tail.variances.shape[-1]))
-        filled[:, :, : plan.key_blocks] = tail.variances
-        codes, var_unit = codes_of_variances(filled)
-        rows = (
-            torch.arange(padded // BLOCK, device=codes.device)[:, None] * BLOCK + key_order(codes.device)
-        ).flatten()
-        variances = codes.view(torch.uint8)[:, :, rows].view(torch.float8_e4m3fn)
     return [
         _tile_descriptor(keys, BLOCK, keys.shape[-1]),
         _units(unit),
         _tile_descriptor(values, values.shape[2], BLOCK),
-        None if variances is None else _tile_descriptor(variances, BLOCK, variances.shape[-1]),
-        describe_line(_by_row(routed).contiguous()),
-        describe_line(_by_row(weights).contiguous()),
-    ], var_unit
+        weights_of(tail, plan, by_row=True),
+    ]
 
 
 def attend(
@@ -535,7 +482,7 @@ def attend(
     tail, residual, row_scale = correction.tail, correction.residual, correction.scale
     # The tail knows the means of blocks, of which all but the last have as many keys.
     codes = quantise(q, k, v, text, scale, tail.keys.mean(2, dtype=torch.float32) if tail else None)
-    pooled, var_unit = _pooled(tail, plan, codes.k_mean, codes.v_unit) if tail else ([None] * 6, None)
+    pooled = _pooled(tail, plan, codes.k_mean, codes.v_unit) if tail else [None] * 4
     counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
     order = longest_first(counts)
     padded = whole_blocks(plan.key_blocks)
@@ -548,7 +495,7 @@ def attend(
         _tile_descriptor(codes.q, ROWS, dim), _tile_descriptor(codes.k, BLOCK, dim), _units(codes.k_unit),
         _tile_descriptor(codes.v, dim, BLOCK), *pooled,
         describe(residual.codes, ROWS) if residual and copied else None,
-        out, lse, codes.q_unit, codes.q_shift, codes.v_unit, var_unit,
+        out, lse, codes.q_unit, codes.q_shift, codes.v_unit,
         counts, indices, every if text else None, order, counts.new_zeros(1), scatter,
         row_scale.float().contiguous() if row_scale is not None else None,
         residual.codes if residual and not copied else None,
@@ -556,10 +503,10 @@ def attend(
         *out.stride()[:3], *(residual.codes.stride()[:3] if residual else (0, 0, 0)),
         heads, queries, keys, rows, keys - text, counts.shape[-1], plan.key_blocks, indices.shape[-1],
         texts, tiles, 0 if scatter is None else scatter.numel(),
-        padded, padded if tail and tail.log_weights.dim() == 2 else 0, codes.k_unit.shape[2],
+        padded, codes.k_unit.shape[2],
         row_scale.shape[2] if row_scale is not None else 0, residual.codes.shape[2] if residual else 0,
-        scale, tail.limit if tail else 0.0,
-        D=dim, TEXT=text > 0, TAIL=tail is not None, SECOND=tail is not None and tail.variances is not None,
+        scale,
+        D=dim, TEXT=text > 0, TAIL=tail is not None,
         SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],

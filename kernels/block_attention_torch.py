@@ -226,7 +226,8 @@ def _correct(
         o = out[some].to(lse.dtype)
         if correction.tail is not None:
             assert routed is not None
-            _merge_tail(q[some], o, lse[some], correction.tail, at, routed[(*at, blocks)], block, scale)
+            weights = _weights_of(correction.tail, at, blocks, lse.dtype)
+            _merge_tail(q[some], o, lse[some], correction.tail, at, weights, routed[(*at, blocks)], block, scale)
         if correction.scale is not None:
             o *= here(correction.scale)[:, None]
         if (residual := correction.residual) is not None:
@@ -235,22 +236,31 @@ def _correct(
         out[some] = o
 
 
+def _weights_of(tail: Tail, at: tuple[int, int], blocks: slice, dtype: torch.dtype) -> Tensor:
+    """What is added to the logits of pooled keys, [N] for all query blocks or [blocks, N] for each of some."""
+    weights = tail.log_weights
+    if weights.dim() == 4:
+        return weights[(*at, blocks)].to(dtype)
+    return (weights if weights.dim() == 1 else weights[at[0]]).to(dtype)
+
+
 def _merge_tail(
-    q: Tensor, out: Tensor, lse: Tensor, tail: Tail, at: tuple[int, int], routed: Tensor, block: int, scale: float
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tail: Tail,
+    at: tuple[int, int],
+    weights: Tensor,
+    routed: Tensor,
+    block: int,
+    scale: float,
 ) -> None:
-    """q, out [rows, D], lse [rows], routed [blocks, N] -> out with the unrouted blocks' pooled keys merged in."""
-    wide, rows = lse.dtype, len(q)
+    """q, out [rows, D], lse [rows], weights [N] or [blocks, N], routed [blocks, N] -> out with the unrouted blocks'
+    pooled keys merged in."""
+    rows = len(q)
     keys, values = (x[at].to(q.dtype) for x in (tail.keys, tail.values))
-    weights = (tail.log_weights if tail.log_weights.dim() == 1 else tail.log_weights[at[0]]).to(wide)
-    if tail.variances is not None:
-        bias = ((q * (scale * math.sqrt(0.5))).square() @ tail.variances[at].to(q.dtype).mT).to(wide)
-        bias.clamp_(max=tail.limit).add_(weights)
-    else:
-        bias = weights.repeat(rows, 1)
     hidden = routed | weights.isneginf()
-    whole = rows // block
-    bias[: whole * block].unflatten(0, (whole, block)).masked_fill_(hidden[:whole, None], float("-inf"))
-    bias[whole * block :].masked_fill_(hidden[whole:], float("-inf"))
+    bias = weights.masked_fill(hidden, float("-inf")).repeat_interleave(block, 0)[:rows]
     pooled, pooled_lse = (x[0, 0] for x in _softmax(q[None, None], keys[None, None], values[None, None], bias, scale))
     nothing = hidden.all(-1).repeat_interleave(block)[:rows]
     pooled_lse = pooled_lse.masked_fill(nothing, float("-inf"))

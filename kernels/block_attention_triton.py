@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_sparse.kernels.block_select import plan_mask
 from dit_sparse.kernels.implementation import check_device
+from dit_sparse.kernels.tail_weights import unlisted
 from dit_sparse.kernels.tuning import attention_tile
 from dit_sparse.plan import BlockPlan, Correction
 
@@ -44,27 +44,24 @@ def _masked_step(
 def block_attention_fwd_kernel(
     p_q, p_k, p_v, p_out, p_lse,
     p_counts, p_indices, p_every, p_key_mask,
-    p_tail_k, p_tail_v, p_tail_log, p_tail_var, p_routed,
+    p_tail_k, p_tail_v, p_weights,
     p_scatter, p_scale, p_res, p_res_scale,
     q_sb, q_sh, q_st,
     k_sb, k_sh, k_st,
     v_sb, v_sh, v_st,
     o_sb, o_sh, o_st,
     r_sb, r_sh, r_st,
-    tail_log_sb,
     H, LQ, LK, ROWS, COLUMNS, NQ, NK, W, SCALES, RESIDUALS, SCATTERED,
-    scale, tail_limit,
+    scale,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BT: tl.constexpr,
-    TEXT: tl.constexpr, MASKED: tl.constexpr, TAIL: tl.constexpr, SECOND: tl.constexpr,
+    TEXT: tl.constexpr, MASKED: tl.constexpr, TAIL: tl.constexpr,
     SCATTER: tl.constexpr, SCALE: tl.constexpr, SCALE_PER_ROW: tl.constexpr,
     RESIDUAL: tl.constexpr, PER_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM query rows of one head: its listed blocks, the text, the tail, the correction, the store."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    # One product too many for the registers in full precision; three passes of tf32 err as little.
-    SECOND_PRECISION: tl.constexpr = "tf32x3" if PRECISION == "ieee" and BD > 64 else PRECISION
     i_tile = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b = (i_bh // H).to(tl.int64)
@@ -152,25 +149,15 @@ def block_attention_fwd_kernel(
     if TAIL:
         p_tail_k += (i_b * H + i_h) * NK * D
         p_tail_v += (i_b * H + i_h) * NK * D
-        p_routed += i_list * NK
-        if SECOND:
-            p_tail_var += (i_b * H + i_h) * NK * D
+        p_weights += i_list * NK
         for begin in tl.range(0, tl.where(is_text, 0, NK), BT, num_stages=1):
             o_c = begin + o_t
             m_c = o_c < NK
-            b_w = tl.load(p_tail_log + i_b * tail_log_sb + o_c, mask=m_c, other=0.0)
-            m_c = m_c & (tl.load(p_routed + o_c, mask=m_c, other=1) == 0)
+            b_w = tl.load(p_weights + o_c, mask=m_c, other=float("-inf")).to(tl.float32)
+            m_c = b_w > float("-inf")
             # [BD, BT]
             b_k = tl.load(p_tail_k + o_c[None, :] * D + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
             b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision=PRECISION) * scale + b_w[None, :]
-            if SECOND:
-                b_q2 = b_q.to(tl.float32) * scale
-                b_q2 = (b_q2 * b_q2).to(b_q.dtype)
-                # [BD, BT]
-                b_u = tl.load(p_tail_var + o_c[None, :] * D + o_d[:, None], mask=m_c & m_d[:, None], other=0.0)
-                b_u = tl.dot(b_q2, b_u.to(b_q.dtype), input_precision=SECOND_PRECISION) * 0.5
-                b_s += tl.minimum(b_u, tail_limit)
-            b_s = tl.where(m_c[None, :], b_s, float("-inf"))
             # [BT, BD]
             b_v = tl.load(p_tail_v + o_c[:, None] * D + o_d, mask=m_c[:, None] & m_d, other=0.0)
             b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, LOG2E, b_v.to(b_q.dtype), True, PRECISION)
@@ -245,23 +232,20 @@ def attend(
         key_mask.to(torch.uint8).contiguous() if key_mask is not None else None,
         tail.keys.contiguous() if tail else None,
         tail.values.contiguous() if tail else None,
-        tail.log_weights.float().contiguous() if tail else None,
-        tail.variances.contiguous() if tail and tail.variances is not None else None,
-        plan_mask(plan, impl="triton") if tail else None,
+        unlisted(tail.log_weights, plan, width=plan.key_blocks, impl="triton") if tail else None,
         scatter,
         row_scale.float().contiguous() if row_scale is not None else None,
         residual.codes if residual else None,
         residual.scales.contiguous() if residual and residual.scales is not None else None,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *res_strides,
-        plan.key_blocks if tail and tail.log_weights.dim() == 2 else 0,
         heads, queries, keys, rows, keys - text, query_blocks, plan.key_blocks, indices.shape[-1],
         row_scale.shape[2] if row_scale is not None else 0,
         residual.codes.shape[2] if residual else 0,
         0 if scatter is None else scatter.numel(),
-        scale, tail.limit if tail else 0.0,
+        scale,
         D=dim, BD=width, BLOCK=block, BM=tile.rows, BN=tile.columns, BT=min(tile.columns, 32),
         TEXT=text > 0, MASKED=key_mask is not None,
-        TAIL=tail is not None, SECOND=tail is not None and tail.variances is not None,
+        TAIL=tail is not None,
         SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dit_sparse.kernels.block_select import plan_mask
+from dit_sparse.kernels.tail_weights import unlisted
 from dit_sparse.plan import BlockPlan, Tail
 
 # Queries and keys of a step; queries of a group, as many as one warpgroup product takes.
@@ -199,13 +199,11 @@ def longest_first(counts: Tensor) -> Tensor:
     return counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True).indices.int()
 
 
-def masks_of(tail: Tail, plan: BlockPlan) -> tuple[Tensor, Tensor]:
-    """Which pooled keys are listed, and what each weighs: of as many as whole tiles have, of which those that do not
-    exist weigh nothing."""
-    padded = whole_blocks(plan.key_blocks)
-    weights = tail.log_weights.new_full((*tail.log_weights.shape[:-1], padded), float("-inf"), dtype=torch.float32)
-    weights[..., : plan.key_blocks] = tail.log_weights
-    return plan_mask(BlockPlan(plan.counts, plan.indices, padded), impl="triton"), weights
+def weights_of(tail: Tail, plan: BlockPlan, *, by_row: bool = False) -> TensorDescriptor:
+    """What each pooled key weighs for each query block, of as many as whole tiles have: nothing where it is listed, or
+    is none."""
+    width = whole_blocks(plan.key_blocks)
+    return describe_line(unlisted(tail.log_weights, plan, width=width, by_row=by_row, impl="triton"))
 
 
 def whole_blocks(blocks: int) -> int:
@@ -243,12 +241,3 @@ def describe_line(x: Tensor) -> TensorDescriptor:
     """Any contiguous tensor as one row -> pieces of BLOCK numbers."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * x.element_size(), rank=1)
     return TensorDescriptor(x, [x.numel()], [1], [BLOCK], layout)
-
-
-def codes_of_variances(variances: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, H, N, D] -> e4m3, and what a code stands for, [B, H] float32.
-
-    The second-order term is at most some units of a logit, and a sum over channels: three bits of each are as good.
-    """
-    unit = variances.float().amax((-1, -2)).clamp(min=1e-20) / 448
-    return (variances.float() / unit[..., None, None]).to(torch.float8_e4m3fn), unit

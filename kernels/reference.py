@@ -3,6 +3,7 @@
 Nothing here is fast. Every function works in the dtype it is given; the tests give it float64.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,15 @@ def block_scores(
         of_logits = scale**2 * q.square() @ variances.mT
         scores = scores * of_logits.sqrt() * deviations.sqrt().unsqueeze(-2)
     return scores.log() if text is None else torch.cat([scores.log(), text.unsqueeze(-1)], dim=-1)
+
+
+def tail_weights(
+    q_mean: Tensor, q_var: Tensor, variances: Tensor, lengths: Tensor, *, scale: float, limit: float = math.inf
+) -> Tensor:
+    """What each pooled key weighs for each query block, [B, H, Nq, Nk]: the logarithm of its length, and half the
+    variance of its keys' logits, of which q_mean and q_var [B, H, Nq, D] tell the queries' mean square."""
+    spread = 0.5 * scale**2 * (q_mean.square() + q_var) @ variances.mT
+    return lengths.to(spread.dtype).log() + spread.clamp(max=limit)
 
 
 def block_select(
@@ -108,10 +118,11 @@ def correct(
     if (tail := correction.tail) is not None:
         keys, values = tail.keys.to(q.dtype), tail.values.to(q.dtype)
         logits = q @ keys.mT * scale
-        logits = logits + tail.log_weights.to(q.dtype).reshape(-1, 1, 1, tail.log_weights.shape[-1])
-        if tail.variances is not None:
-            spread = 0.5 * scale**2 * q.square() @ tail.variances.to(q.dtype).mT
-            logits = logits + spread.clamp(max=tail.limit)
+        weights = tail.log_weights.to(q.dtype)
+        if weights.dim() == 4:
+            logits = logits + weights.repeat_interleave(block, -2)[..., :rows, :]
+        else:
+            logits = logits + weights.reshape(-1, 1, 1, weights.shape[-1])
         routed = plan.mask().repeat_interleave(block, -2)[..., :rows, :]
         logits = logits.masked_fill(routed, float("-inf"))
         whole = torch.logaddexp(lse, logits.logsumexp(-1))[..., None]

@@ -13,7 +13,7 @@ from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import token_order
 from dit_sparse.patterns import order_of, pattern_mask, pattern_plan, tile_of
-from dit_sparse.plan import Correction, Residual
+from dit_sparse.plan import Correction, Residual, Tail
 from dit_sparse.residual import pack, unpack
 from dit_sparse.routing import pool, route
 from dit_sparse.state import Generation, Layer
@@ -335,7 +335,7 @@ def test_between_anchors_plan_and_residual_stay_and_the_rest_is_fresh(text):
         assert learned(g) is kept
         pooled = pool(q, k, v, Layout(GRID, text, 16), g.config)
         correction = Correction(
-            tail=pooled_tail(pooled, q.dtype, second_order=True, limit=2.0), residual=kept.residual
+            tail=pooled_tail(pooled, q.dtype, scale=0.25, second_order=True, limit=2.0), residual=kept.residual
         )
         close(out, block_attention(q, k, v, kept.plan, correction, block=16, text=text)[0])
     q, k, v = inputs(text)
@@ -343,11 +343,22 @@ def test_between_anchors_plan_and_residual_stay_and_the_rest_is_fresh(text):
     assert learned(g) is not kept and learned(g).step == 3
 
 
-def test_between_anchors_no_query_is_pooled(monkeypatch):
+def test_between_anchors_queries_are_pooled_for_the_second_order_only(monkeypatch):
     """Nothing is routed there, and pooling reads all of q."""
     given = []
-    monkeypatch.setattr(attention, "pool", lambda q, *rest: given.append(q is not None) or pool(q, *rest))
+
+    def pooled(*args, **options):
+        found = pool(*args, **options)
+        given.append(found.q is not None)
+        return found
+
+    monkeypatch.setattr(attention, "pool", pooled)
     g = at("anchor", refresh_every=3)
+    for step in range(3):
+        run(g, step, *inputs())
+    assert given == [True, True, True]
+    given.clear()
+    g = at("anchor", refresh_every=3, second_order=False)
     for step in range(5):
         run(g, step, *inputs())
     assert given == [True, False, False, True, False]
@@ -571,8 +582,10 @@ def test_error_is_at_most_twice_pytorchs(method, dtype):
         stats = [reference.block_stats(x[:, :, : GRID.tokens], layout.lengths(CPU), 16) for x in (q, k, v)]
         if g.config.has_tail:
             pooled = pool(q, k, v, layout, g.config)
-            tail = pooled_tail(pooled, wide, second_order=True, limit=2.0)
-            tail = type(tail)(stats[1].mean, stats[2].mean, tail.log_weights, stats[1].var)
+            weights = reference.tail_weights(
+                stats[0].mean, stats[0].var, stats[1].var, layout.lengths(CPU), scale=0.25, limit=2.0
+            )
+            tail = Tail(stats[1].mean, stats[2].mean, weights)
             correction = Correction(scale, residual, tail)
         if method == "rectify":
             pooled = pool(q, k, v, layout, g.config)

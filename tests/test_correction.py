@@ -129,7 +129,8 @@ def test_rectify_at_full_density_is_dense(layout, text):
 
 def tail_of(q, k, v, layout, second_order, limit=math.inf):
     pooled = pool(q, k, v, layout, SparseConfig("tail", second_order=second_order))
-    return Correction(tail=pooled_tail(pooled, q.dtype, second_order=second_order, limit=limit))
+    scale = q.shape[-1] ** -0.5
+    return Correction(tail=pooled_tail(pooled, q.dtype, scale=scale, second_order=second_order, limit=limit))
 
 
 def some_plan(layout, density=0.3):
@@ -156,13 +157,15 @@ def test_the_tail_is_exact_where_keys_are_flat(layout, text, second_order):
 @TEXTS
 @pytest.mark.parametrize(("second_order", "limit"), [(False, math.inf), (True, math.inf), (True, 0.3)])
 def test_the_tail_is_its_formula(layout, text, second_order, limit):
-    """anchor.md's section 1, by loops over rows and dropped blocks."""
+    """anchor.md's section 1, by loops over rows and dropped blocks, with the mean square of a block's queries."""
     q, k, v = inputs(layout, text)
     plan, tokens, a = some_plan(layout), layout.grid.tokens, 16**-0.5
     correction = tail_of(q, k, v, layout, second_order, limit)
     out, _ = block_attention(q, k, v, plan, correction, block=layout.block, text=text)
     for h, i in itertools.product(range(2), range(0, tokens, 11)):
         logits, values = [], []
+        first = i // layout.block * layout.block
+        squares = q[0, h, first : min(first + layout.block, tokens)].square().mean(0)
         for m in range(layout.blocks):
             at = slice(m * layout.block, min((m + 1) * layout.block, tokens))
             keys = k[0, h, at]
@@ -172,7 +175,7 @@ def test_the_tail_is_its_formula(layout, text, second_order, limit):
                 continue
             t = a * (q[0, h, i] @ keys.mean(0)) + torch.tensor(float(len(keys))).double().log()
             if second_order:
-                t = t + min(0.5 * a**2 * (q[0, h, i].square() * keys.var(0, correction=0)).sum(), limit)
+                t = t + min(0.5 * a**2 * (squares * keys.var(0, correction=0)).sum(), limit)
             logits.append(t)
             values.append(v[0, h, at].mean(0))
         logits += [a * (q[0, h, i] @ key) for key in k[0, h, tokens:]]
@@ -182,10 +185,12 @@ def test_the_tail_is_its_formula(layout, text, second_order, limit):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_tail_has_the_type_of_the_inputs_and_its_weights_are_float32(dtype):
-    tail = tail_of(*inputs(RAGGED).to(dtype), RAGGED, True).tail
-    assert {tail.keys.dtype, tail.values.dtype, tail.variances.dtype} == {dtype}
-    assert tail.log_weights.dtype == torch.float32
+def test_a_tail_has_the_type_of_the_inputs_and_its_weights_as_many_bits_at_least(dtype):
+    for second_order in (False, True):
+        tail = tail_of(*inputs(RAGGED).to(dtype), RAGGED, second_order).tail
+        assert {tail.keys.dtype, tail.values.dtype} == {dtype}
+        half = second_order and dtype == torch.bfloat16
+        assert tail.log_weights.dtype == (torch.float16 if half else torch.float32)
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "int4"])

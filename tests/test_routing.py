@@ -111,11 +111,14 @@ def test_pool_computes_what_the_config_uses(layout):
     wanted = {
         ("none", True): ("mean", "mean", "mean"),
         ("rectify", True): ("mean var mad", "mean var mad", "mean"),
-        ("tail", True): ("mean", "mean var", "mean var"),
-        ("anchor", False): ("", "mean var", "mean"),
+        ("tail", True): ("mean var", "mean var", "mean var"),
+        ("anchor", False): ("mean var", "mean var", "mean"),
+        ("anchor, first order", False): ("", "mean", "mean"),
     }
-    for (method, queries), names in wanted.items():
-        pooled = pool(q if queries else None, k, v, layout, SparseConfig(method))
+    for (method, routes), names in wanted.items():
+        second_order = {"second_order": False} if "first order" in method else {}
+        config = SparseConfig(method.split(",")[0], **second_order)
+        pooled = pool(q, k, v, layout, config, routes=routes)
         for stats, name, x in zip((pooled.q, pooled.k, pooled.v), names, (q, k, v), strict=True):
             if not name:
                 assert stats is None

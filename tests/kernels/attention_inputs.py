@@ -35,8 +35,15 @@ def corrected(q, k, v, plan, block, text, parts):
         lengths = (columns - torch.arange(0, columns, block, device=DEVICE)).clamp(max=block)
         stats = reference.block_stats(k[:, :, :columns], lengths, block)
         values = reference.block_stats(v[:, :, :columns], lengths, block).mean
-        limit = 0.2 if "limit" in parts else math.inf
-        tail = Tail(stats.mean, values, lengths.double().log(), stats.var if "second" in parts else None, limit)
+        weights = lengths.double().log()
+        if "second" in parts:
+            real = (rows - torch.arange(0, rows, block, device=DEVICE)).clamp(max=block)
+            queries = reference.block_stats(q[:, :, :rows], real, block)
+            limit = 0.2 if "limit" in parts else math.inf
+            weights = reference.tail_weights(
+                queries.mean, queries.var, stats.var, lengths, scale=q.shape[-1] ** -0.5, limit=limit
+            )
+        tail = Tail(stats.mean, values, weights)
     leading = q.shape[:2]
     if "scale" in parts:
         scale = draw(*leading, rows).abs()
@@ -55,8 +62,10 @@ def corrected(q, k, v, plan, block, text, parts):
 def cast(correction, dtype):
     tail, residual, scale = correction.tail, correction.residual, correction.scale
     if tail is not None:
-        var = None if tail.variances is None else tail.variances.to(dtype)
-        tail = Tail(tail.keys.to(dtype), tail.values.to(dtype), tail.log_weights.float(), var, tail.limit)
+        weights = tail.log_weights.float()
+        if weights.dim() == 4 and dtype in (torch.float16, torch.bfloat16):
+            weights = weights.half()
+        tail = Tail(tail.keys.to(dtype), tail.values.to(dtype), weights)
     if residual is not None and residual.kind == "full":
         residual = Residual(residual.codes.to(dtype))
     return Correction(None if scale is None else scale.float(), residual, tail)

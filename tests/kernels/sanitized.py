@@ -10,9 +10,10 @@ import torch
 
 from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.kernels.block_scores import block_scores
-from dit_sparse.kernels.block_select import block_select, plan_mask
+from dit_sparse.kernels.block_select import block_select
 from dit_sparse.kernels.block_stats import block_stats
 from dit_sparse.kernels.permute import permute, permute_pooled
+from dit_sparse.kernels.tail_weights import tail_weights, unlisted
 from tests.kernels.attention_inputs import cast, corrected, inputs, random_plan
 
 PARTS = ((), ("tail", "second", "scale", "residual"), ("tail", "int4"), ("block_scale", "fp8"))
@@ -46,7 +47,11 @@ def the_rest() -> None:
     block_select(found, density=0.3, logarithms=True)
     forced = torch.eye(11, dtype=torch.bool, device="cuda")
     block_select(scores, density=0.3, forced=forced)
-    plan_mask(block_select(scores, density=0.1, top_p=0.6, k_max=7))
+    plan = block_select(scores, density=0.1, top_p=0.6, k_max=7)
+    some = torch.randn(2, 3, 11, 40, device="cuda").square()
+    weights = tail_weights(some, some, some, ones[:11], scale=1, half=True)
+    for by_row in (False, True):
+        unlisted(weights, plan, width=128, by_row=by_row)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dit_sparse.kernels import block_scores, block_select, block_stats, permute, quantise
+from dit_sparse.kernels import block_scores, block_select, block_stats, permute, quantise, tail_weights
 from tests.kernels.aot import Build, Resources, compile_kernels
 
 CAPABILITIES = (80, 90, 100)
@@ -60,9 +60,27 @@ def select(
     return Build(block_select.block_select_fwd_kernel, signature, constexprs, capability, warps)
 
 
-def mask(capability: int) -> Build:
-    signature = {"counts": "*i32:16", "indices": "*i32:16", "mask": "*u8:16", "N": "i32", "W": "i32"}
-    return Build(block_select.plan_mask_fwd_kernel, signature, {"BW": 1024}, capability)
+def weights(capability: int, dtype: str = "fp16", dim: int = 128) -> Build:
+    signature = {
+        **dict.fromkeys(("q_mean", "q_var", "variances"), "*fp32:16"),
+        "lengths": "*i64:16",
+        "weights": f"*{dtype}:16",
+        **dict.fromkeys(("factor", "limit"), "fp32"),
+        **dict.fromkeys(("Q", "N"), "i32"),
+    }
+    tile = tail_weights.TILE
+    constexprs = {"D": dim, "BQ": tile, "BK": tile, "BD": tail_weights.CHANNELS}
+    constexprs["PRECISION"] = "tf32" if dtype == "fp16" else "ieee"
+    return Build(tail_weights.tail_weights_fwd_kernel, signature, constexprs, capability, 4)
+
+
+def rest(capability: int, by_row: bool = True) -> Build:
+    signature = {
+        **dict.fromkeys(("log_weights", "out"), "*fp16:16"),
+        **dict.fromkeys(("counts", "indices"), "*i32:16"),
+        **dict.fromkeys(("w_sb", "w_sh", "w_sq", "H", "Q", "N", "W", "WIDTH"), "i32"),
+    }
+    return Build(tail_weights.unlisted_fwd_kernel, signature, {"BN": 1024, "BW": 64, "BY_ROW": by_row}, capability, 4)
 
 
 def gather(capability: int, dtype: str = "bf16", dim: int = 128, padded: int = 128) -> Build:
@@ -106,7 +124,8 @@ IN_8BIT = [
     in_8bit(quantise._keys_kernel, "p_k", "*i8:16", "VISION", "blocks"),
     in_8bit(quantise._values_kernel, "p_v", "*fp8e4nv:16", "VISION", "blocks"),
 ]
-USUAL = [make(capability) for capability in CAPABILITIES for make in (stats, scores, select, mask, gather, pooled)]
+MADE = (stats, scores, select, weights, rest, gather, pooled)
+USUAL = [make(capability) for capability in CAPABILITIES for make in MADE]
 USUAL += IN_8BIT
 # A tile of 8192 numbers in one warp is 256 a thread, and a thread has 255 registers.
 SPILLING = replace(stats(90, "fp32"), num_warps=1)

@@ -150,7 +150,7 @@ def test_batch_rows_are_independent(impl):
         one = Correction(
             correction.scale[at],
             Residual(r.codes[at], r.scales[at], r.kind),
-            Tail(t.keys[at], t.values[at], t.log_weights, t.variances[at], t.limit),
+            Tail(t.keys[at], t.values[at], t.log_weights[at]),
         )
         alone, _ = block_attention(
             q[at],

@@ -13,9 +13,7 @@ OPTIONAL = {
     "p_key_mask": "MASKED",
     "p_tail_k": "TAIL",
     "p_tail_v": "TAIL",
-    "p_tail_log": "TAIL",
-    "p_tail_var": "SECOND",
-    "p_routed": "TAIL",
+    "p_weights": "TAIL",
     "p_scatter": "SCATTER",
     "p_scale": "SCALE",
     "p_res": "RESIDUAL",
@@ -25,7 +23,6 @@ BARE = dict(
     TEXT=False,
     MASKED=False,
     TAIL=False,
-    SECOND=False,
     SCATTER=False,
     SCALE=False,
     RESIDUAL=0,
@@ -34,12 +31,11 @@ BARE = dict(
 )
 VARIANTS = {
     "bare": BARE,
-    "anchor": BARE | dict(TAIL=True, SECOND=True, SCATTER=True, RESIDUAL=2, PER_ROW=True),
+    "anchor": BARE | dict(TAIL=True, SCATTER=True, RESIDUAL=2, PER_ROW=True),
     "everything": dict(
         TEXT=True,
         MASKED=True,
         TAIL=True,
-        SECOND=True,
         SCATTER=True,
         SCALE=True,
         RESIDUAL=3,
@@ -54,7 +50,7 @@ def build(kind: str, dim: int, block: int, flags: dict, capability: int) -> Buil
     tile = attention_tile(capability, itemsize, dim, block)
     types = {
         "p_lse": "*fp32", "p_counts": "*i32", "p_indices": "*i32", "p_every": "*i32", "p_key_mask": "*u8",
-        "p_scatter": "*i64", "p_tail_log": "*fp32", "p_routed": "*u8", "p_scale": "*fp32",
+        "p_scatter": "*i64", "p_weights": "*fp16", "p_scale": "*fp32",
         "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}",
         "p_res_scale": "*fp32", "scale": "fp32",
     }  # fmt: skip
@@ -76,7 +72,7 @@ def build(kind: str, dim: int, block: int, flags: dict, capability: int) -> Buil
             constexprs[name] = None
         elif name.startswith("p_"):
             signature[name] = types.get(name, f"*{kind}") + ":16"
-        elif name in ("scale", "tail_limit"):
+        elif name == "scale":
             signature[name] = "fp32"
         else:
             signature[name] = "i32:16" if name[1:3] == "_s" else "i32"

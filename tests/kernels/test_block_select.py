@@ -6,8 +6,7 @@ from torch import Tensor
 
 from dit_sparse.kernels import block_select as module
 from dit_sparse.kernels import reference
-from dit_sparse.kernels.block_select import block_select, plan_mask
-from dit_sparse.plan import BlockPlan
+from dit_sparse.kernels.block_select import block_select
 
 IMPLS = ("torch", "triton")
 
@@ -271,30 +270,15 @@ def test_refusals(scores: Tensor, options: dict, message: str) -> None:
 def test_compiles_and_is_a_sound_op(top_p: float | None, impl: str, device: str) -> None:
     scores, forced = torch.rand(1, 2, 3, 20, device=device), torch.eye(3, 20, dtype=torch.bool, device=device)
 
-    def program(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def program(scores: Tensor) -> tuple[Tensor, Tensor]:
         plan = block_select(scores * 2, density=0.3, top_p=top_p, forced=forced, max_forced=1, impl=impl)
-        return plan.counts, plan.indices, plan_mask(plan, impl=impl)
+        return plan.counts, plan.indices
 
     compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
     got, direct = compiled(scores), program(scores)
     assert all(torch.equal(a, b) for a, b in zip(got, direct, strict=True))
     arguments = (scores, forced, 6, 20, top_p or 0.0, 7, False, impl)
     torch.library.opcheck(torch.ops.dit_sparse.block_select.default, arguments)
-    torch.library.opcheck(torch.ops.dit_sparse.plan_mask.default, (*direct[:2], 20, impl))
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("blocks", [1, 9, 130])
-def test_plan_mask_inverts_from_mask(blocks: int, impl: str, device: str) -> None:
-    mask = torch.rand(2, 3, 4, blocks, device=device) < 0.3
-    mask[..., -1] = True
-    plan = BlockPlan.from_mask(mask)
-    # What stands past the counts must not be read.
-    place = torch.arange(blocks, device=device)
-    indices = torch.where(place < plan.counts[..., None], plan.indices, 1 << 30).to(torch.int32)
-    got = plan_mask(BlockPlan(plan.counts, indices, blocks), impl=impl)
-    assert got.dtype == torch.uint8 and got.is_contiguous()
-    assert torch.equal(got.bool(), mask)
 
 
 @pytest.mark.gpu
@@ -307,4 +291,3 @@ def test_more_rows_than_a_grid_axis_holds() -> None:
         plan.check()
         # With top_p the last block of a row may be decided by the order of a sum.
         assert (plan.mask() != other.mask()).sum() <= (0 if top_p is None else 10)
-        assert torch.equal(plan_mask(plan).bool(), plan.mask())

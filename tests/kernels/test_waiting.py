@@ -84,7 +84,7 @@ def test_block_attention_takes_little_memory():
     layout, config = Layout(grid), SparseConfig("tail", density=0.2, block=128)
     pooled = pool(q, k, v, layout, config)
     plan = route(pooled, layout, config, density=0.2, scale=128**-0.5).plan
-    correction = Correction(tail=pooled_tail(pooled, q.dtype, second_order=True))
+    correction = Correction(tail=pooled_tail(pooled, q.dtype, scale=128**-0.5, second_order=True))
     run = lambda: block_attention(q, k, v, plan, correction, block=128)  # noqa: E731
     run()
     torch.cuda.synchronize()
