@@ -14,15 +14,15 @@ from dit_sparse.kernels.block_attention_hopper import BLOCK, ROWS, SHAPES, block
 from tests.kernels.aot import Build, Resources, compile_kernels  # noqa: E402
 
 BARE = dict.fromkeys(
-    ("TEXT", "TAIL", "SECOND", "SCATTER", "SCALE", "SCALE_PER_ROW", "RESIDUAL", "PER_ROW", "COPIED"), False
+    ("TEXT", "MASKED", "TAIL", "SECOND", "SCATTER", "SCALE", "SCALE_PER_ROW", "RESIDUAL", "PER_ROW", "COPIED"), False
 )
 ANCHOR = BARE | dict(TAIL=True, SECOND=True, SCATTER=True, RESIDUAL=2, PER_ROW=True, COPIED=True)
-EVERYTHING = ANCHOR | dict(TEXT=True, SCALE=True, SCALE_PER_ROW=True, RESIDUAL=3)
+EVERYTHING = ANCHOR | dict(TEXT=True, MASKED=True, SCALE=True, SCALE_PER_ROW=True, RESIDUAL=3)
 # Arguments that only some corrections need, and the flag that says so.
 OPTIONAL = {
     "d_tail_k": "TAIL", "d_tail_v": "TAIL", "d_tail_var": "SECOND", "d_routed": "TAIL", "d_weights": "TAIL",
-    "d_codes": "COPIED", "p_var_unit": "SECOND", "p_every": "TEXT", "p_scatter": "SCATTER", "p_scale": "SCALE",
-    "p_res": "RESIDUAL", "p_res_scale": "RESIDUAL",
+    "d_codes": "COPIED", "p_var_unit": "SECOND", "p_every": "TEXT", "p_text_mask": "MASKED", "p_scatter": "SCATTER",
+    "p_scale": "SCALE", "p_res": "RESIDUAL", "p_res_scale": "RESIDUAL",
 }  # fmt: skip
 
 
@@ -42,7 +42,8 @@ def build(kind: str, dim: int, flags: dict) -> Build:
         "d_q": tile(ROWS), "d_codes": bytes_("u8", ROWS, dim if flags["RESIDUAL"] == 2 else dim // 2),
         "d_tail_var": bytes_("fp8e4nv", BLOCK, dim), "p_var_unit": "*fp32",
         "d_routed": line("u8", 8), "d_weights": line("fp32", 32),
-        "p_out": f"*{kind}", "p_lse": "*fp32", "p_scatter": "*i64", "p_scale": "*fp32", "p_res_scale": "*fp32",
+        "p_out": f"*{kind}", "p_lse": "*fp32", "p_text_mask": "*u8", "p_scatter": "*i64", "p_scale": "*fp32",
+        "p_res_scale": "*fp32",
         "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}", "scale": "fp32", "limit": "fp32",
     }  # fmt: skip
     constexprs = flags | dict(D=dim, **SHAPES[dim], FIXED=kind == "bf16", BLOCK=BLOCK, ROWS=ROWS)
@@ -74,8 +75,8 @@ def build_8bit(flags: dict) -> Build:
         "d_q": tile("i8", ROWS, 128), "d_k": keys, "d_tail_k": keys, "d_v": values, "d_tail_v": values,
         "d_tail_var": values, "d_unit": unit, "d_tail_unit": unit, "d_routed": line("u8", 8, BLOCK),
         "d_weights": line("fp32", 32, BLOCK), "d_codes": tile("u8", ROWS, 128 if flags["RESIDUAL"] == 2 else 64),
-        "p_out": "*bf16", "p_res": "*u8" if flags["RESIDUAL"] > 1 else "*bf16", "p_scatter": "*i64",
-        "scale": "fp32", "limit": "fp32",
+        "p_out": "*bf16", "p_text_mask": "*u8", "p_res": "*u8" if flags["RESIDUAL"] > 1 else "*bf16",
+        "p_scatter": "*i64", "scale": "fp32", "limit": "fp32",
     }  # fmt: skip
     floats = ("p_lse", "p_q_unit", "p_q_shift", "p_v_unit", "p_var_unit", "p_scale", "p_res_scale")
     types |= dict.fromkeys(floats, "*fp32")
