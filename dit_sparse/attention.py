@@ -72,7 +72,9 @@ def attend_part(
             f"{layer.name} was given {q.shape[2]} tokens, but its grid has {tokens} and {text_mask.shape[1]} of text."
         )
     layout = Layout(generation.grid, text, config.block_size(tokens))
-    if before and text_mask is not None:
+    if text == 0:
+        text_mask = key_mask = None
+    elif before and text_mask is not None:
         key_mask = _key_mask(text_mask, k.shape[2], 0)
     if config.method == "svg":
         first = vision_first("raster", layout.grid, config.tile, q.device, before)
@@ -241,6 +243,8 @@ def _between(call: "Call", learned: Learned, step: int) -> Tensor:
 class Call:
     """The inputs of one call in routing order, what the methods do with them, and the token pairs that took.
 
+    text_mask [B, text] bool, False for padding, in the order that text has behind the vision tokens
+    key_mask  [B, L] bool, the same among all tokens
     routes  whether it chooses blocks, for which the queries are pooled too
     precision of block attention
     given   the statistics, where they are known
@@ -324,7 +328,7 @@ class Call:
         self.known += rows * (text * layout.tokens + vision * text)
         if correction.tail is not None:
             self.known += rows * vision * layout.blocks
-        inputs = self.q, self.k, self.v, plan, layout.block, self.key_mask
+        inputs = self.q, self.k, self.v, plan, layout.block, self.text_mask
         if self.precision == "8bit":
             self.refused = refused_8bit(*inputs)
         precision: Precision = "full" if self.refused else self.precision
@@ -337,7 +341,7 @@ class Call:
             plan,
             correction,
             block=layout.block,
-            key_mask=self.key_mask,
+            key_mask=self.text_mask,
             text=text,
             scatter=self.scatter,
             precision=precision,
@@ -348,7 +352,16 @@ class Call:
         q, k, v = (x[:, :1] for x in (self.q, self.k, self.v))
         first = BlockPlan(plan.counts[:, :1], plan.indices[:, :1], plan.key_blocks)
         full, low = (
-            block_attention(q, k, v, first, block=self.layout.block, text=self.layout.text, precision=precision)[0]
+            block_attention(
+                q,
+                k,
+                v,
+                first,
+                block=self.layout.block,
+                key_mask=self.text_mask,
+                text=self.layout.text,
+                precision=precision,
+            )[0]
             for precision in ("full", "8bit")
         )
         return (low.float() - full.float()).norm() / full.float().norm()

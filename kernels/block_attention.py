@@ -48,18 +48,20 @@ def block_attention(
 
     q [B, H, Lq, D], k and v [B, H, Lk, D], float16, bfloat16 or float32 (torch also float64), D a multiple of 8 up to
     256, any strides with the last dimension contiguous. The last `text` rows of q attend to every key and the last
-    `text` keys are attended to by every row; the plan covers the others in blocks of `block`. key_mask [B, Lk] bool,
-    False for padding. scale is D^-1/2 unless given. scatter [n] int32 or int64, a permutation of 0..n-1, which is not
-    checked on the device, says where each of the first n rows of the output is written; lse stays in the order of q.
+    `text` keys are attended to by every row; the plan covers the others in blocks of `block`. key_mask bool is False
+    for padding, which may hold any finite numbers: [B, text] is of the text keys alone, which costs next to nothing;
+    [B, Lk] of all keys, which takes narrower steps. scale is D^-1/2 unless given. scatter [n] int32 or int64, a
+    permutation of 0..n-1, which is not checked on the device, says where each of the first n rows of the output is
+    written; lse stays in the order of q.
 
     Returns out like q, and lse [B, H, Lq] float32 (float64 for float64), natural logarithm, of the exact part; rows
     that see no key give zeros and -inf. impl "auto" is gluon on Hopper where it takes the inputs (16-bit, 64 or 128
-    channels, blocks of 128, no key mask), triton on CUDA and torch elsewhere. A named one never falls back, and triton
-    refuses float32 beyond 128 channels, which would not fit its registers. precision "8bit" (SageAttention2, arXiv
-    2411.10958, section 3: a unit a query row, a key block without the keys' mean, and a channel of values) takes what
-    refused_8bit does not refuse, and errs by some percent. Raises ValueError where shapes, dtypes or
-    devices do not fit together, and with check_plan, which waits for the device, where the plan is illegal; without,
-    an illegal plan reads memory that is not its own.
+    channels, blocks of 128, no mask but of text keys), triton on CUDA and torch elsewhere. A named one never falls
+    back, and triton refuses float32 beyond 128 channels, which would not fit its registers. precision "8bit"
+    (SageAttention2, arXiv 2411.10958, section 3: a unit a query row, a key block without the keys' mean, and a channel
+    of values) takes what refused_8bit does not refuse, and errs by some percent. Raises ValueError where shapes,
+    dtypes or devices do not fit together, and with check_plan, which waits for the device, where the plan is illegal;
+    without, an illegal plan reads memory that is not its own.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     correction = correction or Correction()
@@ -185,8 +187,11 @@ def _check(
             f"The plan covers {tuple(plan.counts.shape)} query blocks and {plan.key_blocks} key blocks, but the "
             f"inputs have {(batch, heads, rows)} and {key_blocks} of {block} tokens."
         )
-    if key_mask is not None and (key_mask.shape != (batch, keys) or key_mask.dtype != torch.bool):
-        raise ValueError(f"key_mask must be bool {(batch, keys)}, not {key_mask.dtype} {tuple(key_mask.shape)}.")
+    masks = ((batch, keys), (batch, text)) if text else ((batch, keys),)
+    if key_mask is not None and (key_mask.shape not in masks or key_mask.dtype != torch.bool):
+        raise ValueError(
+            f"key_mask must be bool {' or '.join(map(str, masks))}, not {key_mask.dtype} {tuple(key_mask.shape)}."
+        )
     per_row = ((batch, heads, queries - text), (batch, heads, rows))
     if correction.scale is not None and correction.scale.shape not in per_row:
         raise ValueError(f"scale must be one of {per_row}, not {tuple(correction.scale.shape)}.")
@@ -241,9 +246,9 @@ def _block_attention(
     every = _every(key_blocks, q.device)
     scatter = None if scatter is None else scatter.contiguous()
     if chosen == "gluon, 8bit":
-        return hopper8.attend(q, k, v, plan, correction, scale, text, every, scatter)
+        return hopper8.attend(q, k, v, plan, correction, scale, key_mask, text, every, scatter)
     if chosen == "gluon":
-        return hopper.attend(q, k, v, plan, correction, scale, text, every, scatter)
+        return hopper.attend(q, k, v, plan, correction, scale, key_mask, text, every, scatter)
     return block_attention_triton.attend(q, k, v, plan, correction, block, scale, key_mask, text, every, scatter)
 
 

@@ -20,6 +20,7 @@ from dit_sparse.kernels.hopper_tiles import (
     copyable,
     describe,
     fetch,
+    filled_mask,
     find_tile,
     hear,
     load_tile,
@@ -254,21 +255,27 @@ def _round(
 
 @gluon.jit
 def _step(
-    q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale, left,
-    POOLED: gl.constexpr, FIXED: gl.constexpr,
+    q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale, left, p_seen, masked,
+    POOLED: gl.constexpr, FIXED: gl.constexpr, MASKED: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """One block, of which the first `left` keys count, or a POOLED one."""
+    """One block, of which the first `left` keys count, or a POOLED one; MASKED: if it is `masked`, those that are seen
+    at p_seen."""
     full, empty = bars
     ring = rings[1]
     s = _logits(q, rings, slot, unscale, POOLED, ROWS, BLOCK, s_layout)
     v_slot, v_phase = next_slot(slot, phase, SLOTS)
     o = _add_values(p, o, shrink, ring, full, v_slot, v_phase, FIXED, o_layout)
+    if MASKED:
+        # Beside the products, which take longer.
+        seen = gl.load(p_seen + gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout)), mask=masked, other=1)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(empty.index(slot))
     if not POOLED:
-        o_c = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
-        s = gl.where((o_c < left)[None, :], s, float("-inf"))
+        counts = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout)) < left
+        if MASKED:
+            counts = counts & (seen != 0)
+        s = gl.where(counts[None, :], s, float("-inf"))
     e, m, l, shrink = _exponentials(s, m, l, shrink, scale2, FIXED)
     p = gl.convert_layout(e.to(ring.dtype), gl.DotOperandLayout(0, o_layout, 2))
     slot, phase = next_slot(v_slot, v_phase, SLOTS)
@@ -281,12 +288,12 @@ def _step(
 @gluon.jit
 def _tiles(
     group: gl.constexpr, slot, phase, q_phase,
-    p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
-    sizes, scattered, padded, scale,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SCATTER: gl.constexpr,
-    SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
-    COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
-    FIXED: gl.constexpr, AGAIN: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    p_out, p_lse, p_work, p_scatter, p_text_mask, out_strides, correction, rings, bars, q_bars, facts,
+    codes_parts, sizes, scattered, padded, scale,
+    D: gl.constexpr, TEXT: gl.constexpr, MASKED: gl.constexpr, TAIL: gl.constexpr,
+    SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
+    PER_ROW: gl.constexpr, COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr,
+    HELD: gl.constexpr, FIXED: gl.constexpr, AGAIN: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Half of the rows of every tile that the copying warp tells, from the first listed block to the store.
 
@@ -338,9 +345,12 @@ def _tiles(
             left = gl.where(i < whole, BLOCK, short)
             if TEXT:
                 left = gl.where(i < n, left, LK - COLUMNS - (i - n) * BLOCK)
+            p_seen = p_text_mask
+            if MASKED:
+                p_seen += (i_bh // H * gl.cdiv(LK - COLUMNS, BLOCK) + i - n) * BLOCK
             p, o, m, l, shrink, slot, phase = _step(
-                q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale, left, False, FIXED, SLOTS, BLOCK,
-                ROWS, s_layout, o_layout,
+                q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale, left, p_seen, i >= n, False, FIXED,
+                MASKED, SLOTS, BLOCK, ROWS, s_layout, o_layout,
             )  # fmt: skip
 
         # The log-sum-exp of the exact part, before the tail joins the sum.
@@ -360,8 +370,8 @@ def _tiles(
                 )  # fmt: skip
             for _ in range(0, tail_steps % ROUND):
                 p, o, m, l, shrink, slot, phase = _step(
-                    q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale, BLOCK, True, FIXED, SLOTS, BLOCK,
-                    ROWS, s_layout, o_layout,
+                    q, p, o, m, l, shrink, rings, bars, slot, phase, scale2, unscale, BLOCK, p_text_mask, False, True,
+                    FIXED, False, SLOTS, BLOCK, ROWS, s_layout, o_layout,
                 )  # fmt: skip
         if not HELD:
             mbarrier.arrive(q_empty.index(group))
@@ -398,29 +408,29 @@ def _tiles(
 @gluon.jit
 def _consume(
     group: gl.constexpr, lost,
-    p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
-    sizes, scattered, padded, scale,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SCATTER: gl.constexpr,
-    SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
-    COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
-    FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    p_out, p_lse, p_work, p_scatter, p_text_mask, out_strides, correction, rings, bars, q_bars, facts,
+    codes_parts, sizes, scattered, padded, scale,
+    D: gl.constexpr, TEXT: gl.constexpr, MASKED: gl.constexpr, TAIL: gl.constexpr,
+    SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
+    PER_ROW: gl.constexpr, COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr,
+    HELD: gl.constexpr, FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Half of every tile's rows; of tiles whose sums grew too large, once more."""
     q_full, q_empty = q_bars
     slot, phase, q_phase, last = _tiles(
         group, gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0),
-        p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars, facts, codes_parts,
-        sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL,
-        PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, False, BLOCK, ROWS,
+        p_out, p_lse, p_work, p_scatter, p_text_mask, out_strides, correction, rings, bars, q_bars, facts,
+        codes_parts, sizes, scattered, padded, scale, D, TEXT, MASKED, TAIL, SCATTER, SCALE,
+        SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, False, BLOCK, ROWS,
     )  # fmt: skip
     if FIXED:
         lost.index(group).store(gl.full([8], last, gl.int32, gl.BlockedLayout([8], [32], [4], [0])))
         mbarrier.arrive(q_empty.index(group))
         _tiles(
             group, slot, phase, q_phase ^ 1,
-            p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars, facts,
-            codes_parts, sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE, SCALE_PER_ROW,
-            RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, False, True, BLOCK, ROWS,
+            p_out, p_lse, p_work, p_scatter, p_text_mask, out_strides, correction, rings, bars, q_bars,
+            facts, codes_parts, sizes, scattered, padded, scale, D, TEXT, MASKED, TAIL, SCATTER, SCALE,
+            SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, False, True, BLOCK, ROWS,
         )  # fmt: skip
 
 
@@ -434,14 +444,14 @@ _SIZES = (
 @gluon.jit(do_not_specialize=_SIZES)
 def block_attention_hopper_kernel(
     d_q, d_k, d_v, d_tail_k, d_tail_v, d_weights, d_codes,
-    p_out, p_lse, p_counts, p_indices, p_every, p_order, p_work, p_scatter, p_scale, p_res, p_res_scale,
-    o_sb, o_sh, o_st, r_sb, r_sh, r_st,
+    p_out, p_lse, p_text_mask, p_counts, p_indices, p_every, p_order, p_work, p_scatter, p_scale, p_res,
+    p_res_scale, o_sb, o_sh, o_st, r_sb, r_sh, r_st,
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, scales, residuals,
     scale,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SCATTER: gl.constexpr,
-    SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
-    COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
-    FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    D: gl.constexpr, TEXT: gl.constexpr, MASKED: gl.constexpr, TAIL: gl.constexpr,
+    SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
+    PER_ROW: gl.constexpr, COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr,
+    HELD: gl.constexpr, FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: every program takes the next tile of BLOCK query rows when it is done with one."""
     dtype: gl.constexpr = d_k.dtype
@@ -485,14 +495,16 @@ def block_attention_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, lost, p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars,
-                facts, codes_parts, sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE,
-                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, BLOCK, ROWS,
+                0, lost, p_out, p_lse, p_work, p_scatter, p_text_mask, out_strides, correction, rings,
+                bars, q_bars, facts, codes_parts, sizes, scattered, padded, scale, D, TEXT, MASKED, TAIL,
+                SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED,
+                BLOCK, ROWS,
             )),
             (_consume, (
-                1, lost, p_out, p_lse, p_work, p_scatter, out_strides, correction, rings, bars, q_bars,
-                facts, codes_parts, sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE,
-                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED, BLOCK, ROWS,
+                1, lost, p_out, p_lse, p_work, p_scatter, p_text_mask, out_strides, correction, rings,
+                bars, q_bars, facts, codes_parts, sizes, scattered, padded, scale, D, TEXT, MASKED, TAIL,
+                SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED,
+                BLOCK, ROWS,
             )),
             (_produce, (
                 descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded,
@@ -517,11 +529,13 @@ def attend(
     plan: BlockPlan,
     correction: Correction,
     scale: float,
+    text_mask: Tensor | None,
     text: int,
     every: Tensor,
     scatter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """block_attention of inputs that are not refused; every [key_blocks] int32 is the list of a text row."""
+    """block_attention of inputs that are not refused; text_mask [B, text] bool is False for padding, every
+    [key_blocks] int32 is the list of a text row."""
     batch, heads, queries, dim = q.shape
     keys, rows = k.shape[2], queries - text
     out = torch.empty_like(q)
@@ -544,7 +558,8 @@ def attend(
         describe(q, ROWS), describe(k, BLOCK), describe(v, BLOCK),
         *pooled,
         describe(residual.codes, ROWS) if residual and copied else None,
-        out, lse, counts, indices, every if text else None, order, work, scatter,
+        out, lse, filled_mask(text_mask) if text_mask is not None else None,
+        counts, indices, every if text else None, order, work, scatter,
         row_scale.float().contiguous() if row_scale is not None else None,
         residual.codes if residual and not copied else None,
         residual.scales.contiguous() if residual and residual.scales is not None else None,
@@ -554,8 +569,8 @@ def attend(
         padded,
         row_scale.shape[2] if row_scale is not None else 0, residual.codes.shape[2] if residual else 0,
         scale,
-        D=dim, TEXT=text > 0, TAIL=tail is not None,
-        SCATTER=scatter is not None,
+        D=dim, TEXT=text > 0, MASKED=text_mask is not None,
+        TAIL=tail is not None, SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
         PER_ROW=per_row, COPIED=copied, **SHAPES[dim], FIXED=fixed, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,

@@ -20,6 +20,7 @@ from dit_sparse.kernels.hopper_tiles import (
     copyable,
     describe,
     fetch,
+    filled_mask,
     find_tile,
     hear,
     load_tile,
@@ -32,7 +33,7 @@ from dit_sparse.kernels.hopper_tiles import (
     weights_of,
     whole_blocks,
 )
-from dit_sparse.kernels.quantise import quantise, quantise_keys, quantise_values
+from dit_sparse.kernels.quantise import key_order, quantise, quantise_keys, quantise_values
 from dit_sparse.plan import BlockPlan, Correction, Tail
 
 # Blocks of keys and of values in their rings.
@@ -164,12 +165,21 @@ def _masked(s, start: gl.constexpr, left, KEYS: gl.constexpr, s_layout: gl.const
 
 
 @gluon.jit
+def _seen(s, p_seen, masked, KEYS: gl.constexpr, s_layout: gl.constexpr):
+    """If they are `masked`, the keys that are seen count."""
+    seen = gl.load(p_seen + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout)), mask=masked, other=1)
+    return gl.where((seen != 0)[None, :], s, float("-inf"))
+
+
+@gluon.jit
 def _step(
-    s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
-    MASKED: gl.constexpr, LAST: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr,
-    ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left, p_seen, masked,
+    SHORT: gl.constexpr, MASKED: gl.constexpr, LAST: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    BLOCK: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """One block, its halves' products s and s2 in `unit` a row; also the next block's, unless this is the last.
+
+    SHORT: its first `left` keys count. MASKED: if it is `masked`, of them those that are seen at p_seen, by row.
 
     The exponentials of the second half run beside the values of the first and the next block's first products, which
     take the registers of this block's.
@@ -179,8 +189,10 @@ def _step(
     v_full, v_empty = v_bars
     HALF: gl.constexpr = BLOCK // 2
     t, t2 = s.to(gl.float32, bitcast=True), s2.to(gl.float32, bitcast=True)
-    if MASKED:
+    if SHORT:
         t, t2 = _masked(t, 0, left, HALF, s_layout), _masked(t2, HALF, left, HALF, s_layout)
+    if MASKED:
+        t, t2 = _seen(t, p_seen, masked, HALF, s_layout), _seen(t2, p_seen + HALF, masked, HALF, s_layout)
     top = gl.maximum(m, (gl.max(gl.maximum(t, t2), 1) - MAGIC) * unit)
     shift = (MAGIC * unit + top - UP)[:, None]
     shrink = gl.exp2(m - top)
@@ -255,11 +267,11 @@ def _tail_step(
 @gluon.jit
 def _consume(
     group: gl.constexpr,
-    p_out, p_lse, p_scatter, p_units, out_strides, correction, rings, k_bars, v_bars, q_bars, facts, codes_parts,
-    sizes, scattered, padded, scale,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SCATTER: gl.constexpr,
-    SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
-    COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    p_out, p_lse, p_scatter, p_text_mask, p_units, out_strides, correction, rings, k_bars, v_bars, q_bars, facts,
+    codes_parts, sizes, scattered, padded, scale,
+    D: gl.constexpr, TEXT: gl.constexpr, MASKED: gl.constexpr, TAIL: gl.constexpr,
+    SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
+    PER_ROW: gl.constexpr, COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Half of a tile's rows, from the first listed block to the store."""
     LOG2E: gl.constexpr = 1.4426950408889634
@@ -303,21 +315,28 @@ def _consume(
         for _ in range(0, ahead):
             s, s2, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
                 s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, BLOCK,
-                False, False, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+                p_text_mask, False, False, False, False, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
             )  # fmt: skip
         if TEXT:
             for i in range(ahead, steps - 1):
                 left = gl.where(i < n, short, LK - COLUMNS - (i - n) * BLOCK)
+                p_seen = p_text_mask
+                if MASKED:
+                    p_seen += (i_bh // H * gl.cdiv(LK - COLUMNS, BLOCK) + i - n) * BLOCK
                 s, s2, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
                     s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
-                    True, False, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+                    p_seen, i >= n, True, MASKED, False, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
                 )  # fmt: skip
         left = short
         if TEXT:
             left = gl.where(steps > n, LK - COLUMNS - (steps - 1 - n) * BLOCK, left)
+        p_seen = p_text_mask
+        if MASKED:
+            # Text is what comes last.
+            p_seen += (i_bh // H * gl.cdiv(LK - COLUMNS, BLOCK) + steps - 1 - n) * BLOCK
         s, s2, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
             s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
-            True, True, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+            p_seen, True, True, MASKED, True, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
         )  # fmt: skip
 
         # The log-sum-exp of the exact part, before the tail joins the sum.
@@ -363,13 +382,13 @@ _SIZES = (
 @gluon.jit(do_not_specialize=_SIZES)
 def block_attention_hopper8_kernel(
     d_q, d_k, d_unit, d_v, d_tail_k, d_tail_unit, d_tail_v, d_weights, d_codes,
-    p_out, p_lse, p_q_unit, p_q_shift, p_v_unit, p_counts, p_indices, p_every, p_order, p_next, p_scatter,
-    p_scale, p_res, p_res_scale, o_sb, o_sh, o_st, r_sb, r_sh, r_st,
+    p_out, p_lse, p_q_unit, p_q_shift, p_v_unit, p_text_mask, p_counts, p_indices, p_every, p_order,
+    p_next, p_scatter, p_scale, p_res, p_res_scale, o_sb, o_sh, o_st, r_sb, r_sh, r_st,
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, key_blocks, scales, residuals,
     scale,
-    D: gl.constexpr, TEXT: gl.constexpr, TAIL: gl.constexpr, SCATTER: gl.constexpr,
-    SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr, PER_ROW: gl.constexpr,
-    COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    D: gl.constexpr, TEXT: gl.constexpr, MASKED: gl.constexpr, TAIL: gl.constexpr,
+    SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
+    PER_ROW: gl.constexpr, COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: every program takes the next tile of BLOCK query rows when it is done with one."""
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], gl.int8)
@@ -418,14 +437,14 @@ def block_attention_hopper8_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, p_out, p_lse, p_scatter, p_units, out_strides, correction, rings, k_bars, v_bars, q_bars, facts,
-                codes_parts, sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE,
-                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
+                0, p_out, p_lse, p_scatter, p_text_mask, p_units, out_strides, correction, rings, k_bars, v_bars,
+                q_bars, facts, codes_parts, sizes, scattered, padded, scale, D, TEXT, MASKED, TAIL,
+                SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
             )),
             (_consume, (
-                1, p_out, p_lse, p_scatter, p_units, out_strides, correction, rings, k_bars, v_bars, q_bars, facts,
-                codes_parts, sizes, scattered, padded, scale, D, TEXT, TAIL, SCATTER, SCALE,
-                SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
+                1, p_out, p_lse, p_scatter, p_text_mask, p_units, out_strides, correction, rings, k_bars, v_bars,
+                q_bars, facts, codes_parts, sizes, scattered, padded, scale, D, TEXT, MASKED, TAIL,
+                SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, BLOCK, ROWS,
             )),
             (_produce, (
                 descs, tail_descs, pointers, rings, k_bars, v_bars, q_bars, facts, codes_parts, sizes, tiles, padded,
@@ -451,6 +470,11 @@ def _units(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel()], [1], [32], layout)
 
 
+def _by_row(x: Tensor) -> Tensor:
+    """[..., n * BLOCK] by key -> by row of the keys' tiles."""
+    return x.unflatten(-1, (-1, BLOCK))[..., key_order(x.device)].flatten(-2)
+
+
 def _pooled(tail: Tail, plan: BlockPlan, mean: Tensor, v_unit: Tensor) -> list[TensorDescriptor]:
     """The pooled keys in 8 bits like the keys, and what they weigh."""
     keys, unit = quantise_keys(tail.keys, mean, 0)
@@ -470,6 +494,7 @@ def attend(
     plan: BlockPlan,
     correction: Correction,
     scale: float,
+    text_mask: Tensor | None,
     text: int,
     every: Tensor,
     scatter: Tensor | None,
@@ -481,7 +506,7 @@ def attend(
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     tail, residual, row_scale = correction.tail, correction.residual, correction.scale
     # The tail knows the means of blocks, of which all but the last have as many keys.
-    codes = quantise(q, k, v, text, scale, tail.keys.mean(2, dtype=torch.float32) if tail else None)
+    codes = quantise(q, k, v, text, scale, tail.keys.mean(2, dtype=torch.float32) if tail else None, text_mask)
     pooled = _pooled(tail, plan, codes.k_mean, codes.v_unit) if tail else [None] * 4
     counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
     order = longest_first(counts)
@@ -496,6 +521,7 @@ def attend(
         _tile_descriptor(codes.v, dim, BLOCK), *pooled,
         describe(residual.codes, ROWS) if residual and copied else None,
         out, lse, codes.q_unit, codes.q_shift, codes.v_unit,
+        _by_row(filled_mask(text_mask)).contiguous() if text_mask is not None else None,
         counts, indices, every if text else None, order, counts.new_zeros(1), scatter,
         row_scale.float().contiguous() if row_scale is not None else None,
         residual.codes if residual and not copied else None,
@@ -506,8 +532,8 @@ def attend(
         padded, codes.k_unit.shape[2],
         row_scale.shape[2] if row_scale is not None else 0, residual.codes.shape[2] if residual else 0,
         scale,
-        D=dim, TEXT=text > 0, TAIL=tail is not None,
-        SCATTER=scatter is not None,
+        D=dim, TEXT=text > 0, MASKED=text_mask is not None,
+        TAIL=tail is not None, SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
         PER_ROW=per_row, COPIED=copied, SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,

@@ -35,6 +35,8 @@ def attend(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     rows = q.shape[2] - text
+    if key_mask is not None and key_mask.shape[1] < k.shape[2]:
+        key_mask = torch.cat([key_mask.new_ones(len(k), k.shape[2] - text), key_mask], dim=1)
     routed = plan.mask() if correction.tail else None
     counts = plan.counts.tolist()
     room = _Room(k)

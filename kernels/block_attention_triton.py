@@ -60,7 +60,9 @@ def block_attention_fwd_kernel(
     RESIDUAL: tl.constexpr, PER_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BM query rows of one head: its listed blocks, the text, the tail, the correction, the store."""
+    """One tile of BM query rows of one head: its listed blocks, the text, the tail, the correction, the store.
+
+    MASKED: 1 if p_key_mask is of the text keys, 2 if it is of all keys."""
     LOG2E: tl.constexpr = 1.4426950408889634
     i_tile = tl.program_id(0)
     i_bh = tl.program_id(1)
@@ -100,7 +102,7 @@ def block_attention_fwd_kernel(
     # Lists ascend, so only the last listed block can be the short one.
     last = tl.load(p_list + n - 1)
     n_whole = n - ((last + 1) * BLOCK > COLUMNS).to(tl.int32)
-    if MASKED:
+    if MASKED == 2:
         n_whole = n * 0
 
     STEPS: tl.constexpr = BLOCK // BN
@@ -123,10 +125,10 @@ def block_attention_fwd_kernel(
     # What follows is a small share of the work: narrower steps, not pipelined, leave registers to the loop above.
     o_t = tl.arange(0, BT)
     FEWER: tl.constexpr = BLOCK // BT
-    for i in tl.range(n_whole * FEWER, n * FEWER, num_stages=2 if MASKED else 1):
+    for i in tl.range(n_whole * FEWER, n * FEWER, num_stages=2 if MASKED == 2 else 1):
         o_c = tl.load(p_list + i // FEWER) * BLOCK + (i % FEWER) * BT + o_t
         m_c = o_c < COLUMNS
-        if MASKED:
+        if MASKED == 2:
             m_c = m_c & (tl.load(p_key_mask + i_b * LK + o_c, mask=m_c, other=0) != 0)
         b_o, b_m, b_l = _masked_step(
             b_o, b_m, b_l, b_q, p_k, p_v, o_c.to(tl.int64), m_c, k_st, v_st, o_d, m_d, scale2, PRECISION
@@ -136,8 +138,10 @@ def block_attention_fwd_kernel(
         for begin in tl.range(COLUMNS, LK, BT, num_stages=1):
             o_c = begin + o_t
             m_c = o_c < LK
-            if MASKED:
-                m_c = m_c & (tl.load(p_key_mask + i_b * LK + o_c, mask=m_c, other=0) != 0)
+            if MASKED > 0:
+                # The numbers of a mask fit 32 bits.
+                row = (i_bh // H) * (LK - COLUMNS) - COLUMNS if MASKED == 1 else (i_bh // H) * LK
+                m_c = m_c & (tl.load(p_key_mask + (row + o_c), mask=m_c, other=0) != 0)
             b_o, b_m, b_l = _masked_step(
                 b_o, b_m, b_l, b_q, p_k, p_v, o_c.to(tl.int64), m_c, k_st, v_st, o_d, m_d, scale2, PRECISION
             )
@@ -244,7 +248,7 @@ def attend(
         0 if scatter is None else scatter.numel(),
         scale,
         D=dim, BD=width, BLOCK=block, BM=tile.rows, BN=tile.columns, BT=min(tile.columns, 32),
-        TEXT=text > 0, MASKED=key_mask is not None,
+        TEXT=text > 0, MASKED=0 if key_mask is None else 1 if key_mask.shape[1] < keys else 2,
         TAIL=tail is not None,
         SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,

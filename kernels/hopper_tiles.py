@@ -184,8 +184,8 @@ def refusal(
         return f"takes head dimension{'s' if len(head_dims) > 1 else ''} {dims}, not {q.shape[-1]}"
     if block != BLOCK:
         return f"takes blocks of {BLOCK}, not {block}"
-    if key_mask is not None:
-        return "takes no key mask"
+    if key_mask is not None and key_mask.shape[1] == k.shape[2]:
+        return "takes a mask of text keys, [B, text], not of all keys"
     if not all(copyable(x) for x in (q, k, v)):
         return "needs 16-byte alignment of every row"
     if plan.counts.numel() * whole_blocks(plan.key_blocks) >= 2**31:
@@ -219,6 +219,12 @@ def _strides(x: Tensor) -> list[int]:
     """Strides of all but the last dimension; a dimension of one is never stepped along."""
     unit = 16 // x.element_size()
     return [unit if n == 1 else stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+
+
+def filled_mask(mask: Tensor) -> Tensor:
+    """[B, text] bool -> [B, text filled up to whole blocks] uint8, so that two keys of a thread are one load."""
+    text = mask.shape[1]
+    return torch.nn.functional.pad(mask, (0, whole_blocks(text) - text)).contiguous().view(torch.uint8)
 
 
 def describe(x: Tensor, rows: int) -> TensorDescriptor:

@@ -66,11 +66,12 @@ def _queries_kernel(
 
 @triton.jit
 def _keys_kernel(
-    p_k, p_mean, p_codes, p_unit, s_b, s_h, s_t, H, VISION, L, blocks, D: tl.constexpr, BLOCK: tl.constexpr
-):
+    p_k, p_mean, p_mask, p_codes, p_unit, s_b, s_h, s_t, H, VISION, L, blocks,
+    D: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i_bh = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0)
-    o_t, m_t = _tokens(i, _key_of(tl.arange(0, BLOCK)), VISION, L, BLOCK)
+    o_t, m_t = _tokens(i, _key_of(tl.arange(0, BLOCK)), i_bh // H, p_mask, VISION, L, MASKED, BLOCK)
     o_d = tl.arange(0, D)
     p = p_k + i_bh // H * s_b + i_bh % H * s_h + o_t[:, None] * s_t + o_d[None, :]
     x = tl.load(p, mask=m_t[:, None], other=0.0).to(tl.float32)
@@ -82,10 +83,13 @@ def _keys_kernel(
 
 
 @triton.jit
-def _values_kernel(p_v, p_unit, p_codes, s_b, s_h, s_t, H, VISION, L, blocks, D: tl.constexpr, BLOCK: tl.constexpr):
+def _values_kernel(
+    p_v, p_unit, p_mask, p_codes, s_b, s_h, s_t, H, VISION, L, blocks,
+    D: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i_bh = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0)
-    o_t, m_t = _tokens(i, tl.arange(0, BLOCK), VISION, L, BLOCK)
+    o_t, m_t = _tokens(i, tl.arange(0, BLOCK), i_bh // H, p_mask, VISION, L, MASKED, BLOCK)
     o_d = tl.arange(0, D)
     p = p_v + i_bh // H * s_b + i_bh % H * s_h + o_t[:, None] * s_t + o_d[None, :]
     unit = tl.load(p_unit + i_bh * D + o_d)
@@ -96,52 +100,81 @@ def _values_kernel(p_v, p_unit, p_codes, s_b, s_h, s_t, H, VISION, L, blocks, D:
 
 
 @triton.jit
-def _tokens(i, place, VISION, L, BLOCK: tl.constexpr):
-    """Tokens at these places of block i, and whether they exist: blocks of text begin behind the vision tokens."""
+def _tokens(i, place, i_b, p_mask, VISION, L, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens at these places of block i, and whether they exist: blocks of text begin behind the vision tokens, and
+    what is MASKED there is as good as not there."""
     vision_blocks = tl.cdiv(VISION, BLOCK)
     is_text = i >= vision_blocks
     start = tl.where(is_text, VISION + (i - vision_blocks) * BLOCK, i * BLOCK)
     o_t = start + place
-    return o_t.to(tl.int64), o_t < tl.where(is_text, L, VISION)
+    m_t = o_t < tl.where(is_text, L, VISION)
+    if MASKED:
+        m_t = m_t & (tl.load(p_mask + i_b * (L - VISION) + o_t - VISION, mask=m_t & (o_t >= VISION), other=1) != 0)
+    return o_t.to(tl.int64), m_t
 
 
-def quantise_keys(k: Tensor, mean: Tensor, text: int) -> tuple[Tensor, Tensor]:
-    """Keys [B, H, L, D], the last `text` of them text -> codes [B, H, padded, D] int8 and units [B, H, blocks, 32]."""
+def quantise_keys(k: Tensor, mean: Tensor, text: int, text_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Keys [B, H, L, D], the last `text` of them text, of which those where text_mask [B, text] bool is False are
+    zeros -> codes [B, H, padded, D] int8 and units [B, H, blocks, 32]."""
     batch, heads, length, dim = k.shape
     blocks = triton.cdiv(length - text, BLOCK) + triton.cdiv(text, BLOCK)
     codes = k.new_empty((batch, heads, blocks * BLOCK, dim), dtype=torch.int8)
     unit = k.new_empty((batch, heads, blocks, 32), dtype=torch.float32)
     _keys_kernel[(blocks, batch * heads)](
-        k, mean, codes, unit, *k.stride()[:3], heads, length - text, length, blocks,
-        D=dim, BLOCK=BLOCK, num_warps=WARPS,
+        k, mean, _bytes(text_mask), codes, unit, *k.stride()[:3], heads, length - text, length, blocks,
+        D=dim, MASKED=text_mask is not None, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return codes, unit
 
 
-def quantise_values(v: Tensor, unit: Tensor, text: int) -> Tensor:
-    """Values [B, H, L, D] and what a code of each channel stands for, [B, H, D] -> [B, H, D, padded] e4m3."""
+def quantise_values(v: Tensor, unit: Tensor, text: int, text_mask: Tensor | None = None) -> Tensor:
+    """Values [B, H, L, D], masked like keys, and what a code of each channel stands for, [B, H, D] ->
+    [B, H, D, padded] e4m3."""
     batch, heads, length, dim = v.shape
     blocks = triton.cdiv(length - text, BLOCK) + triton.cdiv(text, BLOCK)
     codes = v.new_empty((batch, heads, dim, blocks * BLOCK), dtype=torch.float8_e4m3fn)
     _values_kernel[(blocks, batch * heads)](
-        v, unit, codes, *v.stride()[:3], heads, length - text, length, blocks, D=dim, BLOCK=BLOCK, num_warps=WARPS
-    )
+        v, unit, _bytes(text_mask), codes, *v.stride()[:3], heads, length - text, length, blocks,
+        D=dim, MASKED=text_mask is not None, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
     return codes
 
 
-def quantise(q: Tensor, k: Tensor, v: Tensor, text: int, scale: float, mean: Tensor | None = None) -> Quantised:
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def quantise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text: int,
+    scale: float,
+    mean: Tensor | None = None,
+    text_mask: Tensor | None = None,
+) -> Quantised:
     """q, k and v [B, H, L, D], any strides with D contiguous, in 8 bits: queries with a unit a row, keys without their
     mean and with a unit a block, values with a unit a channel (SageAttention2, arXiv 2411.10958, section 3).
 
-    mean [B, H, D] float32 saves a pass over the keys; what is close to their mean does as well."""
+    mean [B, H, D] float32 saves a pass over the keys; what is close to their mean does as well. Keys and values where
+    text_mask [B, text] bool is False may be anything, and no unit knows of them."""
     batch, heads, queries, dim = q.shape
-    mean = k.mean(2, dtype=torch.float32) if mean is None else mean.contiguous()
-    least, most = v.aminmax(dim=2)
+    vision = k.shape[2] - text
+    if mean is None:
+        mean = k[:, :, : vision if text_mask is not None else None].mean(2, dtype=torch.float32)
+    mean = mean.contiguous()
+    if text_mask is None:
+        least, most = v.aminmax(dim=2)
+    else:
+        shown = v[:, :, vision:].masked_fill(~text_mask[:, None, :, None], 0)
+        (least, most), (of_text, of_text_too) = v[:, :, :vision].aminmax(dim=2), shown.aminmax(dim=2)
+        least, most = torch.minimum(least, of_text), torch.maximum(most, of_text_too)
     v_unit = torch.maximum(-least, most).float().clamp(min=1e-20) / 448
     codes = torch.empty((batch, heads, queries, dim), device=q.device, dtype=torch.int8)
     unit, shift = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     _queries_kernel[(triton.cdiv(queries, BLOCK), batch * heads)](
         q, mean, codes, unit, shift, *q.stride()[:3], heads, queries, scale, D=dim, BLOCK=BLOCK, num_warps=WARPS
     )
-    k_codes, k_unit = quantise_keys(k, mean, text)
-    return Quantised(codes, unit, shift, k_codes, k_unit, mean, quantise_values(v, v_unit, text), v_unit)
+    k_codes, k_unit = quantise_keys(k, mean, text, text_mask)
+    v_codes = quantise_values(v, v_unit, text, text_mask)
+    return Quantised(codes, unit, shift, k_codes, k_unit, mean, v_codes, v_unit)

@@ -90,8 +90,8 @@ def block_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the planned key blocks, then the correction.
 
-    q [B, H, Lq, D], k and v [B, H, Lk, D], key_mask [B, Lk] bool. The last `text` rows of q attend every key, and the
-    last `text` keys are attended by every row; neither is in the plan, and text rows are not corrected.
+    q [B, H, Lq, D], k and v [B, H, Lk, D], key_mask [B, Lk] or [B, text] bool. The last `text` rows of q attend every
+    key, and the last `text` keys are attended by every row; neither is in the plan, and text rows are not corrected.
     lse [B, H, Lq] is the log-sum-exp of the exact part: planned blocks and text.
     """
     rows, columns = q.shape[-2] - text, k.shape[-2] - text
@@ -100,7 +100,7 @@ def block_attention(
         plan.mask().repeat_interleave(block, -1).repeat_interleave(block, -2)[..., :rows, :columns]
     )
     if key_mask is not None:
-        allowed &= key_mask[:, None, None]
+        allowed[..., k.shape[-2] - key_mask.shape[-1] :] &= key_mask[:, None, None]
     scores = (q @ k.mT * scale).masked_fill(~allowed, float("-inf"))
     lse = scores.logsumexp(-1)
     out = torch.where(lse.isinf()[..., None], 0, scores.softmax(-1)) @ v

@@ -681,3 +681,32 @@ def test_the_error_of_8_bits_is_told_once_a_layer(method, monkeypatch):
     assert error.item() == pytest.approx(0.1, rel=1e-3)
     # One call in full precision, to measure by.
     assert made.count("full") == 1
+
+
+@pytest.mark.parametrize("before", [0, 4])
+@pytest.mark.parametrize("method", ["tail", "anchor", "svg"])
+def test_the_kernel_gets_a_mask_of_text_keys(method, before, monkeypatch):
+    """In the order in which it gets the text, for every call and every question of what takes it."""
+    exact, masks = attention.block_attention, []
+
+    def spy(*args, key_mask=None, precision, **options):
+        masks.append(key_mask)
+        return exact(*args, key_mask=key_mask, **options)
+
+    monkeypatch.setattr(attention, "block_attention", spy)
+    monkeypatch.setattr(attention, "refused_8bit", lambda *args: masks.append(args[5]))
+    monkeypatch.setattr(attention, "chosen_impl", lambda *args: masks.append(args[6]) or "gluon")
+    g = at(method, density=0.3, precision="8bit")
+    mask = torch.tensor([[True] * 3 + [False] * 6, [False, True, True] * 3])
+    for step in range(3):
+        enter(g, step, batch=2)
+        g.text = before, None
+        sparse_attention(*inputs(9, batch=2, dtype=torch.float32), g.layers[0], g, text_mask=mask)
+    # What ran, what was asked before, and what measured the error of 8 bits.
+    assert len(masks) >= 8 and all(torch.equal(found, mask) for found in masks)
+
+
+def test_a_mask_of_no_text_masks_nothing():
+    q, k, v = inputs()
+    nothing = torch.ones(1, 0, dtype=torch.bool)
+    close(run(at("tail"), 0, q, k, v, text_mask=nothing), run(at("tail"), 0, q, k, v))

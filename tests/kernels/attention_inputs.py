@@ -25,6 +25,18 @@ def random_plan(batch, heads, rows, columns, density=0.4, seed=1):
     return BlockPlan.from_mask(mask.to(DEVICE), width=int(mask.sum(-1).max()))
 
 
+def text_mask(batch, text):
+    """[B, text]: nothing but padding for the first of the batch, some here and there for each of the others."""
+    shown = (7 * torch.arange(text, device=DEVICE) + torch.arange(batch, device=DEVICE)[:, None]) % 10 < 6
+    shown[0] = False
+    return shown
+
+
+def of_all_keys(mask, keys):
+    """[B, text] -> [B, keys]"""
+    return torch.cat([mask.new_ones(len(mask), keys - mask.shape[1]), mask], dim=1)
+
+
 def corrected(q, k, v, plan, block, text, parts):
     """A Correction with the named parts, of the right shapes for these inputs, in float64."""
     g = torch.Generator().manual_seed(2)

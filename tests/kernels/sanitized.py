@@ -14,7 +14,7 @@ from dit_sparse.kernels.block_select import block_select
 from dit_sparse.kernels.block_stats import block_stats
 from dit_sparse.kernels.permute import permute, permute_pooled
 from dit_sparse.kernels.tail_weights import tail_weights, unlisted
-from tests.kernels.attention_inputs import cast, corrected, inputs, random_plan
+from tests.kernels.attention_inputs import cast, corrected, inputs, random_plan, text_mask
 
 PARTS = ((), ("tail", "second", "scale", "residual"), ("tail", "int4"), ("block_scale", "fp8"))
 
@@ -29,8 +29,12 @@ def attention(impl: str, dim: int, block: int, text: int) -> None:
         block_attention(*qkv, plan, correction, block=block, text=text, impl=impl)
         scatter = torch.randperm(q.shape[2] - text, device="cuda").int()
         block_attention(*qkv, plan, correction, block=block, text=text, impl=impl, scatter=scatter)
+        mask = text_mask(2, text) if text else None
+        block_attention(*qkv, plan, correction, block=block, text=text, impl=impl, key_mask=mask)
         if impl == "gluon" and dim == 128:
-            block_attention(*qkv, plan, correction, block=block, text=text, scatter=scatter, precision="8bit")
+            block_attention(
+                *qkv, plan, correction, block=block, text=text, scatter=scatter, key_mask=mask, precision="8bit"
+            )
 
 
 def the_rest() -> None:

@@ -106,23 +106,27 @@ def pooled(capability: int, dtype: str = "bf16", dim: int = 128, block: int = 12
     return Build(permute.permute_pooled_fwd_kernel, signature, constexprs, capability, permute.WARPS)
 
 
-def in_8bit(kernel: Any, x: str, codes: str, *sizes: str) -> Build:
+def in_8bit(kernel: Any, x: str, codes: str, *sizes: str, masked: bool = False) -> Build:
     names = kernel.arg_names
+    constexprs = {"D": 128, "BLOCK": quantise.BLOCK}
+    if "MASKED" in names:
+        constexprs |= {"MASKED": masked} | ({} if masked else {"p_mask": None})
     signature = {
         **{x: "*bf16:16", "p_codes": codes},
         **{name: "*fp32:16" for name in ("p_mean", "p_unit", "p_shift") if name in names},
         **dict.fromkeys(("s_b", "s_h", "s_t"), "i32:16"),
         **dict.fromkeys(("H", "L", *sizes), "i32"),
         **({"scale": "fp32"} if "scale" in names else {}),
+        **({"p_mask": "*u8:16"} if masked else {}),
     }
-    return Build(kernel, signature, {"D": 128, "BLOCK": quantise.BLOCK}, 90, quantise.WARPS)
+    return Build(kernel, signature, constexprs, 90, quantise.WARPS)
 
 
 # They serve a kernel for Hopper.
 IN_8BIT = [
     in_8bit(quantise._queries_kernel, "p_q", "*i8:16"),
-    in_8bit(quantise._keys_kernel, "p_k", "*i8:16", "VISION", "blocks"),
-    in_8bit(quantise._values_kernel, "p_v", "*fp8e4nv:16", "VISION", "blocks"),
+    *(in_8bit(quantise._keys_kernel, "p_k", "*i8:16", "VISION", "blocks", masked=m) for m in (False, True)),
+    *(in_8bit(quantise._values_kernel, "p_v", "*fp8e4nv:16", "VISION", "blocks", masked=m) for m in (False, True)),
 ]
 MADE = (stats, scores, select, weights, rest, gather, pooled)
 USUAL = [make(capability) for capability in CAPABILITIES for make in MADE]

@@ -1,6 +1,7 @@
 """block_attention against kernels/reference.py in float64, for both implementations."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
 from tests.close import assert_no_worse
-from tests.kernels.attention_inputs import DEVICE, cast, corrected, inputs, random_plan
+from tests.kernels.attention_inputs import DEVICE, cast, corrected, inputs, of_all_keys, random_plan, text_mask
 
 IMPLS = ["torch", "triton"]
 
@@ -26,6 +27,8 @@ CASES = {
     "text of several blocks": dict(queries=48 + 37, text=37, batch=2),
     "key mask": dict(batch=2, queries=70, masked=True),
     "text, key mask": dict(batch=2, queries=53 + 21, text=21, masked=True, strided=True),
+    "text mask": dict(batch=2, queries=53 + 21, text=21, text_masked=True, strided=True),
+    "text mask, fewer keys": dict(batch=3, queries=80 + 70, keys=33 + 70, text=70, text_masked=True),
 }
 PARTS = [
     (), ("tail",), ("tail", "second"), ("tail", "second", "limit"), ("scale",), ("block_scale",), ("residual",),
@@ -35,7 +38,7 @@ PARTS = [
 
 def build(case, parts, block=16):
     case = dict(CASES[case])
-    text, masked = case.pop("text", 0), case.pop("masked", False)
+    text, masked, text_masked = case.pop("text", 0), case.pop("masked", False), case.pop("text_masked", False)
     q, k, v = inputs(**case)
     columns = k.shape[2] - text
     plan = random_plan(*q.shape[:2], -(-(q.shape[2] - text) // block), -(-columns // block))
@@ -43,6 +46,8 @@ def build(case, parts, block=16):
     if masked:
         g = torch.Generator().manual_seed(3)
         key_mask = (torch.rand(len(q), k.shape[2], generator=g) < 0.7).to(DEVICE)
+    if text_masked:
+        key_mask = text_mask(len(q), text)
     correction = corrected(q, k, v, plan, block, text, parts)
     return q, k, v, plan, correction, dict(block=block, key_mask=key_mask, text=text)
 
@@ -64,6 +69,7 @@ def test_torch_is_the_reference_in_float64(case, parts):
     [
         *((case, ("tail", "second", "scale", "residual")) for case in CASES),
         *(("text, key mask", parts) for parts in PARTS),
+        *(("text mask", parts) for parts in PARTS),
     ],
     ids=lambda x: x if isinstance(x, str) else "+".join(x),
 )
@@ -129,13 +135,25 @@ def test_rows_that_see_nothing_are_zero(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_masked_key_has_no_influence(impl):
-    q, k, v, plan, _, options = build("text, key mask", ())
+@pytest.mark.parametrize("case", ["text, key mask", "text mask"])
+def test_a_masked_key_has_no_influence(case, impl):
+    q, k, v, plan, _, options = build(case, ())
     q, k, v = (x.float() for x in (q, k, v))
     before = block_attention(q, k, v, plan, impl=impl, **options)
-    hidden = ~options["key_mask"][:, None, :, None].expand_as(k)
+    hidden = ~of_all_keys(options["key_mask"], k.shape[2])[:, None, :, None].expand_as(k)
     after = block_attention(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), plan, impl=impl, **options)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", ["text mask", "text mask, fewer keys"])
+def test_a_mask_of_text_keys_is_one_of_all_keys(case, impl):
+    q, k, v, plan, _, options = build(case, ())
+    q, k, v = (x.float() for x in (q, k, v))
+    some = block_attention(q, k, v, plan, impl=impl, **options)
+    options["key_mask"] = of_all_keys(options["key_mask"], k.shape[2])
+    for a, b in zip(some, block_attention(q, k, v, plan, impl=impl, **options), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -196,7 +214,9 @@ def test_custom_op_contract_and_compile(parts):
         (dict(block=0, impl="torch"), "block must be at least 1, not 0"),
         (dict(text=80), "text must leave at least one vision token of 80"),
         (dict(impl="cuda"), "Unknown impl 'cuda'"),
-        (dict(key_mask=torch.ones(1, 80)), "key_mask must be bool"),
+        (dict(key_mask=torch.ones(1, 80)), "key_mask must be bool (1, 80), not torch.float32 (1, 80)"),
+        (dict(key_mask=torch.ones(1, 3).bool()), "key_mask must be bool (1, 80), not torch.bool (1, 3)"),
+        (dict(key_mask=torch.ones(1, 3).bool(), text=5), "key_mask must be bool (1, 80) or (1, 5), not torch.bool"),
         (dict(block=32), "The plan covers"),
         (dict(correction=Correction(scale=torch.ones(1, 2, 7))), "scale must be one of"),
         (dict(correction=Correction(residual=Residual(torch.ones(1, 2, 80, 15)))), "residual must be one of"),
@@ -214,7 +234,7 @@ def test_custom_op_contract_and_compile(parts):
 def test_what_does_not_fit_is_refused(change, message):
     q, k, v = inputs()
     options = dict(block=16, correction=None) | change
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         block_attention(q.float(), k.float(), v.float(), BlockPlan.full(1, 2, 5, 5, DEVICE), **options)
 
 

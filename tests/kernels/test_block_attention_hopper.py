@@ -1,5 +1,6 @@
 """The Hopper kernel against kernels/reference.py in float64; what it does not take, and what auto does then."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.plan import BlockPlan
 from tests.close import assert_no_worse
-from tests.kernels.attention_inputs import DEVICE, cast, corrected, inputs, random_plan
+from tests.kernels.attention_inputs import DEVICE, cast, corrected, inputs, of_all_keys, random_plan, text_mask
 
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9")]
@@ -29,7 +30,11 @@ CASES = {
     "text of several blocks": dict(queries=512 + 300, text=300, batch=2, strided=True),
     "text, 64 channels": dict(queries=700 + 226, text=226, dim=64),
     "more tiles than programs": dict(queries=3000, heads=12),
+    "text mask": dict(batch=3, queries=512 + 45, text=45, masked=True),
+    "text mask of several blocks": dict(batch=2, queries=700 + 300, text=300, strided=True, masked=True),
+    "text mask, 64 channels": dict(batch=2, queries=700 + 226, text=226, dim=64, masked=True),
 }
+OF_SEVERAL_BLOCKS = ("text of several blocks", "text mask of several blocks")
 PARTS = [
     (), ("tail",), ("tail", "second"), ("tail", "second", "limit"), ("scale",), ("block_scale",), ("residual",),
     ("block_residual",), ("fp8",), ("int4",), ("tail", "second", "scale", "residual"), ("tail", "block_scale", "int4"),
@@ -38,12 +43,13 @@ PARTS = [
 
 def build(case, parts, dtype):
     case = {"dim": 128} | CASES[case]
-    text = case.pop("text", 0)
+    text, masked = case.pop("text", 0), case.pop("masked", False)
     q, k, v = inputs(**case)
     columns = k.shape[2] - text
     plan = random_plan(*q.shape[:2], -(-(q.shape[2] - text) // BLOCK), -(-columns // BLOCK))
     correction = cast(corrected(q, k, v, plan, BLOCK, text, parts), dtype)
-    return [x.to(dtype) for x in (q, k, v)], plan, correction, dict(block=BLOCK, text=text)
+    options = dict(block=BLOCK, text=text, key_mask=text_mask(len(q), text) if masked else None)
+    return [x.to(dtype) for x in (q, k, v)], plan, correction, options
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -51,8 +57,7 @@ def build(case, parts, dtype):
     ("case", "parts"),
     [
         *((case, parts) for case in CASES for parts in [(), ("tail", "second", "scale", "residual")]),
-        *(("text of several blocks", parts) for parts in PARTS),
-        *(("64 channels", parts) for parts in PARTS),
+        *((case, parts) for case in (*OF_SEVERAL_BLOCKS, "64 channels", "text mask, 64 channels") for parts in PARTS),
     ],
     ids=lambda x: x if isinstance(x, str) else "+".join(x),
 )
@@ -73,7 +78,7 @@ class TestOnHopper:
 
 
 @pytest.mark.parametrize("parts", [(), ("tail", "scale", "fp8")], ids="+".join)
-@pytest.mark.parametrize("case", ["even", "64 channels", "text of several blocks"])
+@pytest.mark.parametrize("case", ["even", "64 channels", *OF_SEVERAL_BLOCKS])
 class TestBeyondTheFirstBlock:
     """Rows whose exponentials relative to the first listed block's maximum exceed what is taken for right."""
 
@@ -126,7 +131,7 @@ class TestBeyondTheFirstBlock:
     [
         *((case, ()) for case in CASES if "64" not in case),
         *((case, ("tail", "second", "scale", "fp8")) for case in CASES if "64" not in case),
-        *((case, parts) for case in ("ragged", "text of several blocks") for parts in PARTS),
+        *((case, parts) for case in ("ragged", *OF_SEVERAL_BLOCKS) for parts in PARTS),
     ],
     ids=lambda x: x if isinstance(x, str) else "+".join(x),
 )
@@ -148,6 +153,45 @@ class TestIn8Bits:
         qkv, plan, correction, options = build(case, parts, torch.bfloat16)
         first, again = (block_attention(*qkv, plan, correction, precision="8bit", **options) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("parts", [(), ("tail", "second", "scale", "residual")], ids="+".join)
+@pytest.mark.parametrize(
+    ("case", "dtype", "precision"),
+    [
+        *((case, dtype, "full") for case in CASES if "mask" in case for dtype in (torch.bfloat16, torch.float16)),
+        *((case, torch.bfloat16, "8bit") for case in CASES if "mask" in case and "64" not in case),
+    ],
+    ids=str,
+)
+class TestMasksOfText:
+    pytestmark = on_hopper
+
+    def test_a_masked_key_has_no_influence(self, case, parts, dtype, precision):
+        (q, k, v), plan, correction, options = build(case, parts, dtype)
+        before = block_attention(q, k, v, plan, correction, precision=precision, **options)
+        hidden = ~of_all_keys(options["key_mask"], k.shape[2])[:, None, :, None]
+        # In 8 bits they are zeros, whatever they were.
+        loud = (1e4, -1e4) if precision == "full" else (torch.nan, torch.inf)
+        k, v = (x.masked_fill(hidden, y) for x, y in zip((k, v), loud, strict=True))
+        after = block_attention(q, k, v, plan, correction, precision=precision, **options)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    def test_a_mask_that_hides_nothing_changes_nothing(self, case, parts, dtype, precision):
+        qkv, plan, correction, options = build(case, parts, dtype)
+        mask = torch.ones_like(options.pop("key_mask"))
+        masked = block_attention(*qkv, plan, correction, key_mask=mask, precision=precision, **options)
+        plain = block_attention(*qkv, plan, correction, precision=precision, **options)
+        if precision == "full":
+            assert all(torch.equal(a, b) for a, b in zip(masked, plain, strict=True))
+        else:  # without a tail the mean that is taken off the keys is that of vision alone
+            assert (masked[0].double() - plain[0].double()).norm() <= 0.045 * plain[0].double().norm()
+
+    def test_auto_takes_it(self, case, parts, dtype, precision):
+        qkv, plan, correction, options = build(case, parts, dtype)
+        named = block_attention(*qkv, plan, correction, impl="gluon", precision=precision, **options)
+        auto = block_attention(*qkv, plan, correction, precision=precision, **options)
+        assert all(torch.equal(a, b) for a, b in zip(named, auto, strict=True))
 
 
 class TestAnyPlan:
@@ -215,7 +259,7 @@ class TestAnyPlan:
             (dict(dtype=torch.float32), "takes float16 and bfloat16, not torch.float32"),
             (dict(dim=72), "takes head dimensions 64 and 128, not 72"),
             (dict(block=64), "takes blocks of 128, not 64"),
-            (dict(masked=True), "takes no key mask"),
+            (dict(masked=True), "takes a mask of text keys, [B, text], not of all keys"),
             (dict(offset=4), "needs 16-byte alignment of every row"),
         ],
         ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
@@ -226,7 +270,7 @@ class TestAnyPlan:
         q, k, v = (x.to(change.get("dtype", torch.bfloat16))[..., offset : offset + dim] for x in (q, k, v))
         mask = torch.ones(1, 200, dtype=torch.bool, device=DEVICE) if "masked" in change else None
         plan = BlockPlan.full(1, 2, -(-200 // block), -(-200 // block), DEVICE)
-        with pytest.raises(ValueError, match=f"impl 'gluon' {message}"):
+        with pytest.raises(ValueError, match=re.escape(f"impl 'gluon' {message}")):
             block_attention(q, k, v, plan, block=block, key_mask=mask, impl="gluon")
         out, _ = block_attention(q, k, v, plan, block=block, key_mask=mask)
         exact, _ = reference.block_attention(
@@ -241,6 +285,25 @@ def test_tensors_of_a_cpu_are_refused():
     q, k, v = (x.bfloat16() for x in inputs(queries=128, dim=128))
     with pytest.raises(ValueError, match="impl 'gluon' needs CUDA tensors and triton 3.6 or newer"):
         block_attention(q, k, v, BlockPlan.full(1, 2, 1, 1, DEVICE), block=BLOCK, impl="gluon")
+
+
+def test_masks_of_text_are_taken_and_others_refused(monkeypatch):
+    tiles = pytest.importorskip("dit_sparse.kernels.hopper_tiles")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    q, k, v = (x.bfloat16() for x in inputs(queries=300, dim=128))
+    mask, plan = torch.ones(1, 300, dtype=torch.bool, device=DEVICE), random_plan(1, 2, 3, 3)
+    assert tiles.refusal(q, k, v, plan, BLOCK, mask[:, :40], (128,)) is None
+    refused = tiles.refusal(q, k, v, plan, BLOCK, mask, (128,))
+    assert refused == "takes a mask of text keys, [B, text], not of all keys"
+
+
+@pytest.mark.parametrize("text", [1, 128, 200])
+def test_what_a_mask_is_filled_up_with_is_padding(text):
+    tiles = pytest.importorskip("dit_sparse.kernels.hopper_tiles")
+    mask = text_mask(text, 3).T
+    filled = tiles.filled_mask(mask)
+    assert filled.shape == (3, -(-text // BLOCK) * BLOCK) and filled.is_contiguous()
+    assert torch.equal(filled[:, :text].bool(), mask) and not filled[:, text:].any()
 
 
 class _Pointer(NamedTuple):

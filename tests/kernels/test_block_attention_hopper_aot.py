@@ -13,13 +13,16 @@ from dit_sparse.kernels import block_attention_hopper8 as hopper8  # noqa: E402
 from dit_sparse.kernels.block_attention_hopper import BLOCK, ROWS, SHAPES, block_attention_hopper_kernel  # noqa: E402
 from tests.kernels.aot import Build, Resources, compile_kernels  # noqa: E402
 
-BARE = dict.fromkeys(("TEXT", "TAIL", "SCATTER", "SCALE", "SCALE_PER_ROW", "RESIDUAL", "PER_ROW", "COPIED"), False)
+BARE = dict.fromkeys(
+    ("TEXT", "MASKED", "TAIL", "SCATTER", "SCALE", "SCALE_PER_ROW", "RESIDUAL", "PER_ROW", "COPIED"), False
+)
 ANCHOR = BARE | dict(TAIL=True, SCATTER=True, RESIDUAL=2, PER_ROW=True, COPIED=True)
-EVERYTHING = ANCHOR | dict(TEXT=True, SCALE=True, SCALE_PER_ROW=True, RESIDUAL=3)
+EVERYTHING = ANCHOR | dict(TEXT=True, MASKED=True, SCALE=True, SCALE_PER_ROW=True, RESIDUAL=3)
 # Arguments that only some corrections need, and the flag that says so.
 OPTIONAL = {
     "d_tail_k": "TAIL", "d_tail_v": "TAIL", "d_weights": "TAIL", "d_codes": "COPIED", "p_every": "TEXT",
-    "p_scatter": "SCATTER", "p_scale": "SCALE", "p_res": "RESIDUAL", "p_res_scale": "RESIDUAL",
+    "p_text_mask": "MASKED", "p_scatter": "SCATTER", "p_scale": "SCALE", "p_res": "RESIDUAL",
+    "p_res_scale": "RESIDUAL",
 }  # fmt: skip
 
 
@@ -38,8 +41,8 @@ def build(kind: str, dim: int, flags: dict) -> Build:
     types = {
         "d_q": tile(ROWS), "d_codes": bytes_("u8", ROWS, dim if flags["RESIDUAL"] == 2 else dim // 2),
         "d_weights": line("fp16", 16),
-        "p_out": f"*{kind}", "p_lse": "*fp32", "p_scatter": "*i64", "p_scale": "*fp32", "p_res_scale": "*fp32",
-        "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}", "scale": "fp32",
+        "p_out": f"*{kind}", "p_lse": "*fp32", "p_text_mask": "*u8", "p_scatter": "*i64", "p_scale": "*fp32",
+        "p_res_scale": "*fp32", "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}", "scale": "fp32",
     }  # fmt: skip
     constexprs = flags | dict(D=dim, **SHAPES[dim], FIXED=kind == "bf16", BLOCK=BLOCK, ROWS=ROWS)
     signature = {}
@@ -70,7 +73,8 @@ def build_8bit(flags: dict) -> Build:
         "d_q": tile("i8", ROWS, 128), "d_k": keys, "d_tail_k": keys, "d_v": values, "d_tail_v": values,
         "d_unit": unit, "d_tail_unit": unit, "d_weights": line("fp16", 16, BLOCK),
         "d_codes": tile("u8", ROWS, 128 if flags["RESIDUAL"] == 2 else 64),
-        "p_out": "*bf16", "p_res": "*u8" if flags["RESIDUAL"] > 1 else "*bf16", "p_scatter": "*i64", "scale": "fp32",
+        "p_out": "*bf16", "p_text_mask": "*u8", "p_res": "*u8" if flags["RESIDUAL"] > 1 else "*bf16",
+        "p_scatter": "*i64", "scale": "fp32",
     }  # fmt: skip
     floats = ("p_lse", "p_q_unit", "p_q_shift", "p_v_unit", "p_scale", "p_res_scale")
     types |= dict.fromkeys(floats, "*fp32")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_sparse.kernels.quantise import BLOCK, key_order, quantise
-from tests.kernels.attention_inputs import DEVICE, inputs
+from tests.kernels.attention_inputs import DEVICE, inputs, of_all_keys, text_mask
 
 pytest.importorskip("triton")
 
@@ -67,6 +67,29 @@ def test_a_mean_that_is_given_is_taken():
     codes, others = quantise(q, k, v, 0, 0.25, mean), quantise(q, k - mean[:, :, None], v, 0, 0.25, mean * 0)
     assert torch.equal(codes.k_mean, mean) and torch.equal(codes.k, others.k)
     torch.testing.assert_close(codes.q_shift, 0.25 * (q * mean[:, :, None]).sum(-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_no_unit_knows_of_padding(given):
+    text, vision = 200, BLOCK + 44
+    q, k, v = (x.float() for x in inputs(batch=2, queries=vision + text, dim=128))
+    mask = text_mask(2, text)
+    hidden = ~of_all_keys(mask, k.shape[2])[:, None, :, None]
+    mean = k[:, :, :vision].mean(2) if given else None
+    some = quantise(q, k.masked_fill(hidden, 3), v.masked_fill(hidden, 0), text, 0.25, mean, mask)
+    loud = quantise(q, k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.inf), text, 0.25, mean, mask)
+    for name, a, b in zip(some._fields, some, loud, strict=True):
+        assert torch.equal(a.float(), b.float()), name
+    seen = v.masked_fill(hidden, 0).abs().amax(2)
+    torch.testing.assert_close(some.v_unit, seen / 448)
+    # What is seen is what it would be without a mask.
+    plain = quantise(q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), text, 0.25, some.k_mean)
+    assert torch.equal(some.v.float(), plain.v.float())
+    assert torch.equal(some.k[:, :, : 2 * BLOCK], plain.k[:, :, : 2 * BLOCK])
+    by_key = torch.empty_like(some.k[:, :, 2 * BLOCK :])
+    by_key[:, :, torch.cat([key_order(DEVICE), BLOCK + key_order(DEVICE)])] = some.k[:, :, 2 * BLOCK :]
+    assert by_key[:, :, :text].any(-1)[mask[:, None].expand(-1, 2, -1)].all()
+    assert not by_key[:, :, :text].any(-1)[~mask[:, None].expand(-1, 2, -1)].any()
 
 
 def test_what_is_filled_up_is_zero():
