@@ -26,10 +26,10 @@ OPTIONAL = {
 }  # fmt: skip
 
 
-def build(kind: str, dim: int, flags: dict) -> Build:
-    def tile(rows: int) -> str:
-        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], gl.bfloat16)
-        return f"tensordesc<{kind}[1,1,{rows},{dim}],{layout!r}>"
+def build(kind: str, dim: int, flags: dict, key_block: int = BLOCK) -> Build:
+    def tile(rows: int, columns: int = dim) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.bfloat16)
+        return f"tensordesc<{kind}[1,1,{rows},{columns}],{layout!r}>"
 
     def bytes_(kind: str, rows: int, width: int) -> str:
         layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], gl.uint8)
@@ -46,7 +46,9 @@ def build(kind: str, dim: int, flags: dict) -> Build:
         "p_res_scale": "*fp32",
         "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}", "scale": "fp32", "limit": "fp32",
     }  # fmt: skip
-    constexprs = flags | dict(D=dim, **SHAPES[dim], FIXED=kind == "bf16", BLOCK=BLOCK, ROWS=ROWS)
+    halves = key_block < BLOCK
+    types |= dict.fromkeys(("d_k", "d_v"), tile(key_block, 64 if halves else dim))
+    constexprs = flags | dict(D=dim, HALVES=halves, **SHAPES[dim], FIXED=kind == "bf16", BLOCK=BLOCK, ROWS=ROWS)
     signature = {}
     for name in block_attention_hopper_kernel.arg_names:
         if name in constexprs:
@@ -102,6 +104,8 @@ def built() -> dict[str, Resources]:
         "bare, 64 channels": build("fp16", 64, BARE),
         "everything": build("bf16", 128, EVERYTHING),
         "fp16": build("fp16", 128, BARE),
+        "halves": build("bf16", 128, EVERYTHING, 64),
+        "halves, 64 channels": build("fp16", 64, BARE | dict(TEXT=True), 64),
     }
     return dict(zip(builds, compile_kernels(list(builds.values())), strict=True))
 
@@ -125,6 +129,7 @@ def test_next_to_nothing_is_spilled(built):
     assert built["bare, 64 channels"].spill_bytes <= 24
     # The tail holds the queries twice; what it spills lies outside of the loops over blocks.
     assert built["everything"].spill_bytes <= 288
+    assert built["halves"].spill_bytes <= 320 and built["halves, 64 channels"].spill_bytes <= 24
 
 
 def test_the_exponentials_run_beside_the_product_of_the_values(built):
@@ -136,10 +141,11 @@ def test_the_exponentials_run_beside_the_product_of_the_values(built):
         steps = [marks[i + 1 : j] for i, j in pairwise(waits) if marks[i][0] == "0x1"]
         # 64 exponentials a thread and block: of a round, of one block and of pooled ones, in each of two groups.
         full = [step for step in steps if sum(bool(e) for _, e, _ in step) >= 64]
-        loops = SHAPES[64 if "64" in name else 128]["ROUND"] + 1 + (name == "everything")
+        everything = name in ("everything", "halves")
+        loops = SHAPES[64 if "64" in name else 128]["ROUND"] + 1 + everything
         # The second-order term is limited by a minimum of each logit.
-        plain = [step for step in full if sum(bool(m) for _, _, m in step) <= (64 if name == "everything" else 0)]
-        fixed = name in ("bare", "everything")
+        plain = [step for step in full if sum(bool(m) for _, _, m in step) <= (64 if everything else 0)]
+        fixed = everything or name == "bare"
         assert len(full) == 2 * loops * (2 if fixed else 1), f"{name}: {[len(step) for step in steps]}"
         assert len(plain) == (2 * loops if fixed else 0), f"{name}: {len(plain)} of {len(full)} look for no maximum"
 
