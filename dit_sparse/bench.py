@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +33,12 @@ class Case:
     head_dim: int = 128
     text: int = 0
     block: int = 128
+    key_block: int | None = None
+
+    @property
+    def keys(self) -> int:
+        """Of a block."""
+        return self.key_block or self.block
 
 
 CASES: dict[str, Case] = {
@@ -86,6 +92,8 @@ class BenchOptions:
     must be one graph then, that no step compiles again."""
     precision: Precision = "full"
     """Of a forward's sparse attention: full or 8bit."""
+    key_block: int | None = None
+    """Of attention: keys of a block, where they are fewer than queries, 64 or 128 of 128; as many if not given."""
     seed: int = 0
     """Of the random inputs and plans."""
     output_file: Path | None = None
@@ -123,7 +131,7 @@ class Bench:
             if case not in CASES:
                 raise ValueError(f"Unknown case {case!r}: choose from {', '.join(CASES)}.")
         names = self.options.case or (("small",) if self.device.type == "cpu" else ("wan-14b-720p",))
-        return {name: CASES[name] for name in names}
+        return {name: replace(CASES[name], key_block=self.options.key_block) for name in names}
 
     def qkv(self, case: Case) -> list[Tensor]:
         """Views [B, H, L, D] of [B, L, H, D], as models have them."""
@@ -197,12 +205,13 @@ class Bench:
 
 def random_plan(case: Case, density: float, device: torch.device, *, spread: float = 1) -> BlockPlan:
     """Blocks drawn at random: as many in every row, or the same total with `spread` times the fewest at most."""
-    blocks = -(-TokenGrid(*case.grid).tokens // case.block)
+    tokens = TokenGrid(*case.grid).tokens
+    rows, blocks = -(-tokens // case.block), -(-tokens // case.keys)
     keep = max(1, int(density * blocks))
     fewest, most = 2 * keep / (1 + spread), 2 * keep * spread / (1 + spread)
-    counts = torch.linspace(fewest, most, blocks, device=device).round().int().clamp(1, blocks)
-    counts = counts[torch.rand(1, case.heads, blocks, device=device).argsort(-1)]
-    drawn = torch.rand(1, case.heads, blocks, blocks, device=device).topk(int(counts.max()), -1).indices
+    counts = torch.linspace(fewest, most, rows, device=device).round().int().clamp(1, blocks)
+    counts = counts[torch.rand(1, case.heads, rows, device=device).argsort(-1)]
+    drawn = torch.rand(1, case.heads, rows, blocks, device=device).topk(int(counts.max()), -1).indices
     place = torch.arange(drawn.shape[-1], device=device)
     listed = drawn.masked_fill(place >= counts[..., None], blocks).sort(-1).values
     return BlockPlan(counts, listed.clamp(max=blocks - 1).int(), blocks)
@@ -263,7 +272,7 @@ def _rows(
     if plan is None:
         return (q @ k.mT * case.head_dim**-0.5).softmax(-1) @ v
     listed = plan.indices[0, 0, 0, : int(plan.counts)].long()
-    tokens = (listed[:, None] * case.block + torch.arange(case.block, device=q.device)).flatten()
+    tokens = (listed[:, None] * case.keys + torch.arange(case.keys, device=q.device)).flatten()
     tokens = torch.cat([tokens[tokens < vision], torch.arange(vision, k.shape[2], device=q.device)])
     scores = q @ k[:, :, tokens].mT * case.head_dim**-0.5
     lse, out = scores.logsumexp(-1), scores.softmax(-1) @ v[:, :, tokens]
@@ -331,15 +340,15 @@ def calls(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, case: Case
 ) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
     """Every kernel that can run this plan here, the one `auto` takes first."""
-    kernel = partial(block_attention, q, k, v, plan, block=case.block, text=case.text)
+    kernel = partial(block_attention, q, k, v, plan, block=case.block, key_block=case.key_block, text=case.text)
     if not q.is_cuda:
         return {"torch": partial(kernel, impl="torch")}
     found = {"triton": partial(kernel, impl="triton")}
-    if chosen_impl("auto", q, k, v, plan, case.block, None) == "gluon":
+    if chosen_impl("auto", q, k, v, plan, case.block, None, key_block=case.key_block) == "gluon":
         found = {"gluon": partial(kernel, impl="gluon"), **found}
-    if refused_8bit(q, k, v, plan, case.block, None) is None:
+    if refused_8bit(q, k, v, plan, case.block, None, key_block=case.key_block) is None:
         found["gluon, 8bit"] = partial(kernel, precision="8bit")
-    if case.text == 0 and case.block == 128 and dense_backend(q.device, q.dtype, case.head_dim) == "fa4":
+    if case.text == 0 and case.block == case.keys == 128 and dense_backend(q.device, q.dtype, case.head_dim) == "fa4":
         found["fa4"] = _fa4(q, k, v, plan, case.block)
     return found
 

@@ -36,6 +36,7 @@ def block_attention(
     correction: Correction | None = None,
     *,
     block: int,
+    key_block: int | None = None,
     scale: float | None = None,
     key_mask: Tensor | None = None,
     text: int = 0,
@@ -48,24 +49,26 @@ def block_attention(
 
     q [B, H, Lq, D], k and v [B, H, Lk, D], float16, bfloat16 or float32 (torch also float64), D a multiple of 8 up to
     256, any strides with the last dimension contiguous. The last `text` rows of q attend to every key and the last
-    `text` keys are attended to by every row; the plan covers the others in blocks of `block`. key_mask bool is False
-    for padding, which may hold any finite numbers: [B, text] is of the text keys alone, which costs next to nothing;
-    [B, Lk] of all keys, which takes narrower steps. scale is D^-1/2 unless given. scatter [n] int32 or int64, a
-    permutation of 0..n-1, which is not checked on the device, says where each of the first n rows of the output is
-    written; lse stays in the order of q.
+    `text` keys are attended to by every row; the plan covers the others in blocks of `block`, and
+    keys in those of key_block, which divides `block` and equals it unless given. key_mask bool is False for padding,
+    which may hold any finite numbers: [B, text] is of the text keys alone, which costs next to nothing; [B, Lk] of all
+    keys, which takes narrower steps. scale is D^-1/2 unless given. scatter [n] int32 or int64, a permutation of
+    0..n-1, which is not checked on the device, says where each of the first n rows of the output is written; lse stays
+    in the order of q.
 
     Returns out like q, and lse [B, H, Lq] float32 (float64 for float64), natural logarithm, of the exact part; rows
     that see no key give zeros and -inf. impl "auto" is gluon on Hopper where it takes the inputs (16-bit, 64 or 128
-    channels, blocks of 128, no mask but of text keys), triton on CUDA and torch elsewhere. A named one never falls
-    back, and triton refuses float32 beyond 128 channels, which would not fit its registers. precision "8bit"
-    (SageAttention2, arXiv 2411.10958, section 3: a unit a query row, a key block without the keys' mean, and a channel
-    of values) takes what refused_8bit does not refuse, and errs by some percent. Raises ValueError where shapes,
-    dtypes or devices do not fit together, and with check_plan, which waits for the device, where the plan is illegal;
-    without, an illegal plan reads memory that is not its own.
+    channels, blocks of 128, of keys also 64, no mask but of text keys), triton on CUDA and torch elsewhere. A named
+    one never falls back, and triton refuses float32 beyond 128 channels, which would not fit its registers. precision
+    "8bit" (SageAttention2, arXiv 2411.10958, section 3: a unit a query row, a key block without the keys' mean, and a
+    channel of values) takes what refused_8bit does not refuse, and errs by some percent. Raises ValueError where
+    shapes, dtypes or devices do not fit together, and with check_plan, which waits for the device, where the plan is
+    illegal; without, an illegal plan reads memory that is not its own.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     correction = correction or Correction()
-    _check(q, k, v, plan, correction, block, key_mask, text)
+    key_block = block if key_block is None else key_block
+    _check(q, k, v, plan, correction, block, key_block, key_mask, text)
     if scatter is not None and (
         scatter.dim() != 1
         or scatter.dtype not in (torch.int32, torch.int64)
@@ -87,6 +90,7 @@ def block_attention(
         plan.indices,
         plan.key_blocks,
         block,
+        key_block,
         scale,
         key_mask,
         text,
@@ -104,17 +108,34 @@ def block_attention(
 
 
 def _refused(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None, head_dims: tuple[int, ...]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    block: int,
+    key_block: int | None,
+    key_mask: Tensor | None,
+    head_dims: tuple[int, ...],
+    key_sizes: tuple[int, ...],
 ) -> str | None:
     """Why the Hopper kernels do not take these inputs, or None."""
     if hopper_tiles is None or not q.is_cuda:
         return "needs CUDA tensors and triton 3.6 or newer"
-    return hopper_tiles.refusal(q, k, v, plan, block, key_mask, head_dims)
+    return hopper_tiles.refusal(q, k, v, plan, block, key_block or block, key_mask, head_dims, key_sizes)
 
 
-def refused_8bit(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None) -> str | None:
+def refused_8bit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    block: int,
+    key_mask: Tensor | None,
+    *,
+    key_block: int | None = None,
+) -> str | None:
     """Why block_attention cannot do these arguments with precision "8bit", or None."""
-    return _refused(q, k, v, plan, block, key_mask, (128,))
+    return _refused(q, k, v, plan, block, key_block, key_mask, (128,), (128,))
 
 
 def chosen_impl(
@@ -126,6 +147,8 @@ def chosen_impl(
     block: int,
     key_mask: Tensor | None,
     precision: Precision = "full",
+    *,
+    key_block: int | None = None,
 ) -> Literal["torch", "triton", "gluon", "gluon, 8bit"]:
     """The implementation that block_attention runs for these arguments; raises ValueError where it refuses them."""
     if impl not in get_args(AttentionImpl):
@@ -135,12 +158,12 @@ def chosen_impl(
     if precision == "8bit":
         if impl not in ("auto", "gluon"):
             raise ValueError(f"precision '8bit' is there for impl auto and gluon, not for {impl!r}.")
-        refused = refused_8bit(q, k, v, plan, block, key_mask)
+        refused = refused_8bit(q, k, v, plan, block, key_mask, key_block=key_block)
         if refused is not None:
             raise ValueError(f"precision '8bit' {refused}.")
         return "gluon, 8bit"
     if impl == "gluon" or (impl == "auto" and q.is_cuda):
-        refused = _refused(q, k, v, plan, block, key_mask, (64, 128))
+        refused = _refused(q, k, v, plan, block, key_block, key_mask, (64, 128), (64, 128))
         if refused is None:
             return "gluon"
         if impl == "gluon":
@@ -149,8 +172,9 @@ def chosen_impl(
     if impl == "triton" and wide:
         raise ValueError(f"impl 'triton' takes float32 up to head dimension 128, not {q.shape[-1]}; 'torch' takes it.")
     chosen = resolve("torch" if wide else impl, q)
-    if chosen == "triton" and block not in (16, 32, 64, 128):
-        raise ValueError(f"block must be 16, 32, 64 or 128 for impl 'triton', not {block}.")
+    for name, size in (("block", block), ("key_block", key_block or block)):
+        if chosen == "triton" and size not in (16, 32, 64, 128):
+            raise ValueError(f"{name} must be 16, 32, 64 or 128 for impl 'triton', not {size}.")
     return chosen
 
 
@@ -161,6 +185,7 @@ def _check(
     plan: BlockPlan,
     correction: Correction,
     block: int,
+    key_block: int,
     key_mask: Tensor | None,
     text: int,
 ) -> None:
@@ -179,13 +204,15 @@ def _check(
         raise ValueError("The last dimension of q, k and v must be contiguous.")
     if block < 1:
         raise ValueError(f"block must be at least 1, not {block}.")
+    if not 1 <= key_block <= block or block % key_block:
+        raise ValueError(f"key_block must divide block {block}, not {key_block}.")
     if not 0 <= text < min(queries, keys):
         raise ValueError(f"text must leave at least one vision token of {min(queries, keys)}, but it is {text}.")
-    rows, key_blocks = -(-(queries - text) // block), -(-(keys - text) // block)
+    rows, key_blocks = -(-(queries - text) // block), -(-(keys - text) // key_block)
     if plan.counts.shape != (batch, heads, rows) or plan.key_blocks != key_blocks:
         raise ValueError(
             f"The plan covers {tuple(plan.counts.shape)} query blocks and {plan.key_blocks} key blocks, but the "
-            f"inputs have {(batch, heads, rows)} and {key_blocks} of {block} tokens."
+            f"inputs have {(batch, heads, rows)} of {block} tokens and {key_blocks} of {key_block}."
         )
     masks = ((batch, keys), (batch, text)) if text else ((batch, keys),)
     if key_mask is not None and (key_mask.shape not in masks or key_mask.dtype != torch.bool):
@@ -221,6 +248,7 @@ def _block_attention(
     indices: Tensor,
     key_blocks: int,
     block: int,
+    key_block: int,
     scale: float,
     key_mask: Tensor | None,
     text: int,
@@ -240,16 +268,20 @@ def _block_attention(
     added = None if residual is None else Residual(residual, residual_scales, residual_kind)
     correction = Correction(row_scale, added, tail)
     # Here and not before, so that a compiler need not look into it.
-    chosen = chosen_impl(impl, q, k, v, plan, block, key_mask, precision)
+    chosen = chosen_impl(impl, q, k, v, plan, block, key_mask, precision, key_block=key_block)
     if chosen == "torch":
-        return block_attention_torch.attend(q, k, v, plan, correction, block, scale, key_mask, text, scatter)
+        return block_attention_torch.attend(
+            q, k, v, plan, correction, block, key_block, scale, key_mask, text, scatter
+        )
     every = _every(key_blocks, q.device)
     scatter = None if scatter is None else scatter.contiguous()
     if chosen == "gluon, 8bit":
         return hopper8.attend(q, k, v, plan, correction, scale, key_mask, text, every, scatter)
     if chosen == "gluon":
-        return hopper.attend(q, k, v, plan, correction, scale, key_mask, text, every, scatter)
-    return block_attention_triton.attend(q, k, v, plan, correction, block, scale, key_mask, text, every, scatter)
+        return hopper.attend(q, k, v, plan, correction, key_block, scale, key_mask, text, every, scatter)
+    return block_attention_triton.attend(
+        q, k, v, plan, correction, block, key_block, scale, key_mask, text, every, scatter
+    )
 
 
 @_block_attention.register_fake

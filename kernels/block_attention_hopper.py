@@ -42,6 +42,8 @@ SHAPES = {64: dict(SLOTS=8, ROUND=3, AHEAD=True, HELD=True), 128: dict(SLOTS=5, 
 # hold 2^127.
 LIMIT = gl.constexpr(2.0**100)
 
+_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
 
 @gluon.jit
 def _fill(desc, b, h, row, to, bars, slot, phase, more: gl.constexpr):
@@ -53,10 +55,67 @@ def _fill(desc, b, h, row, to, bars, slot, phase, more: gl.constexpr):
 
 
 @gluon.jit
+def _fill_both(desc, b, h, row, other, ring, bars, slot, phase):
+    """Copy two blocks of half as many keys to the slot's memory once it is empty.
+
+    A tile lies there 64 channels at a time, in rows of 128 bytes: first those of the one, then those of the other."""
+    full, empty = bars
+    HALF: gl.constexpr = desc.block_type.shape[2]
+    PARTS: gl.constexpr = ring.shape[2] // 64
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, 64], desc.dtype)
+    if _REINTERPRETS:
+        pieces = ring.reinterpret(desc.dtype, [ring.shape[0] * PARTS * 2, HALF, 64], layout)
+    else:
+        pieces = ring._reinterpret(desc.dtype, [ring.shape[0] * PARTS * 2, HALF, 64], layout)
+    mbarrier.wait(empty.index(slot), phase ^ 1)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes * PARTS * 2)
+    for i in gl.static_range(PARTS):
+        piece = (slot * PARTS + i) * 2
+        load_tile(desc, [b, h, row, i * 64], full.index(slot), pieces.index(piece))
+        load_tile(desc, [b, h, other, i * 64], full.index(slot), pieces.index(piece + 1))
+
+
+@gluon.jit
+def _fill_listed(desc, b, h, row, other, ring, bars, slot, phase, HALVES: gl.constexpr):
+    """Copy the keys or values of a step, of HALVES that begin at `row` and `other`, or all from `row` on."""
+    if HALVES:
+        _fill_both(desc, b, h, row, other, ring, bars, slot, phase)
+    else:
+        _fill(desc, b, h, row, ring.index(slot), bars, slot, phase, 0)
+
+
+@gluon.jit
+def _halved(p_list, blocks, steps, COLUMNS, BLOCK: gl.constexpr):
+    """Of two listed blocks a step: steps that these take, all steps, and keys that count in the last of the former."""
+    HALF: gl.constexpr = BLOCK // 2
+    n = gl.cdiv(blocks, 2)
+    short = (blocks - 1) % 2 * HALF + gl.minimum(COLUMNS - gl.load(p_list + (blocks - 1)) * HALF, HALF)
+    return n, steps + n - blocks, short
+
+
+@gluon.jit
+def _rows_of(p_list, i, n, blocks, COLUMNS, TEXT: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr):
+    """Where the keys of step i begin, and its second half where steps are of HALVES: an odd list ends in one twice."""
+    if HALVES:
+        HALF: gl.constexpr = BLOCK // 2
+        row = gl.load(p_list + 2 * i, mask=i < n, other=0) * HALF
+        other = gl.load(p_list + gl.minimum(2 * i + 1, blocks - 1), mask=i < n, other=0) * HALF
+        if TEXT:
+            row = gl.where(i < n, row, COLUMNS + (i - n) * BLOCK)
+            other = gl.where(i < n, other, row + HALF)
+    else:
+        row = gl.load(p_list + i, mask=i < n, other=0) * BLOCK
+        if TEXT:
+            row = gl.where(i < n, row, COLUMNS + (i - n) * BLOCK)
+        other = row
+    return row, other
+
+
+@gluon.jit
 def _produce(
     descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded,
     TEXT: gl.constexpr, TAIL: gl.constexpr, COPIED: gl.constexpr, FIXED: gl.constexpr,
-    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    HALVES: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Every tile of this program, then those that a group could not hold, from each group's list."""
     q_full, q_empty = q_bars
@@ -68,7 +127,7 @@ def _produce(
     while t < tiles:
         t, slot, phase, q_phase = _copy_tile(
             t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
-            slot, phase, q_phase, TEXT, TAIL, COPIED, False, SLOTS, BLOCK, ROWS,
+            slot, phase, q_phase, TEXT, TAIL, COPIED, False, HALVES, SLOTS, BLOCK, ROWS,
         )  # fmt: skip
     _tell_end(facts, q_bars, q_phase)
     if FIXED:
@@ -83,7 +142,7 @@ def _produce(
             following = gl.load(p_work + 1 + 2 * t + group)
             _, slot, phase, q_phase = _copy_tile(
                 t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
-                slot, phase, q_phase, TEXT, TAIL, COPIED, True, SLOTS, BLOCK, ROWS,
+                slot, phase, q_phase, TEXT, TAIL, COPIED, True, HALVES, SLOTS, BLOCK, ROWS,
             )  # fmt: skip
             ended = (following < 0) & (group == 0)
             t = gl.where(ended, other, following)
@@ -96,7 +155,7 @@ def _copy_tile(
     t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
     slot, phase, q_phase,
     TEXT: gl.constexpr, TAIL: gl.constexpr, COPIED: gl.constexpr, AGAIN: gl.constexpr,
-    SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    HALVES: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Keys of a step, then values of the step before: the order in which they are used. Returns the next tile, too."""
     d_q, d_k, d_v = descs
@@ -106,9 +165,15 @@ def _copy_tile(
     H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
     i_bh, i_list, row, is_text, p_list, n, steps = find_tile(t, pointers, sizes, TEXT, BLOCK)
     b, h = i_bh // H, i_bh % H
-    before = gl.load(p_list) * BLOCK
+    blocks = n
     # Lists ascend, so only the last listed block can be the short one.
-    short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
+    if HALVES:
+        n, steps, short = _halved(p_list, blocks, steps, COLUMNS, BLOCK)
+        before, before_too = _rows_of(p_list, 0, n, blocks, COLUMNS, False, HALVES, BLOCK)
+    else:
+        before = gl.load(p_list) * BLOCK
+        before_too = before
+        short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
     for group in gl.static_range(2):
         mbarrier.wait(q_empty.index(group), q_phase ^ 1)
     tell(facts, i_bh, row, n, steps, short, t)
@@ -116,19 +181,17 @@ def _copy_tile(
         mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
         load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
     q_phase ^= 1
-    _fill(d_k, b, h, before, ring.index(slot), bars, slot, phase, 0)
+    _fill_listed(d_k, b, h, before, before_too, ring, bars, slot, phase, HALVES)
     slot, phase = next_slot(slot, phase, SLOTS)
     if not AGAIN:
         t = gl.num_programs(0) + gl.atomic_add(pointers[4], 1)
     for i in range(1, steps):
-        start = gl.load(p_list + i, mask=i < n, other=0) * BLOCK
-        if TEXT:
-            start = gl.where(i < n, start, COLUMNS + (i - n) * BLOCK)
-        _fill(d_k, b, h, start, ring.index(slot), bars, slot, phase, 0)
+        row_k, row_k_too = _rows_of(p_list, i, n, blocks, COLUMNS, TEXT, HALVES, BLOCK)
+        _fill_listed(d_k, b, h, row_k, row_k_too, ring, bars, slot, phase, HALVES)
         slot, phase = next_slot(slot, phase, SLOTS)
-        _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
+        _fill_listed(d_v, b, h, before, before_too, ring, bars, slot, phase, HALVES)
         slot, phase = next_slot(slot, phase, SLOTS)
-        before = start
+        before, before_too = row_k, row_k_too
     if TAIL:
         d_tail_k, d_tail_v, d_weights = tail_descs
         tail_steps = gl.where(is_text, 0, padded // BLOCK)
@@ -138,16 +201,16 @@ def _copy_tile(
             load_tile(d_weights, [weights_at], full.index(slot), weight_ring.index(slot))
             slot, phase = next_slot(slot, phase, SLOTS)
             if i == 0:
-                _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
+                _fill_listed(d_v, b, h, before, before_too, ring, bars, slot, phase, HALVES)
             else:
                 _fill(d_tail_v, b, h, (i - 1) * BLOCK, ring.index(slot), bars, slot, phase, 0)
             slot, phase = next_slot(slot, phase, SLOTS)
         if tail_steps == 0:
-            _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
+            _fill_listed(d_v, b, h, before, before_too, ring, bars, slot, phase, HALVES)
         else:
             _fill(d_tail_v, b, h, (tail_steps - 1) * BLOCK, ring.index(slot), bars, slot, phase, 0)
     else:
-        _fill(d_v, b, h, before, ring.index(slot), bars, slot, phase, 0)
+        _fill_listed(d_v, b, h, before, before_too, ring, bars, slot, phase, HALVES)
     slot, phase = next_slot(slot, phase, SLOTS)
     if COPIED:
         # Rows of text lie behind the last one, where the copy engine reads zeros. What ended the first pass came
@@ -450,8 +513,8 @@ def block_attention_hopper_kernel(
     scale,
     D: gl.constexpr, TEXT: gl.constexpr, MASKED: gl.constexpr, TAIL: gl.constexpr,
     SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
-    PER_ROW: gl.constexpr, COPIED: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr, AHEAD: gl.constexpr,
-    HELD: gl.constexpr, FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    PER_ROW: gl.constexpr, COPIED: gl.constexpr, HALVES: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr,
+    AHEAD: gl.constexpr, HELD: gl.constexpr, FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: every program takes the next tile of BLOCK query rows when it is done with one."""
     dtype: gl.constexpr = d_k.dtype
@@ -508,7 +571,7 @@ def block_attention_hopper_kernel(
             )),
             (_produce, (
                 descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded,
-                TEXT, TAIL, COPIED, FIXED, SLOTS, BLOCK, ROWS,
+                TEXT, TAIL, COPIED, FIXED, HALVES, SLOTS, BLOCK, ROWS,
             )),
         ],
         [4, 1],
@@ -528,14 +591,15 @@ def attend(
     v: Tensor,
     plan: BlockPlan,
     correction: Correction,
+    key_block: int,
     scale: float,
     text_mask: Tensor | None,
     text: int,
     every: Tensor,
     scatter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """block_attention of inputs that are not refused; text_mask [B, text] bool is False for padding, every
-    [key_blocks] int32 is the list of a text row."""
+    """block_attention of inputs that are not refused; key_block is BLOCK or half of it, text_mask [B, text] bool is
+    False for padding, every [key_blocks] int32 is the list of a text row."""
     batch, heads, queries, dim = q.shape
     keys, rows = k.shape[2], queries - text
     out = torch.empty_like(q)
@@ -555,7 +619,7 @@ def attend(
     # The next tile, and of each tile and group the one lost before it.
     work = counts.new_zeros(1 + 2 * tiles if fixed else 1)
     block_attention_hopper_kernel[(programs,)](
-        describe(q, ROWS), describe(k, BLOCK), describe(v, BLOCK),
+        describe(q, ROWS), *(describe(x, key_block, dim if key_block == BLOCK else 64) for x in (k, v)),
         *pooled,
         describe(residual.codes, ROWS) if residual and copied else None,
         out, lse, filled_mask(text_mask) if text_mask is not None else None,
@@ -573,6 +637,7 @@ def attend(
         TAIL=tail is not None, SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
-        PER_ROW=per_row, COPIED=copied, **SHAPES[dim], FIXED=fixed, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
+        PER_ROW=per_row, COPIED=copied, HALVES=key_block < BLOCK, **SHAPES[dim], FIXED=fixed, BLOCK=BLOCK, ROWS=ROWS,
+        num_warps=4,
     )  # fmt: skip
     return out, lse

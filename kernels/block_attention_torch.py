@@ -26,6 +26,7 @@ def attend(
     plan: BlockPlan,
     correction: Correction,
     block: int,
+    key_block: int,
     scale: float,
     key_mask: Tensor | None,
     text: int,
@@ -43,8 +44,9 @@ def attend(
     for b in range(q.shape[0]):
         mask = None if key_mask is None else key_mask[b]
         for h in range(q.shape[1]):
-            keys = _Keys(k[b, h], v[b, h], mask, block, text, room)
-            _exact(q[b, h, :rows], keys, plan.indices[b, h], counts[b][h], scale, out[b, h, :rows], lse[b, h, :rows])
+            keys = _Keys(k[b, h], v[b, h], mask, key_block, text, room)
+            listed = plan.indices[b, h], counts[b][h]
+            _exact(q[b, h, :rows], keys, block, *listed, scale, out[b, h, :rows], lse[b, h, :rows])
             _correct(q[b, h, :rows], out[b, h, :rows], lse[b, h, :rows], correction, (b, h), block, routed, scale)
             if text:
                 o, l = keys.attended(q[b, h, rows:], scale)
@@ -58,11 +60,18 @@ def attend(
 
 
 def _exact(
-    q: Tensor, keys: "_Keys", indices: Tensor, counts: Sequence[int], scale: float, out: Tensor, lse: Tensor
+    q: Tensor,
+    keys: "_Keys",
+    block: int,
+    indices: Tensor,
+    counts: Sequence[int],
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
-    """Attention of one head's vision rows q [L, D] to the blocks that are listed for them and to text, into out [L, D]
-    and lse [L]."""
-    block, (whole, short) = keys.block, divmod(len(q), keys.block)
+    """Attention of one head's vision rows q [L, D], in blocks of `block`, to the blocks that are listed for them and
+    to text, into out [L, D] and lse [L]."""
+    whole, short = divmod(len(q), block)
     order = sorted(range(whole), key=counts.__getitem__)
     blocks = [x[: whole * block].unflatten(0, (whole, block)) for x in (q, out, lse)]
     query, o, l = blocks
@@ -79,7 +88,7 @@ def _exact(
     if first_full < whole:
         some, those = keys.attended(query[first_full:].flatten(0, 1), scale)
         o[first_full:], l[first_full:] = (x.unflatten(0, (-1, block)) for x in (some, those))
-    for first, last in _chunks(ascending[:first_full], block, keys.text, token_bytes):
+    for first, last in _chunks(ascending[:first_full], block, keys.block, keys.text, token_bytes):
         chunk, width = slice(first, last), ascending[last - 1]
         uneven = None
         if ascending[first] < width:
@@ -96,8 +105,10 @@ def _exact(
         out[whole * block :], lse[whole * block :] = some[0, 0], those[0, 0]
 
 
-def _chunks(counts: Sequence[int], block: int, text: int, token_bytes: int) -> Iterator[tuple[int, int]]:
-    """Where the query blocks that are computed together begin and end; counts ascend.
+def _chunks(
+    counts: Sequence[int], block: int, key_block: int, text: int, token_bytes: int
+) -> Iterator[tuple[int, int]]:
+    """Where the query blocks that are computed together begin and end; counts, of key blocks, ascend.
 
     Those of one count go together, and padding is for where that leaves threads without work.
     """
@@ -105,12 +116,12 @@ def _chunks(counts: Sequence[int], block: int, text: int, token_bytes: int) -> I
     fewest = -(-threads // -(-block // ROWS_A_TASK))
     start = 0
     while start < len(counts):
-        size = (counts[start] * block + text) * token_bytes
+        size = (counts[start] * key_block + text) * token_bytes
         fit = max(threads * GATHER_BYTES // size, fewest)
         # A last round in which some threads have nothing to do takes as long as a full one.
         most = min(start + fit // fewest * fewest, len(counts))
         stop = max(bisect_right(counts, counts[start], start, most), min(start + fewest, most))
-        while stop - start > 1 and (stop - start) * (counts[stop - 1] * block + text) * token_bytes > MOST_BYTES:
+        while stop - start > 1 and (stop - start) * (counts[stop - 1] * key_block + text) * token_bytes > MOST_BYTES:
             stop -= 1
         yield start, stop
         start = stop

@@ -53,8 +53,8 @@ def block_attention_fwd_kernel(
     r_sb, r_sh, r_st,
     H, LQ, LK, ROWS, COLUMNS, NQ, NK, W, SCALES, RESIDUALS, SCATTERED,
     scale,
-    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
     TEXT: tl.constexpr, MASKED: tl.constexpr, TAIL: tl.constexpr,
     SCATTER: tl.constexpr, SCALE: tl.constexpr, SCALE_PER_ROW: tl.constexpr,
     RESIDUAL: tl.constexpr, PER_ROW: tl.constexpr,
@@ -101,16 +101,16 @@ def block_attention_fwd_kernel(
         p_list = tl.where(is_text, p_every, p_list)
     # Lists ascend, so only the last listed block can be the short one.
     last = tl.load(p_list + n - 1)
-    n_whole = n - ((last + 1) * BLOCK > COLUMNS).to(tl.int32)
+    n_whole = n - ((last + 1) * KEY_BLOCK > COLUMNS).to(tl.int32)
     if MASKED == 2:
         n_whole = n * 0
 
-    STEPS: tl.constexpr = BLOCK // BN
+    STEPS: tl.constexpr = KEY_BLOCK // BN
     # The tile's own offsets fit 32 bits; where the tile starts may not.
     p_kt = p_k + (o_n[None, :] * k_st + o_d[:, None])
     p_vt = p_v + (o_n[:, None] * v_st + o_d)
     for i in range(0, n_whole * STEPS):
-        start = (tl.load(p_list + i // STEPS) * BLOCK + (i % STEPS) * BN).to(tl.int64)
+        start = (tl.load(p_list + i // STEPS) * KEY_BLOCK + (i % STEPS) * BN).to(tl.int64)
         if D < BD:
             # [BD, BN]
             b_k = tl.load(p_kt + start * k_st, mask=m_d[:, None], other=0.0)
@@ -124,9 +124,9 @@ def block_attention_fwd_kernel(
 
     # What follows is a small share of the work: narrower steps, not pipelined, leave registers to the loop above.
     o_t = tl.arange(0, BT)
-    FEWER: tl.constexpr = BLOCK // BT
+    FEWER: tl.constexpr = KEY_BLOCK // BT
     for i in tl.range(n_whole * FEWER, n * FEWER, num_stages=2 if MASKED == 2 else 1):
-        o_c = tl.load(p_list + i // FEWER) * BLOCK + (i % FEWER) * BT + o_t
+        o_c = tl.load(p_list + i // FEWER) * KEY_BLOCK + (i % FEWER) * BT + o_t
         m_c = o_c < COLUMNS
         if MASKED == 2:
             m_c = m_c & (tl.load(p_key_mask + i_b * LK + o_c, mask=m_c, other=0) != 0)
@@ -209,6 +209,7 @@ def attend(
     plan: BlockPlan,
     correction: Correction,
     block: int,
+    key_block: int,
     scale: float,
     key_mask: Tensor | None,
     text: int,
@@ -227,6 +228,7 @@ def attend(
     width = max(64, triton.next_power_of_2(dim))
     capability = 10 * torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 80
     tile = attention_tile(capability, q.element_size(), width, block)
+    columns = min(tile.columns, key_block)
     query_blocks = counts.shape[-1]
     grid = (query_blocks * (block // tile.rows) + triton.cdiv(text, tile.rows), batch * heads)
     res_strides = residual.codes.stride()[:3] if residual else (0, 0, 0)
@@ -247,7 +249,7 @@ def attend(
         residual.codes.shape[2] if residual else 0,
         0 if scatter is None else scatter.numel(),
         scale,
-        D=dim, BD=width, BLOCK=block, BM=tile.rows, BN=tile.columns, BT=min(tile.columns, 32),
+        D=dim, BD=width, BLOCK=block, KEY_BLOCK=key_block, BM=tile.rows, BN=columns, BT=min(columns, 32),
         TEXT=text > 0, MASKED=0 if key_mask is None else 1 if key_mask.shape[1] < keys else 2,
         TAIL=tail is not None,
         SCATTER=scatter is not None,

@@ -170,9 +170,17 @@ def store(
 
 
 def refusal(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int, key_mask: Tensor | None, head_dims: tuple[int, ...]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    block: int,
+    key_block: int,
+    key_mask: Tensor | None,
+    head_dims: tuple[int, ...],
+    key_sizes: tuple[int, ...],
 ) -> str | None:
-    """Why a kernel for these head dimensions does not take such inputs, or None."""
+    """Why a kernel for these head dimensions and sizes of key blocks does not take such inputs, or None."""
     if torch.cuda.get_device_capability(q.device)[0] != 9:
         return "needs a GPU of compute capability 9"
     if TRITON < (3, 6):
@@ -184,6 +192,8 @@ def refusal(
         return f"takes head dimension{'s' if len(head_dims) > 1 else ''} {dims}, not {q.shape[-1]}"
     if block != BLOCK:
         return f"takes blocks of {BLOCK}, not {block}"
+    if key_block not in key_sizes:
+        return f"takes key blocks of {' and '.join(map(str, key_sizes))}, not {key_block}"
     if key_mask is not None and key_mask.shape[1] == k.shape[2]:
         return "takes a mask of text keys, [B, text], not of all keys"
     if not all(copyable(x) for x in (q, k, v)):
@@ -227,9 +237,9 @@ def filled_mask(mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(mask, (0, whole_blocks(text) - text)).contiguous().view(torch.uint8)
 
 
-def describe(x: Tensor, rows: int) -> TensorDescriptor:
-    """[B, H, L, D] -> tiles of `rows` by D."""
-    shape = (1, 1, rows, x.shape[-1])
+def describe(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """[B, H, L, D] -> tiles of `rows` by D, or by as many columns."""
+    shape = (1, 1, rows, columns or x.shape[-1])
     return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], list(shape), _layout(shape, x.dtype))
 
 

@@ -84,11 +84,12 @@ def block_attention(
     correction: Correction | None,
     *,
     block: int,
+    key_block: int | None = None,
     scale: float,
     key_mask: Tensor | None = None,
     text: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the planned key blocks, then the correction.
+    """Attention over the planned key blocks, of `block` keys if not of key_block, then the correction.
 
     q [B, H, Lq, D], k and v [B, H, Lk, D], key_mask [B, Lk] or [B, text] bool. The last `text` rows of q attend every
     key, and the last `text` keys are attended by every row; neither is in the plan, and text rows are not corrected.
@@ -97,7 +98,7 @@ def block_attention(
     rows, columns = q.shape[-2] - text, k.shape[-2] - text
     allowed = torch.ones(*q.shape[:-1], k.shape[-2], dtype=torch.bool, device=q.device)
     allowed[..., :rows, :columns] = (
-        plan.mask().repeat_interleave(block, -1).repeat_interleave(block, -2)[..., :rows, :columns]
+        plan.mask().repeat_interleave(key_block or block, -1).repeat_interleave(block, -2)[..., :rows, :columns]
     )
     if key_mask is not None:
         allowed[..., k.shape[-2] - key_mask.shape[-1] :] &= key_mask[:, None, None]

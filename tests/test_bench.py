@@ -32,6 +32,12 @@ def test_attention_times_dense_and_even_and_uneven_plans(tmp_path, capsys):
     assert "counts spread 10 times" in capsys.readouterr().err
 
 
+def test_attention_over_smaller_key_blocks(tmp_path):
+    code, got = rows("attention", tmp_path, density=(0.2375,), key_block=8)
+    # 19 of the 80 such blocks of 640 tokens; of 40 blocks 9 would be drawn.
+    assert code == 0 and [row["density"] for row in got[1:]] == [0.2375, pytest.approx(0.1)]
+
+
 def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
     right = bench.block_attention
     monkeypatch.setattr(bench, "block_attention", lambda *a, **k: tuple(x + 0.5 for x in right(*a, **k)))
@@ -126,9 +132,11 @@ def test_unknown_cases_are_refused(what):
         bench.run(what, BenchOptions(case=("wan",), device="cpu"))
 
 
+@pytest.mark.parametrize("key_block", [None, 32])
 @pytest.mark.parametrize("spread", [1, 10])
-def test_random_plans_are_legal_and_keep_the_density(spread):
-    plan = random_plan(Case(3, (1, 64, 100), block=64), 0.2, CPU, spread=spread)
+def test_random_plans_are_legal_and_keep_the_density(spread, key_block):
+    plan = random_plan(Case(3, (1, 64, 100), block=64, key_block=key_block), 0.2, CPU, spread=spread)
     plan.check()
+    assert plan.counts.shape == (1, 3, 100) and plan.key_blocks == (200 if key_block else 100)
     assert plan.density() == pytest.approx(0.2, abs=0.01)
     assert int(plan.counts.max()) / int(plan.counts.min()) == pytest.approx(spread, rel=0.2)

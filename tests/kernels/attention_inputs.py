@@ -37,16 +37,17 @@ def of_all_keys(mask, keys):
     return torch.cat([mask.new_ones(len(mask), keys - mask.shape[1]), mask], dim=1)
 
 
-def corrected(q, k, v, plan, block, text, parts):
+def corrected(q, k, v, plan, block, text, parts, key_block=None):
     """A Correction with the named parts, of the right shapes for these inputs, in float64."""
     g = torch.Generator().manual_seed(2)
     rows, columns = q.shape[2] - text, k.shape[2] - text
     draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(DEVICE)  # noqa: E731
     tail = scale = residual = None
     if "tail" in parts:
-        lengths = (columns - torch.arange(0, columns, block, device=DEVICE)).clamp(max=block)
-        stats = reference.block_stats(k[:, :, :columns], lengths, block)
-        values = reference.block_stats(v[:, :, :columns], lengths, block).mean
+        size = key_block or block
+        lengths = (columns - torch.arange(0, columns, size, device=DEVICE)).clamp(max=size)
+        stats = reference.block_stats(k[:, :, :columns], lengths, size)
+        values = reference.block_stats(v[:, :, :columns], lengths, size).mean
         weights = lengths.double().log()
         if "second" in parts:
             real = (rows - torch.arange(0, rows, block, device=DEVICE)).clamp(max=block)

@@ -35,6 +35,9 @@ def attention(impl: str, dim: int, block: int, text: int) -> None:
             block_attention(
                 *qkv, plan, correction, block=block, text=text, scatter=scatter, key_mask=mask, precision="8bit"
             )
+        halves = random_plan(2, 2, rows, -(-2 * (q.shape[2] - text) // block))
+        correction = cast(corrected(q, k, v, halves, block, text, parts, block // 2), torch.bfloat16)
+        block_attention(*qkv, halves, correction, block=block, key_block=block // 2, text=text, impl=impl)
 
 
 def the_rest() -> None:

@@ -27,6 +27,8 @@ CASES = {
     "text of several blocks": dict(queries=48 + 37, text=37, batch=2),
     "key mask": dict(batch=2, queries=70, masked=True),
     "text, key mask": dict(batch=2, queries=53 + 21, text=21, masked=True, strided=True),
+    "key blocks": dict(batch=2, queries=32 * 2 + 9, keys=75, block=32, key_block=16),
+    "key blocks, text": dict(queries=64 + 21, text=21, block=64, key_block=16, text_masked=True, batch=2),
     "text mask": dict(batch=2, queries=53 + 21, text=21, text_masked=True, strided=True),
     "text mask, fewer keys": dict(batch=3, queries=80 + 70, keys=33 + 70, text=70, text_masked=True),
 }
@@ -36,20 +38,21 @@ PARTS = [
 ]  # fmt: skip
 
 
-def build(case, parts, block=16):
+def build(case, parts):
     case = dict(CASES[case])
+    block, key_block = case.pop("block", 16), case.pop("key_block", None)
     text, masked, text_masked = case.pop("text", 0), case.pop("masked", False), case.pop("text_masked", False)
     q, k, v = inputs(**case)
     columns = k.shape[2] - text
-    plan = random_plan(*q.shape[:2], -(-(q.shape[2] - text) // block), -(-columns // block))
+    plan = random_plan(*q.shape[:2], -(-(q.shape[2] - text) // block), -(-columns // (key_block or block)))
     key_mask = None
     if masked:
         g = torch.Generator().manual_seed(3)
         key_mask = (torch.rand(len(q), k.shape[2], generator=g) < 0.7).to(DEVICE)
     if text_masked:
         key_mask = text_mask(len(q), text)
-    correction = corrected(q, k, v, plan, block, text, parts)
-    return q, k, v, plan, correction, dict(block=block, key_mask=key_mask, text=text)
+    correction = corrected(q, k, v, plan, block, text, parts, key_block)
+    return q, k, v, plan, correction, dict(block=block, key_block=key_block, key_mask=key_mask, text=text)
 
 
 @pytest.mark.parametrize("parts", PARTS, ids="+".join)
@@ -69,7 +72,7 @@ def test_torch_is_the_reference_in_float64(case, parts):
     [
         *((case, ("tail", "second", "scale", "residual")) for case in CASES),
         *(("text, key mask", parts) for parts in PARTS),
-        *(("text mask", parts) for parts in PARTS),
+        *((case, parts) for case in ("text mask", "key blocks") for parts in PARTS),
     ],
     ids=lambda x: x if isinstance(x, str) else "+".join(x),
 )
@@ -114,6 +117,17 @@ def test_blocks(impl, block):
     out, _ = block_attention(q, k, v, plan, block=block, impl=impl)
     expected, _ = reference.block_attention(q, k, v, plan, None, block=block, scale=0.25)
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("block", "key_block"), [(32, 16), (128, 16), (128, 32), (128, 64), (128, 128)])
+def test_key_blocks(impl, block, key_block):
+    q, k, v = (x.float() for x in inputs(heads=1, queries=2 * block + 7))
+    plan = random_plan(1, 1, 3, -(-q.shape[2] // key_block))
+    out, lse = block_attention(q, k, v, plan, block=block, key_block=key_block, impl=impl)
+    expected = reference.block_attention(q, k, v, plan, None, block=block, key_block=key_block, scale=0.25)
+    torch.testing.assert_close(out, expected[0], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse, expected[1], atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -212,6 +226,10 @@ def test_custom_op_contract_and_compile(parts):
     ("change", "message"),
     [
         (dict(block=0, impl="torch"), "block must be at least 1, not 0"),
+        (dict(key_block=0), "key_block must divide block 16, not 0"),
+        (dict(key_block=32), "key_block must divide block 16, not 32"),
+        (dict(key_block=12), "key_block must divide block 16, not 12"),
+        (dict(key_block=8), "5 key blocks, but the inputs have (1, 2, 5) of 16 tokens and 10 of 8."),
         (dict(text=80), "text must leave at least one vision token of 80"),
         (dict(impl="cuda"), "Unknown impl 'cuda'"),
         (dict(key_mask=torch.ones(1, 80)), "key_mask must be bool (1, 80), not torch.float32 (1, 80)"),
@@ -257,6 +275,8 @@ def test_triton_refuses_blocks_it_has_no_tile_for():
     q, k, v = (x.float() for x in inputs(queries=96))
     with pytest.raises(ValueError, match="block must be 16, 32, 64 or 128 for impl 'triton', not 48"):
         block_attention(q, k, v, BlockPlan.full(1, 2, 2, 2, DEVICE), block=48, impl="triton")
+    with pytest.raises(ValueError, match="key_block must be 16, 32, 64 or 128 for impl 'triton', not 8"):
+        block_attention(q, k, v, BlockPlan.full(1, 2, 3, 12, DEVICE), block=32, key_block=8, impl="triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

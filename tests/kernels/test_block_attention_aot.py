@@ -48,7 +48,7 @@ VARIANTS = {
 VARIANTS["text masked"] = VARIANTS["everything"] | dict(MASKED=1)
 
 
-def build(kind: str, dim: int, block: int, flags: dict, capability: int) -> Build:
+def build(kind: str, dim: int, block: int, flags: dict, capability: int, key_block: int | None = None) -> Build:
     itemsize = 4 if kind == "fp32" else 2
     tile = attention_tile(capability, itemsize, dim, block)
     types = {
@@ -61,9 +61,10 @@ def build(kind: str, dim: int, block: int, flags: dict, capability: int) -> Buil
         D=dim,
         BD=dim,
         BLOCK=block,
+        KEY_BLOCK=key_block or block,
         BM=tile.rows,
-        BN=tile.columns,
-        BT=min(tile.columns, 32),
+        BN=min(tile.columns, key_block or block),
+        BT=min(tile.columns, key_block or block, 32),
         PRECISION="ieee" if itemsize == 4 else "tf32",
     )
     constexprs |= flags
@@ -102,5 +103,6 @@ def test_no_tile_spills(capability):
 
 
 def test_hopper_uses_its_matrix_units():
-    used = compile_kernels([build("bf16", dim, 128, VARIANTS["anchor"], 90) for dim in (64, 128)])
-    assert all("HGMMA" in one.sass for one in used)
+    sizes = [(dim, key_block) for dim in (64, 128) for key_block in (None, 64)]
+    used = compile_kernels([build("bf16", d, 128, VARIANTS["anchor"], 90, key_block) for d, key_block in sizes])
+    assert all("HGMMA" in one.sass and one.spill_bytes == 0 for one in used)

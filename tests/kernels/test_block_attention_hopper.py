@@ -34,6 +34,18 @@ CASES = {
     "text mask of several blocks": dict(batch=2, queries=700 + 300, text=300, strided=True, masked=True),
     "text mask, 64 channels": dict(batch=2, queries=700 + 226, text=226, dim=64, masked=True),
 }
+HALVES = {
+    "halves": dict(queries=700, key_block=64),
+    "halves, one short block": dict(queries=9, key_block=64),
+    "halves, fewer keys": dict(queries=700, keys=333, key_block=64),
+    "halves, more keys": dict(queries=200, keys=40 * 64 + 1, key_block=64),
+    "halves, batch, strided": dict(batch=2, queries=5 * BLOCK - 53, strided=True, key_block=64),
+    "halves, text": dict(batch=2, queries=512 + 300, text=300, strided=True, key_block=64),
+    "halves, text mask": dict(batch=2, queries=700 + 300, text=300, masked=True, key_block=64),
+    "halves, 64 channels": dict(queries=5 * BLOCK - 53, dim=64, key_block=64),
+    "halves, text, 64 channels": dict(batch=2, queries=700 + 226, text=226, dim=64, masked=True, key_block=64),
+    "halves, more tiles than programs": dict(queries=3000, heads=12, key_block=64),
+}
 OF_SEVERAL_BLOCKS = ("text of several blocks", "text mask of several blocks")
 PARTS = [
     (), ("tail",), ("tail", "second"), ("tail", "second", "limit"), ("scale",), ("block_scale",), ("residual",),
@@ -42,13 +54,14 @@ PARTS = [
 
 
 def build(case, parts, dtype):
-    case = {"dim": 128} | CASES[case]
+    case = {"dim": 128} | (CASES | HALVES)[case]
+    key_block = case.pop("key_block", BLOCK)
     text, masked = case.pop("text", 0), case.pop("masked", False)
     q, k, v = inputs(**case)
     columns = k.shape[2] - text
-    plan = random_plan(*q.shape[:2], -(-(q.shape[2] - text) // BLOCK), -(-columns // BLOCK))
-    correction = cast(corrected(q, k, v, plan, BLOCK, text, parts), dtype)
-    options = dict(block=BLOCK, text=text, key_mask=text_mask(len(q), text) if masked else None)
+    plan = random_plan(*q.shape[:2], -(-(q.shape[2] - text) // BLOCK), -(-columns // key_block))
+    correction = cast(corrected(q, k, v, plan, BLOCK, text, parts, key_block), dtype)
+    options = dict(block=BLOCK, key_block=key_block, text=text, key_mask=text_mask(len(q), text) if masked else None)
     return [x.to(dtype) for x in (q, k, v)], plan, correction, options
 
 
@@ -56,8 +69,12 @@ def build(case, parts, dtype):
 @pytest.mark.parametrize(
     ("case", "parts"),
     [
-        *((case, parts) for case in CASES for parts in [(), ("tail", "second", "scale", "residual")]),
-        *((case, parts) for case in (*OF_SEVERAL_BLOCKS, "64 channels", "text mask, 64 channels") for parts in PARTS),
+        *((case, parts) for case in CASES | HALVES for parts in [(), ("tail", "second", "scale", "residual")]),
+        *(
+            (case, parts)
+            for case in (*OF_SEVERAL_BLOCKS, "halves, text", "64 channels", "text mask, 64 channels")
+            for parts in PARTS
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "+".join(x),
 )
@@ -78,7 +95,7 @@ class TestOnHopper:
 
 
 @pytest.mark.parametrize("parts", [(), ("tail", "scale", "fp8")], ids="+".join)
-@pytest.mark.parametrize("case", ["even", "64 channels", *OF_SEVERAL_BLOCKS])
+@pytest.mark.parametrize("case", ["even", "64 channels", *OF_SEVERAL_BLOCKS, "halves, text mask"])
 class TestBeyondTheFirstBlock:
     """Rows whose exponentials relative to the first listed block's maximum exceed what is taken for right."""
 
@@ -208,6 +225,29 @@ class TestAnyPlan:
         for a, by_torch, e in zip(actual, eager, exact, strict=True):
             assert_no_worse(a, by_torch, e)
 
+    @pytest.mark.parametrize("dim", [64, 128])
+    def test_uneven_counts_of_halves(self, dim):
+        """Odd and even, with and without the last block, of which one key is there."""
+        q, k, v = (x.bfloat16() for x in inputs(heads=3, queries=20 * BLOCK - 63, dim=dim))
+        listed = 1 + (7 * torch.arange(20, device=DEVICE) + torch.arange(3, device=DEVICE)[:, None]) % 40
+        mask = torch.arange(40, device=DEVICE).expand(1, 3, 20, 40) < listed[None, :, :, None]
+        mask[:, :, ::3] = mask[:, :, ::3].flip(-1)
+        plan = BlockPlan.from_mask(mask)
+        options = dict(block=BLOCK, key_block=64)
+        wide = (x.double() for x in (q, k, v))
+        exact = reference.block_attention(*wide, plan, None, scale=dim**-0.5, **options)
+        eager = reference.block_attention(q, k, v, plan, None, scale=dim**-0.5, **options)
+        actual = block_attention(q, k, v, plan, impl="gluon", **options)
+        for a, by_torch, e in zip(actual, eager, exact, strict=True):
+            assert_no_worse(a, by_torch, e)
+
+    def test_pairs_of_halves_are_whole_blocks(self):
+        qkv, plan, correction, options = build("text mask of several blocks", ("scale",), torch.bfloat16)
+        halves = BlockPlan.from_mask(plan.mask().repeat_interleave(2, -1)[..., : -(-700 // 64)])
+        whole = block_attention(*qkv, plan, correction, impl="gluon", **options)
+        halved = block_attention(*qkv, halves, correction, impl="gluon", **(options | dict(key_block=64)))
+        assert all(torch.equal(a, b) for a, b in zip(whole, halved, strict=True))
+
     @pytest.mark.parametrize("beyond", [-40, 0, 17])
     def test_rows_are_scattered(self, beyond):
         qkv, plan, correction, options = build("text of several blocks", ("tail", "second", "int4"), torch.bfloat16)
@@ -259,6 +299,7 @@ class TestAnyPlan:
             (dict(dtype=torch.float32), "takes float16 and bfloat16, not torch.float32"),
             (dict(dim=72), "takes head dimensions 64 and 128, not 72"),
             (dict(block=64), "takes blocks of 128, not 64"),
+            (dict(key_block=32), "takes key blocks of 64 and 128, not 32"),
             (dict(masked=True), "takes a mask of text keys, [B, text], not of all keys"),
             (dict(offset=4), "needs 16-byte alignment of every row"),
         ],
@@ -269,14 +310,16 @@ class TestAnyPlan:
         q, k, v = inputs(queries=200, dim=dim + 2 * offset)
         q, k, v = (x.to(change.get("dtype", torch.bfloat16))[..., offset : offset + dim] for x in (q, k, v))
         mask = torch.ones(1, 200, dtype=torch.bool, device=DEVICE) if "masked" in change else None
-        plan = BlockPlan.full(1, 2, -(-200 // block), -(-200 // block), DEVICE)
+        key_block = change.get("key_block", block)
+        plan = BlockPlan.full(1, 2, -(-200 // block), -(-200 // key_block), DEVICE)
+        options = dict(block=block, key_block=key_block, key_mask=mask)
         with pytest.raises(ValueError, match=re.escape(f"impl 'gluon' {message}")):
-            block_attention(q, k, v, plan, block=block, key_mask=mask, impl="gluon")
-        out, _ = block_attention(q, k, v, plan, block=block, key_mask=mask)
+            block_attention(q, k, v, plan, impl="gluon", **options)
+        out, _ = block_attention(q, k, v, plan, **options)
         exact, _ = reference.block_attention(
-            q.double(), k.double(), v.double(), plan, None, block=block, scale=dim**-0.5
+            q.double(), k.double(), v.double(), plan, None, block=block, key_block=key_block, scale=dim**-0.5
         )
-        eager, _ = reference.block_attention(q, k, v, plan, None, block=block, scale=dim**-0.5)
+        eager, _ = reference.block_attention(q, k, v, plan, None, block=block, key_block=key_block, scale=dim**-0.5)
         assert_no_worse(out, eager, exact)
 
 
@@ -292,9 +335,11 @@ def test_masks_of_text_are_taken_and_others_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     q, k, v = (x.bfloat16() for x in inputs(queries=300, dim=128))
     mask, plan = torch.ones(1, 300, dtype=torch.bool, device=DEVICE), random_plan(1, 2, 3, 3)
-    assert tiles.refusal(q, k, v, plan, BLOCK, mask[:, :40], (128,)) is None
-    refused = tiles.refusal(q, k, v, plan, BLOCK, mask, (128,))
+    assert tiles.refusal(q, k, v, plan, BLOCK, BLOCK, mask[:, :40], (128,), (128,)) is None
+    refused = tiles.refusal(q, k, v, plan, BLOCK, BLOCK, mask, (128,), (128,))
     assert refused == "takes a mask of text keys, [B, text], not of all keys"
+    assert tiles.refusal(q, k, v, plan, BLOCK, 64, None, (128,), (64, 128)) is None
+    assert tiles.refusal(q, k, v, plan, BLOCK, 64, None, (128,), (128,)) == "takes key blocks of 128, not 64"
 
 
 @pytest.mark.parametrize("text", [1, 128, 200])
@@ -338,6 +383,32 @@ def schedule(tiles, monkeypatch, *, heads, blocks, text, programs):
         steps[steps.index(min(steps))] += int(took)
         begins.append((int(i_bh), int(row)))
     return steps, begins, rows
+
+
+@pytest.mark.parametrize("text", [0, 300])
+@pytest.mark.parametrize("listed", [[0], [4], [0, 4], [1, 2, 3], [0, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 3]])
+@pytest.mark.parametrize("columns", [257, 290, 320])
+def test_steps_of_two_blocks_take_what_is_listed_once(columns, listed, text, monkeypatch):
+    kernel = pytest.importorskip("dit_sparse.kernels.block_attention_hopper")
+    language = SimpleNamespace(
+        cdiv=lambda a, b: -(-a // b),
+        where=lambda c, a, b: a if c else b,
+        minimum=min,
+        load=lambda p, mask=True, other=0: listed[p.offset] if mask else other,
+        constexpr=int,
+    )
+    monkeypatch.setattr(kernel, "gl", language)
+    pointer, blocks = _Pointer("list"), len(listed)
+    all_steps = blocks + -(-text // BLOCK)
+    n, steps, short = kernel._halved.fn(pointer, blocks, all_steps, columns, BLOCK)
+    assert n == -(-blocks // 2) and steps == n + -(-text // BLOCK) and 0 < short <= BLOCK
+    seen = []
+    for i in range(steps):
+        row, other = kernel._rows_of.fn(pointer, i, n, blocks, columns, text > 0, True, BLOCK)
+        counts = BLOCK if i + 1 < n else short if i + 1 == n else min(BLOCK, text - (i - n) * BLOCK)
+        seen += [*range(row, row + 64), *range(other, other + 64)][:counts]
+    tokens = [t for block in listed for t in range(block * 64, min(block * 64 + 64, columns))]
+    assert seen == tokens + list(range(columns, columns + text))
 
 
 @pytest.mark.parametrize("text", [0, 7, 300])

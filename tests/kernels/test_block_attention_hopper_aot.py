@@ -26,10 +26,10 @@ OPTIONAL = {
 }  # fmt: skip
 
 
-def build(kind: str, dim: int, flags: dict) -> Build:
-    def tile(rows: int) -> str:
-        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], gl.bfloat16)
-        return f"tensordesc<{kind}[1,1,{rows},{dim}],{layout!r}>"
+def build(kind: str, dim: int, flags: dict, key_block: int = BLOCK) -> Build:
+    def tile(rows: int, columns: int = dim) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.bfloat16)
+        return f"tensordesc<{kind}[1,1,{rows},{columns}],{layout!r}>"
 
     def bytes_(kind: str, rows: int, width: int) -> str:
         layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], gl.uint8)
@@ -44,7 +44,9 @@ def build(kind: str, dim: int, flags: dict) -> Build:
         "p_out": f"*{kind}", "p_lse": "*fp32", "p_text_mask": "*u8", "p_scatter": "*i64", "p_scale": "*fp32",
         "p_res_scale": "*fp32", "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}", "scale": "fp32",
     }  # fmt: skip
-    constexprs = flags | dict(D=dim, **SHAPES[dim], FIXED=kind == "bf16", BLOCK=BLOCK, ROWS=ROWS)
+    halves = key_block < BLOCK
+    types |= dict.fromkeys(("d_k", "d_v"), tile(key_block, 64 if halves else dim))
+    constexprs = flags | dict(D=dim, HALVES=halves, **SHAPES[dim], FIXED=kind == "bf16", BLOCK=BLOCK, ROWS=ROWS)
     signature = {}
     for name in block_attention_hopper_kernel.arg_names:
         if name in constexprs:
@@ -100,6 +102,8 @@ def built() -> dict[str, Resources]:
         "bare, 64 channels": build("fp16", 64, BARE),
         "everything": build("bf16", 128, EVERYTHING),
         "fp16": build("fp16", 128, BARE),
+        "halves": build("bf16", 128, EVERYTHING, 64),
+        "halves, 64 channels": build("fp16", 64, BARE | dict(TEXT=True), 64),
     }
     return dict(zip(builds, compile_kernels(list(builds.values())), strict=True))
 
@@ -123,6 +127,7 @@ def test_next_to_nothing_is_spilled(built):
     assert built["bare, 64 channels"].spill_bytes <= 24
     # The tail holds the queries twice; what it spills lies outside of the loops over blocks.
     assert built["everything"].spill_bytes <= 288
+    assert built["halves"].spill_bytes <= 320 and built["halves, 64 channels"].spill_bytes <= 24
 
 
 def test_the_exponentials_run_beside_the_product_of_the_values(built):
@@ -137,8 +142,9 @@ def test_the_exponentials_run_beside_the_product_of_the_values(built):
         plain = [step for step in full if not any(m for _, _, m in step)]
         blocks = 2 * (SHAPES[64 if "64" in name else 128]["ROUND"] + 1)
         # The same of pooled ones. Of a tile that is done again, the last may wait.
-        most = blocks * (2 if name == "everything" else 1)
-        fixed = name in ("bare", "everything")
+        everything = name in ("everything", "halves")
+        most = blocks * (2 if everything else 1)
+        fixed = everything or name == "bare"
         assert len(plain) == (most if fixed else 0), f"{name}: {len(plain)} of {len(full)} look for no maximum"
         assert blocks <= len(full) - len(plain) <= most, f"{name}: {[len(step) for step in steps]}"
 

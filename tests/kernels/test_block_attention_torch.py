@@ -16,7 +16,7 @@ def threads(monkeypatch):
 
 
 def chunks(counts, block=32, text=0, token_bytes=1024):
-    return list(block_attention_torch._chunks(counts, block, text, token_bytes))
+    return list(block_attention_torch._chunks(counts, block, block, text, token_bytes))
 
 
 def test_every_block_is_in_one_chunk(threads):
