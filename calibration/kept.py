@@ -63,9 +63,9 @@ def kept(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, generation: G
     parts = generation.parts(layer)
     if all(part.phase == "dense" for part in parts):
         return None
-    size = next(part for part in parts if part.phase != "dense").config.block_size(grid.tokens)
-    layout = Layout(grid, before + behind, size)
-    blocks = np.ones((layer.heads, layout.blocks, layout.blocks), dtype=bool)
+    sizes = next(_sizes(part, grid) for part in parts if part.phase != "dense")
+    layout, size = Layout(grid, before + behind, *sizes), sizes[1]
+    blocks = np.ones((layer.heads, layout.key_blocks, layout.key_blocks), dtype=bool)
     home = np.tile(np.arange(grid.tokens, dtype=np.int32) // size, (layer.heads, 1))
     dense = np.zeros(layer.heads, dtype=bool)
     for part in parts:
@@ -73,15 +73,21 @@ def kept(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, generation: G
         if part.phase == "dense":
             dense[heads] = True
             continue
-        if part.config.block_size(grid.tokens) != size:
+        if _sizes(part, grid) != sizes:
             raise ValueError(f"{layer.name} has heads with blocks of different sizes, which share no map.")
         if part.config.method == "svg":
             _by_kind(part, layout, generation, heads, blocks, home)
             continue
         some = [x if part.heads is None else x[:, part.heads] for x in (q, k, v)]
         mask, place = _of_part(part, layout, generation, some, text_mask, before)
-        blocks[heads], home[heads] = mask, place // size
+        # A query block is as many rows of the map as it is blocks of keys.
+        blocks[heads] = mask.repeat(layout.block // size, 1)[:, : layout.key_blocks]
+        home[heads] = place // size
     return Kept(grid, blocks, home, dense)
+
+
+def _sizes(part: Part, grid: TokenGrid) -> tuple[int, int]:
+    return part.config.block_size(grid.tokens), part.config.key_block_size(grid.tokens)
 
 
 def _of_part(

@@ -17,7 +17,7 @@ from dit_sparse.layout import Layout
 from dit_sparse.order import TokenOrder, token_order, vision_first
 from dit_sparse.patterns import Pattern, order_of, pattern_plan, tile_of
 from dit_sparse.plan import BlockPlan, Correction
-from dit_sparse.routing import Pooled, Routing, pool, route, wanted
+from dit_sparse.routing import Pooled, Routing, pool, pooled_of, route, wanted
 from dit_sparse.state import Generation, Layer, Part
 
 
@@ -71,7 +71,7 @@ def attend_part(
         raise ValueError(
             f"{layer.name} was given {q.shape[2]} tokens, but its grid has {tokens} and {text_mask.shape[1]} of text."
         )
-    layout = Layout(generation.grid, text, config.block_size(tokens))
+    layout = Layout(generation.grid, text, config.block_size(tokens), config.key_block_size(tokens))
     if text == 0:
         text_mask = key_mask = None
     elif before and text_mask is not None:
@@ -87,11 +87,10 @@ def attend_part(
     pooled = scatter = None
     # On a GPU statistics come with the permutation, and the kernel's store undoes it: two passes over memory less.
     if not order.is_raster and q.is_cuda and (config.has_tail or (routes and not config.has_pattern)):
-        lengths = layout.lengths(q.device)
+        lengths = layout.key_lengths(q.device)
         wants = wanted(config, routes=routes)
-        (q, k, v), stats = permute_pooled((q, k, v), order.take, lengths, block=layout.block, wants=wants)
-        assert stats[1] is not None and stats[2] is not None
-        pooled = Pooled(stats[0], stats[1], stats[2], lengths)
+        (q, k, v), stats = permute_pooled((q, k, v), order.take, lengths, block=layout.key_block, wants=wants)
+        pooled = pooled_of(stats, layout, lengths)
     elif not order.is_raster:
         q, k, v = permute((q, k, v), order.take)
     if not order.is_raster and q.is_cuda and (not config.learns or part.phase != "anchor"):
@@ -112,8 +111,8 @@ def attend_part(
     else:
         assert isinstance(learned, Learned)
         out, routed = _between(call, learned, moment.step), learned.visited
-    possible = q.shape[0] * q.shape[1] * layout.blocks**2
-    visited = torch.stack(call.listed).sum() * layout.block**2
+    possible = q.shape[0] * q.shape[1] * layout.blocks * layout.key_blocks
+    visited = torch.stack(call.listed).sum() * (layout.block * layout.key_block)
     _account(call, layer, generation)
     generation.tally.sparse(moment.step, part.phase, pairs, call.known, visited, routed, possible)
     return out if order.is_raster or scatter is not None else permute((out,), order.place)[0]
@@ -327,12 +326,12 @@ class Call:
         self.listed.append(listed)
         self.known += rows * (text * layout.tokens + vision * text)
         if correction.tail is not None:
-            self.known += rows * vision * layout.blocks
+            self.known += rows * vision * layout.key_blocks
         inputs = self.q, self.k, self.v, plan, layout.block, self.text_mask
         if self.precision == "8bit":
-            self.refused = refused_8bit(*inputs)
+            self.refused = refused_8bit(*inputs, key_block=layout.key_block)
         precision: Precision = "full" if self.refused else self.precision
-        self.kernel = chosen_impl("auto", *inputs, precision)
+        self.kernel = chosen_impl("auto", *inputs, precision, key_block=layout.key_block)
         self.plans.append(plan)
         return block_attention(
             self.q,
@@ -341,6 +340,7 @@ class Call:
             plan,
             correction,
             block=layout.block,
+            key_block=layout.key_block,
             key_mask=self.text_mask,
             text=text,
             scatter=self.scatter,

@@ -93,7 +93,7 @@ class BenchOptions:
     precision: Precision = "full"
     """Of a forward's sparse attention: full or 8bit."""
     key_block: int | None = None
-    """Of attention: keys of a block, where they are fewer than queries, 64 or 128 of 128; as many if not given."""
+    """Keys of a block, where they are fewer than queries; as many if not given."""
     seed: int = 0
     """Of the random inputs and plans."""
     output_file: Path | None = None

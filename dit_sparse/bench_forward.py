@@ -138,6 +138,8 @@ def _forward_of(bench: Bench, name: str, case: ForwardCase) -> None:
         for method, steps in (("tail", 1 + repeats), ("anchor", 1 + REFRESH_EVERY * max(1, repeats))):
             own: dict[str, Any] = {"refresh_every": REFRESH_EVERY} if method == "anchor" else {}
             own["precision"] = bench.options.precision
+            if bench.options.key_block is not None:
+                own["key_block"] = bench.options.key_block
             low = ", 8bit" if bench.options.precision == "8bit" else ""
             with sparsify(transformer, method=method, density=density, dense_steps=0, **own) as session:
                 kinds = {kind: f"{method}, {kind} step{low}{compiled}" for kind in ("sparse", "anchor")}

@@ -36,8 +36,9 @@ def _operator_of(
 ) -> None:
     grid, scale = TokenGrid(*case.grid), case.head_dim**-0.5
     layer = Layer("layer", 0, 1, case.heads, case.head_dim)
-    config = SparseConfig(density=density, block=case.block, dense_steps=0, residual="fp8")
-    layout = Layout(grid, case.text, case.block)
+    sizes = {"block": case.block, "key_block": case.keys}
+    config = SparseConfig(density=density, **sizes, dense_steps=0, residual="fp8")
+    layout = Layout(grid, case.text, case.block, case.keys)
     order = token_order(config.order, grid, config.tile, bench.device)
     q, k, v = permute(qkv, order.take)
     texts = dict(text_keys=k[:, :, grid.tokens :]) if case.text else {}
@@ -46,12 +47,12 @@ def _operator_of(
     tail = pooled_tail(pooled, q.dtype, scale=scale, second_order=True, limit=config.second_order_limit)
     residual = pack(torch.randn_like(q[:, :, : grid.tokens]), "fp8")
     full = Correction(tail=tail, residual=residual)
-    kernel = partial(block_attention, q, k, v, plan, block=case.block, text=case.text)
+    kernel = partial(block_attention, q, k, v, plan, **sizes, text=case.text)
     error = verify(q, k, v, plan, full, case, kernel(full)[0])
     scattered = permute((kernel(full, scatter=order.take)[0],), order.take)[0]
     error = max(error, verify(q, k, v, plan, full, case, scattered))
 
-    tails = Generation(SparseConfig("tail", density=density, block=case.block, dense_steps=0), [layer])
+    tails = Generation(SparseConfig("tail", density=density, **sizes, dense_steps=0), [layer])
     anchors = Generation(config, [layer])
     low = Generation(replace(config, precision="8bit"), [layer])
     for generation, step in ((tails, 0), (anchors, 1), (low, 1)):
@@ -59,7 +60,7 @@ def _operator_of(
     for generation in (anchors, low):
         generation.record(layer, Learned(plan, residual, None, 0, plan.counts.sum()))
     in_8bit = {}
-    if refused_8bit(q, k, v, plan, case.block, None) is None:
+    if refused_8bit(q, k, v, plan, case.block, None, key_block=case.keys) is None:
         found = kernel(full, precision="8bit")[0]
         error = max(error, verify(q, k, v, plan, full, case, found, "8bit"))
         in_8bit = {
@@ -75,7 +76,7 @@ def _operator_of(
             qkv,
             order.take,
             pooled.lengths,
-            block=case.block,
+            block=case.keys,
             wants=wanted(config, routes=True),
         ),
         "routing": partial(route, pooled, layout, config, density=density, scale=scale, **texts),

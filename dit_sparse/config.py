@@ -21,6 +21,7 @@ _ROUTED = ("anchor", "tail", "reshape", "rectify", "none", "topp")
 # Options that mean something to some methods only: setting one for another method is an error, not a no-op.
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "top_p": (*_ROUTED[:-1], "dense"),
+    "key_block": ("anchor", "tail", "reshape", "none"),
     "order": (*_ROUTED, "dense"),
     "routing": (*_ROUTED, "dense"),
     "neighbours": (*_ROUTED, "dense"),
@@ -53,6 +54,9 @@ class SparseConfig:
     """Also keep the best blocks until they hold at least this share of the row's estimated score."""
     block: int | Literal["auto"] = "auto"
     """Tokens per block: 16, 32, 64 or 128; auto takes the largest that still gives 128 key blocks."""
+    key_block: int | Literal["auto"] = "auto"
+    """Tokens per block of keys, where it is less than that of queries; auto takes the same. Smaller ones find more of
+    what counts at equal density, and pooled keys of the tail are as many times more."""
     order: Order = "hilbert"
     """How tokens are laid out before they are cut into blocks: hilbert (space-filling curve), tile, raster, or pixel
     (all frames of one pixel side by side)."""
@@ -106,7 +110,10 @@ class SparseConfig:
         _one_of("routing", self.routing, ("auto", "mass", "error"))
         _one_of("precision", self.precision, get_args(Precision))
         _one_of("residual", self.residual, ("auto", *get_args(Storage)))
-        _one_of("block", self.block, ("auto", 16, 32, 64, 128))
+        for name in ("block", "key_block"):
+            _one_of(name, getattr(self, name), ("auto", 16, 32, 64, 128))
+        if "auto" not in (self.block, self.key_block):
+            self._fit_together(self.block)
         for name in ("density", "top_p", "anchor_density"):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or not 0 < value <= 1):
@@ -211,6 +218,16 @@ class SparseConfig:
         if self.block != "auto":
             return self.block
         return next((size for size in (128, 64, 32) if tokens >= 128 * size), 16)
+
+    def key_block_size(self, tokens: int) -> int:
+        """Tokens per block of keys; raises ValueError where that is more than a block of queries."""
+        block = self.block_size(tokens)
+        self._fit_together(block)
+        return block if self.key_block == "auto" else self.key_block
+
+    def _fit_together(self, block: int) -> None:
+        if self.key_block != "auto" and self.key_block > block:
+            raise ValueError(f"key_block is at most the block of {block} tokens, not {self.key_block}.")
 
 
 def _is_number(value: object) -> bool:

@@ -25,11 +25,19 @@ class TokenGrid:
 
 @dataclass(frozen=True)
 class Layout:
-    """Vision tokens first, then `text` tokens; vision is cut into blocks of `block`, the last may be short."""
+    """Vision tokens first, then `text` tokens; vision is cut into blocks of `block`, the last may be short, and for
+    keys into those of `key_block`, which divides it and is the same unless given."""
 
     grid: TokenGrid
     text: int = 0
     block: int = 128
+    key_block: int = 0
+
+    def __post_init__(self) -> None:
+        if self.key_block == 0:
+            object.__setattr__(self, "key_block", self.block)
+        if self.block % self.key_block:
+            raise ValueError(f"key_block must divide a block of {self.block} tokens, not {self.key_block}.")
 
     @property
     def tokens(self) -> int:
@@ -39,9 +47,17 @@ class Layout:
     def blocks(self) -> int:
         return -(-self.grid.tokens // self.block)
 
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.grid.tokens // self.key_block)
+
     def lengths(self, device: torch.device | str) -> Tensor:
         """Real tokens per vision block, [N] int64; only the last can be short."""
         return block_lengths(self.grid.tokens, self.block, device)
+
+    def key_lengths(self, device: torch.device | str) -> Tensor:
+        """The same of blocks of keys."""
+        return block_lengths(self.grid.tokens, self.key_block, device)
 
 
 def block_lengths(tokens: int, block: int, device: torch.device | str) -> Tensor:

@@ -48,7 +48,7 @@ class Prediction:
     """What `predict` says. Shares are of the floating-point operations in matrix products.
 
     tokens           of vision that self-attention sees
-    block            tokens per block
+    block            tokens per block of keys
     blocks           key blocks
     attention_share  self-attention's QK^T and PV among all matrix products of one dense forward
     work             self-attention work of the whole run relative to dense: dense steps and layers, anchors, the tail
@@ -81,7 +81,7 @@ def predict(shape: ModelShape, config: SparseConfig, steps: int) -> Prediction:
     """`steps` is the number of denoising steps; raises ValueError if the config names steps or layers beyond it."""
     share = attention_share(shape)
     dense, sparse = attention_work(shape, config, steps)
-    block = config.block_size(shape.grid.tokens)
+    block = config.key_block_size(shape.grid.tokens)
     return Prediction(
         tokens=shape.grid.tokens,
         block=block,
@@ -109,9 +109,9 @@ def attention_share(shape: ModelShape) -> float:
 def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple[float, float]:
     """Self-attention work of a run relative to dense, done by the dense and by the block-sparse kernel."""
     tokens = shape.grid.tokens
-    block = config.block_size(tokens)
-    blocks = -(-tokens // block)
-    padding = (blocks * block / tokens) ** 2
+    block, key_block = config.block_size(tokens), config.key_block_size(tokens)
+    rows, blocks = -(-tokens // block), -(-tokens // key_block)
+    padding = (rows * block / tokens) * (blocks * key_block / tokens)
     tail = blocks / tokens if config.has_tail else 0.0
     text = shape.joint_text
     # Text attends to all, and all attend to text.
@@ -120,7 +120,7 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
     def sparse_pairs(share: float, stand_in: float) -> float:
         return (tokens**2 * (padding * share + stand_in) + of_text) / whole
 
-    sparse_call = sparse_pairs(_share(config, shape.grid, block), tail)
+    sparse_call = sparse_pairs(_share(config, shape.grid, key_block), tail)
     in_full = dense_layers(config, shape.layers)
     dense_steps = _named(config, "dense_steps", steps)
     dense = sparse = 0.0
@@ -147,11 +147,12 @@ def state_bytes(shape: ModelShape, config: SparseConfig) -> dict[str, int]:
     if not config.keeps_rows:
         return {}
     tokens = shape.grid.tokens
-    blocks = -(-tokens // config.block_size(tokens))
+    block, key_block = config.block_size(tokens), config.key_block_size(tokens)
+    rows, blocks = -(-tokens // block), -(-tokens // key_block)
     sparse_layers = shape.layers - len(dense_layers(config, shape.layers))
     calls = sparse_layers * shape.branches * shape.heads
     # A list of key blocks has room for the block's own, and has its length beside it; all are int32.
-    plan = calls * blocks * (_kept(config.density, blocks) + 2) * 4
+    plan = calls * rows * (_kept(config.density, blocks) + block // key_block + 1) * 4
     rho = calls * tokens * 4 if config.method == "reshape" else 0
     return {kind: int(calls * tokens * bytes_per_row(shape.head_dim, kind)) + plan + rho for kind in get_args(Storage)}
 

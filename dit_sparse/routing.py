@@ -1,6 +1,6 @@
 """Bi-level routing (BiFormer, CVPR 2023, section 3.2), per head and without training: pool, score, select."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -18,7 +18,8 @@ from dit_sparse.plan import BlockPlan
 
 @dataclass(frozen=True)
 class Pooled:
-    """Block statistics of one attention call's vision tokens, float32 (float64 for float64), each [B, H, N, D].
+    """Block statistics of one attention call's vision tokens, float32 (float64 for float64): of q [B, H, Nq, D], by
+    blocks of queries, of k and v [B, H, Nk, D], by those of keys.
 
     q is None where neither routing nor a tail takes it, and a statistic is None where the config has no use for it.
     """
@@ -26,12 +27,12 @@ class Pooled:
     q: BlockStats | None
     k: BlockStats
     v: BlockStats
-    lengths: Tensor  # [N] real tokens
+    lengths: Tensor  # [Nk] real tokens
 
 
 @dataclass(frozen=True)
 class Routing:
-    """plan, and the logits [B, H, N, N] of pooled attention, or N + 1 wide, the text last, made when asked for."""
+    """plan, and the logits [B, H, Nq, Nk] of pooled attention, or Nk + 1 wide, the text last, made when asked for."""
 
     plan: BlockPlan
     logits: Callable[[], Tensor]
@@ -47,13 +48,41 @@ def pool(q: Tensor, k: Tensor, v: Tensor, layout: Layout, config: SparseConfig, 
 
     Unless it `routes`, only what a tail takes.
     """
-    lengths = layout.lengths(k.device)
     of_q, of_k, of_v = wanted(config, routes=routes)
+    lengths = layout.key_lengths(k.device)
 
-    def stats(x: Tensor, want: Want) -> BlockStats:
-        return block_stats(x[:, :, : layout.grid.tokens], lengths, block=layout.block, want=want)
+    def stats(x: Tensor, want: Want, lengths: Tensor = lengths, block: int = layout.key_block) -> BlockStats:
+        return block_stats(x[:, :, : layout.grid.tokens], lengths, block=block, want=want)
 
-    return Pooled(None if of_q is None else stats(q, of_q), stats(k, of_k), stats(v, of_v), lengths)
+    of_queries = None if of_q is None else stats(q, of_q, layout.lengths(q.device), layout.block)
+    return Pooled(of_queries, stats(k, of_k), stats(v, of_v), lengths)
+
+
+def pooled_of(stats: Sequence[BlockStats | None], layout: Layout, lengths: Tensor) -> Pooled:
+    """The statistics of q, k and v, all by blocks of keys, lengths [Nk]; those of q are put together."""
+    q, k, v = stats
+    assert k is not None and v is not None
+    return Pooled(None if q is None else joined(q, lengths, layout.block // layout.key_block), k, v, lengths)
+
+
+def joined(stats: BlockStats, lengths: Tensor, count: int) -> BlockStats:
+    """Mean and variance of blocks made of `count` blocks each, lengths [N] tokens long, the last of fewer."""
+    if count == 1:
+        return stats
+    assert stats.mad is None, "mean deviations cannot be put together"
+    missing = -len(lengths) % count
+    share = torch.nn.functional.pad(lengths, (0, missing)).unflatten(0, (-1, count)).to(stats.mean.dtype)
+    share = (share / share.sum(-1, keepdim=True))[..., None]
+
+    def by_block(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 0, 0, missing)).unflatten(-2, (-1, count))
+
+    each = by_block(stats.mean)
+    mean = (share * each).sum(-2)
+    var = None
+    if stats.var is not None:
+        var = (share * (by_block(stats.var) + (each - mean.unsqueeze(-2)).square())).sum(-2)
+    return BlockStats(mean=mean, mad=None, var=var)
 
 
 def wanted(config: SparseConfig, *, routes: bool) -> tuple[Want | None, Want, Want]:
@@ -96,18 +125,19 @@ def route(
         scores = logits()
     made = logits if config.by_error else lambda: scores
     forced, most = forced_blocks(
-        config.order, layout.grid, config.tile, layout.block, config.neighbours, config.first_frame, scores.device
-    )
+        config.order, layout.grid, config.tile, layout.block, layout.key_block, config.neighbours, config.first_frame,
+        scores.device,
+    )  # fmt: skip
     if config.method == "topp":
-        return Routing(_shared_out(scores[..., : layout.blocks].softmax(-1), density, forced), made)
-    if scores.shape[-1] == layout.blocks:
+        return Routing(_shared_out(scores[..., : layout.key_blocks].softmax(-1), density, forced), made)
+    if scores.shape[-1] == layout.key_blocks:
         plan = block_select(
             scores, density=density, top_p=config.top_p, forced=forced, max_forced=most, logarithms=True
         )
         return Routing(plan, made)
     # The text competes for a place as in the released code, although it is kept anyway. The number of places is a
     # share of the vision blocks, and all of them where nothing is to be left out.
-    places = layout.blocks + 1 if density == 1 else int(density * layout.blocks)
+    places = layout.key_blocks + 1 if density == 1 else int(density * layout.key_blocks)
     forced = torch.nn.functional.pad(forced, (0, 1), value=True)
     plan = block_select(
         scores,
@@ -119,7 +149,7 @@ def route(
         logarithms=True,
     )
     # Lists ascend, so the text's column is the last listed.
-    return Routing(BlockPlan(plan.counts - 1, plan.indices, layout.blocks), made)
+    return Routing(BlockPlan(plan.counts - 1, plan.indices, layout.key_blocks), made)
 
 
 def _of_text(q: Tensor, keys: Tensor | None, mask: Tensor | None, scale: float) -> Tensor | None:
@@ -152,15 +182,19 @@ def forced_blocks(
     grid: TokenGrid,
     tile: tuple[int, int, int],
     block: int,
+    key_block: int,
     with_neighbours: bool,
     with_first_frame: bool,
     device: torch.device,
 ) -> tuple[Tensor, int]:
-    """Key blocks kept whatever their score, [N, N] bool, and the most in a row. A query block's own always is."""
-    blocks = -(-grid.tokens // block)
+    """Key blocks kept whatever their score, [Nq, Nk] bool, and the most in a row. A query block's own always are."""
+    blocks, cpu = -(-grid.tokens // key_block), torch.device("cpu")
     forced = torch.eye(blocks, dtype=torch.bool)
     if with_neighbours:
-        forced |= neighbours(order, grid, tile, block, torch.device("cpu"))
+        forced |= neighbours(order, grid, tile, key_block, cpu)
     if with_first_frame:
-        forced |= first_frame_blocks(order, grid, tile, block, torch.device("cpu"))
+        forced |= first_frame_blocks(order, grid, tile, key_block, cpu)
+    # What one of its parts keeps, a query block keeps.
+    count = block // key_block
+    forced = torch.nn.functional.pad(forced, (0, 0, 0, -blocks % count)).unflatten(0, (-1, count)).any(1)
     return forced.to(device), int(forced.sum(-1).max())

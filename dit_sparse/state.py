@@ -465,13 +465,15 @@ class Generation:
         """What one layer remembers, all branches and batch rows together."""
         assert self.grid is not None
         config = config or self.config
-        tokens, block = self.grid.tokens, config.block_size(self.grid.tokens)
-        blocks = -(-tokens // block)
+        tokens = self.grid.tokens
+        block, key_block = config.block_size(tokens), config.key_block_size(tokens)
+        blocks, key_blocks = -(-tokens // block), -(-tokens // key_block)
         _, forced = forced_blocks(
-            config.order, self.grid, config.tile, block, config.neighbours, config.first_frame, torch.device("cpu")
-        )
-        kept = blocks if config.top_p else max(1, int(config.density * blocks))
-        plan = blocks * (1 + min(kept + forced, blocks)) * 4
+            config.order, self.grid, config.tile, block, key_block, config.neighbours, config.first_frame,
+            torch.device("cpu"),
+        )  # fmt: skip
+        kept = key_blocks if config.top_p else max(1, int(config.density * key_blocks))
+        plan = blocks * (1 + min(kept + forced, key_blocks)) * 4
         rho = tokens * 4 if config.method == "reshape" else 0
         residual = tokens * bytes_per_row(layer.head_dim, kind)
         if branches is not None:

@@ -1,6 +1,7 @@
-"""What the tail's second-order term is worth on the demo model, taken for each query row or for a query block at once.
+"""What the tail and its second-order term, of each query row or of a query block at once, are worth on the demo model,
+and what smaller blocks of keys are.
 
-python samples/second_order.py --density 0.1 --steps 3 9 15 --block 32 128
+python samples/second_order.py --density 0.1 --steps 3 9 15 --block 32 128 --key_block 32 64
 """
 
 import argparse
@@ -27,8 +28,9 @@ class Reached(Exception):
 
 
 def errors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid, config: SparseConfig) -> list[float]:
-    """Relative error of the output by kind; q, k, v [B, H, L, D] in raster order."""
-    layout, scale = Layout(grid, block=config.block_size(grid.tokens)), q.shape[-1] ** -0.5
+    """Relative error of the output by kind, and the share of blocks kept; q, k, v [B, H, L, D] in raster order."""
+    sizes = {"block": config.block_size(grid.tokens), "key_block": config.key_block_size(grid.tokens)}
+    layout, scale = Layout(grid, **sizes), q.shape[-1] ** -0.5
     q, k, v = permute((q, k, v), token_order(config.order, grid, config.tile, q.device).take)
     pooled = pool(q, k, v, layout, config)
     plan = route(pooled, layout, config, density=config.density, scale=scale).plan
@@ -43,11 +45,12 @@ def errors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid, config: Spar
     def with_tail(weights: torch.Tensor | None) -> torch.Tensor:
         correction = None if weights is None else Correction(tail=Tail(pooled.k.mean, pooled.v.mean, weights))
         if weights is not of_row:
-            return block_attention(q, k, v, plan, correction, block=layout.block, scale=scale)[0]
-        out, lse = block_attention(q, k, v, plan, None, block=layout.block, scale=scale)
+            return block_attention(q, k, v, plan, correction, **sizes, scale=scale)[0]
+        out, lse = block_attention(q, k, v, plan, None, **sizes, scale=scale)
         return correct(q, out, lse, rows, correction, 1, scale)
 
-    return [float((with_tail(w) - dense).norm() / dense.norm()) for w in (None, first, of_row, of_block)]
+    found = [float((with_tail(w) - dense).norm() / dense.norm()) for w in (None, first, of_row, of_block)]
+    return [*found, plan.density()]
 
 
 def main() -> None:
@@ -55,20 +58,22 @@ def main() -> None:
     parser.add_argument("--model_id", default=str(check_prompts.DEMO))
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--block", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--key_block", type=int, nargs="*", default=[32, 64], help="those smaller than the block")
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 9, 15])
     parser.add_argument("--num_inference_steps", type=int, default=20)
     args = parser.parse_args()
     pipe = WanPipeline.from_pretrained(args.model_id)
     pipe.set_progress_bar_config(disable=True)
-    found: dict[int, list[list[float]]] = {block: [] for block in args.block}
+    sizes = [(block, size) for block in args.block for size in (block, *args.key_block[::-1]) if size <= block]
+    found: dict[tuple[int, int], list[list[float]]] = {pair: [] for pair in dict.fromkeys(sizes)}
     with sparsify(pipe, "dense") as session, torch.no_grad():
         generation = session.generation
 
         def look(layer, q, k, v, key_mask):
             if generation.moment.step in args.steps and generation.moment.branch == "cond":
-                for block in args.block:
-                    config = SparseConfig("tail", density=args.density, block=block)
-                    found[block].append(errors(q, k, v, generation.grid, config))
+                for block, size in found:
+                    config = SparseConfig("tail", density=args.density, block=block, key_block=size)
+                    found[block, size].append(errors(q, k, v, generation.grid, config))
 
         def stop(pipe, step, timestep, inputs):
             if step == max(args.steps):
@@ -81,11 +86,11 @@ def main() -> None:
             pipe(world.caption(scene), height=128, width=144, num_frames=14, output_type="latent",
                  num_inference_steps=args.num_inference_steps, guidance_scale=4.0, callback_on_step_end=stop,
                  generator=torch.Generator().manual_seed(check_prompts.HELD_OUT_SEED))  # fmt: skip
-    print(f"relative error of attention at density {args.density}, the mean of {len(found[args.block[0]])} calls")
-    print(f"{'block':8}" + "".join(f"{kind:>14}" for kind in KINDS))
-    for block, each in found.items():
+    print(f"relative error of attention at density {args.density}, the mean of {len(found[sizes[0]])} calls")
+    print(f"{'block':8}{'of keys':8}" + "".join(f"{kind:>14}" for kind in (*KINDS, "kept")))
+    for (block, size), each in found.items():
         means = torch.tensor(each).mean(0)
-        print(f"{block:<8}" + "".join(f"{x:14.4f}" for x in means.tolist()))
+        print(f"{block:<8}{size:<8}" + "".join(f"{x:14.4f}" for x in means.tolist()))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,49 @@ def test_keeping_every_block_is_dense(method, order, text):
 
 
 @pytest.mark.parametrize("text", [0, 9])
+@pytest.mark.parametrize("order", ["hilbert", "raster"])
+@pytest.mark.parametrize("method", ["none", "tail", "reshape", "anchor"])
+def test_keeping_every_smaller_block_of_keys_is_dense(method, order, text):
+    g = at(method, density=1.0, order=order, block=64, key_block=16)
+    for step in range(3):
+        q, k, v = inputs(text, batch=2)
+        close(run(g, step, q, k, v), dense_attention(q, k, v)[0])
+    assert g.tally.density() == 1
+
+
+@pytest.mark.parametrize("text", [0, 9])
+@pytest.mark.parametrize("method", ["none", "tail"])
+def test_smaller_blocks_of_keys_are_the_formula(method, text):
+    """Pooled, chosen and put in place of by themselves, for blocks of 32 queries."""
+    g = at(method, density=0.3, order="raster", block=32, key_block=16)
+    q, k, v = inputs(text, batch=2)
+    out = run(g, 0, q, k, v)
+    layout = Layout(GRID, text, 32, 16)
+    plan = Call(q, k, v, layout, g.config, None, None, True).route(0.3).plan
+    assert plan.counts.shape == (2, 2, 4) and plan.key_blocks == 7
+    of_q = reference.block_stats(q[:, :, : GRID.tokens], layout.lengths(CPU), 32)
+    of_k, of_v = (reference.block_stats(x[:, :, : GRID.tokens], layout.key_lengths(CPU), 16) for x in (k, v))
+    lengths, correction = layout.key_lengths(CPU), None
+    if method == "tail":
+        weights = reference.tail_weights(of_q.mean, of_q.var, of_k.var, lengths, scale=0.25, limit=2.0)
+        correction = Correction(tail=Tail(of_k.mean, of_v.mean, weights))
+    expected, _ = reference.block_attention(q, k, v, plan, correction, block=32, key_block=16, scale=0.25, text=text)
+    close(out, expected)
+    # As much work as the plan has keys for each row, and pooled ones.
+    pairs = plan.counts.sum().item() * 32 * 16 + 4 * (GRID.tokens * 7 if method == "tail" else 0)
+    pairs += 4 * (text * (GRID.tokens + text) + GRID.tokens * text)
+    assert g.tally.work() == pytest.approx(pairs / (4 * (GRID.tokens + text) ** 2))
+
+
+def test_blocks_of_keys_as_large_as_those_of_queries_change_nothing():
+    (q, k, v), outs = inputs(9), []
+    for options in ({}, {"key_block": 16}):
+        g = at("anchor", density=0.3, block=16, **options)
+        outs.append(torch.stack([run(g, step, q + step, k, v) for step in range(3)]))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("text", [0, 9])
 @pytest.mark.parametrize("method", ["topp", *PATTERNED])
 def test_keeping_every_block_is_dense_for_methods_of_others(method, text):
     g = at(method, density=1.0)
@@ -98,7 +141,7 @@ def test_the_kernel_that_ran_is_known(method, monkeypatch):
     for step in (0, 1):
         run(g, step, q, k, v)
     assert g.kernel == "torch"
-    monkeypatch.setattr(attention, "chosen_impl", lambda *_: "gluon")
+    monkeypatch.setattr(attention, "chosen_impl", lambda *_, **__: "gluon")
     run(g, 2, q, k, v)
     assert g.kernel == "gluon"
 
@@ -671,8 +714,8 @@ def test_the_error_of_8_bits_is_told_once_a_layer(method, monkeypatch):
         return (out * 1.1 if precision == "8bit" else out), lse
 
     monkeypatch.setattr(attention, "block_attention", low)
-    monkeypatch.setattr(attention, "refused_8bit", lambda *_: None)
-    monkeypatch.setattr(attention, "chosen_impl", lambda *args: f"for {args[-1]}")
+    monkeypatch.setattr(attention, "refused_8bit", lambda *_, **__: None)
+    monkeypatch.setattr(attention, "chosen_impl", lambda *args, **_: f"for {args[-1]}")
     g = at(method, density=0.3, precision="8bit", refresh_every=2 if method == "anchor" else None)
     for step in range(3):
         run(g, step, *inputs(dtype=torch.float32))
@@ -694,8 +737,8 @@ def test_the_kernel_gets_a_mask_of_text_keys(method, before, monkeypatch):
         return exact(*args, key_mask=key_mask, **options)
 
     monkeypatch.setattr(attention, "block_attention", spy)
-    monkeypatch.setattr(attention, "refused_8bit", lambda *args: masks.append(args[5]))
-    monkeypatch.setattr(attention, "chosen_impl", lambda *args: masks.append(args[6]) or "gluon")
+    monkeypatch.setattr(attention, "refused_8bit", lambda *args, **_: masks.append(args[5]))
+    monkeypatch.setattr(attention, "chosen_impl", lambda *args, **_: masks.append(args[6]) or "gluon")
     g = at(method, density=0.3, precision="8bit")
     mask = torch.tensor([[True] * 3 + [False] * 6, [False, True, True] * 3])
     for step in range(3):

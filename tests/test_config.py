@@ -28,6 +28,10 @@ def configs(draw) -> SparseConfig:
         "refresh_every": draw(st.none() | st.integers(1, 50)),
         "strict": draw(st.booleans()),
     }
+    if method in ("anchor", "tail", "reshape", "none") and options["block"] != "auto":
+        options["key_block"] = draw(
+            st.sampled_from(("auto", *(n for n in (16, 32, 64, 128) if n <= options["block"])))
+        )
     if not patterned:
         options |= {"routing": draw(st.sampled_from(("auto", "mass", "error"))), "neighbours": draw(st.booleans())}
         if method != "topp":
@@ -143,6 +147,8 @@ def test_a_bad_value_is_named_with_its_option(option, value):
         ("clamp", False, "anchor"),
         ("keep_mass", True, "dense"),
         ("critical_mass", True, "reshape"),
+        ("key_block", 16, "rectify"),
+        ("key_block", 16, "topp"),
         ("precision", "8bit", "dense"),
     ],
 )
@@ -200,4 +206,14 @@ def test_auto_block_is_the_largest_that_gives_128_blocks(tokens):
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 def test_a_chosen_block_is_kept(block):
-    assert SparseConfig(block=block).block_size(10) == block
+    assert SparseConfig(block=block).block_size(10) == SparseConfig(block=block).key_block_size(10) == block
+    assert SparseConfig(block=block, key_block=16).key_block_size(10) == 16
+
+
+def test_blocks_of_keys_are_at_most_those_of_queries():
+    with pytest.raises(ValueError, match="key_block is at most the block of 32 tokens, not 64"):
+        SparseConfig(block=32, key_block=64)
+    config = SparseConfig(key_block=64)
+    assert (config.block_size(20000), config.key_block_size(20000)) == (128, 64)
+    with pytest.raises(ValueError, match="key_block is at most the block of 16 tokens, not 64"):
+        config.key_block_size(1000)

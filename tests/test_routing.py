@@ -11,9 +11,9 @@ from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.kernels.block_select import block_select
 from dit_sparse.kernels.block_stats import block_stats
-from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.layout import Layout, TokenGrid, block_lengths
 from dit_sparse.order import first_frame_blocks, neighbours, token_order
-from dit_sparse.routing import pool, route
+from dit_sparse.routing import joined, pool, route
 
 CPU = torch.device("cpu")
 EVEN = Layout(TokenGrid(4, 4, 8), block=16)
@@ -226,6 +226,37 @@ def test_forced_blocks_are_always_there(order, near, first):
         forced |= first_frame_blocks(order, RAGGED.grid, config.tile, RAGGED.block, CPU)
     assert (mask | ~forced).all()
     assert (mask & ~forced).sum(-1).max() <= 1
+
+
+@pytest.mark.parametrize("order", ["hilbert", "raster"])
+@pytest.mark.parametrize(("near", "first"), [(False, False), (True, True)])
+def test_a_query_block_keeps_what_its_parts_keep(order, near, first):
+    layout = Layout(RAGGED.grid, block=64, key_block=16)
+    q, k, v = inputs(layout)
+    config = SparseConfig("none", order=order, neighbours=near, first_frame=first)
+    plan = routed(q, k, v, layout, config, density=0.01).plan
+    assert plan.counts.shape == (1, 2, 2) and plan.key_blocks == 7
+    forced = torch.eye(7, dtype=torch.bool)
+    if near:
+        forced |= neighbours(order, layout.grid, config.tile, 16, CPU)
+    if first:
+        forced |= first_frame_blocks(order, layout.grid, config.tile, 16, CPU)
+    forced = torch.stack([forced[:4].any(0), forced[4:].any(0)])
+    assert (plan.mask() | ~forced).all()
+    assert (plan.mask() & ~forced).sum(-1).max() <= 1
+    plan.check()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [4 * 64, 4 * 64 - 3, 3 * 64 + 1, 5])
+def test_statistics_of_parts_make_those_of_the_whole(tokens, count):
+    x = 5 + torch.randn(2, 3, tokens, 8, dtype=torch.float64)
+    parts = block_lengths(tokens, 16, CPU)
+    got = joined(block_stats(x, parts, block=16, want="mean+var"), parts, count)
+    expected = block_stats(x, block_lengths(tokens, 16 * count, CPU), block=16 * count, want="mean+var")
+    torch.testing.assert_close(got.mean, expected.mean, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(got.var, expected.var, atol=1e-12, rtol=1e-12)
+    assert joined(block_stats(x, parts, block=16, want="mean"), parts, count).var is None
 
 
 @LAYOUTS

@@ -14,7 +14,7 @@ TEXT = 7
 
 
 def layer_of(method: str, text: tuple[int, int], **options) -> tuple[Attention, Generation]:
-    config = SparseConfig(method, density=0.25, dense_steps=0, block=16, **options)
+    config = SparseConfig(method, density=0.25, dense_steps=0, **({"block": 16} | options))
     generation = Generation(config, [Layer("blocks.0.attn1", 0, 1, 3, 16)])
     enter(generation, 0, text)
     return Attention(generation, 0), generation
@@ -27,10 +27,12 @@ def enter(generation: Generation, step: int, text: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("text", [(0, 0), (TEXT, 0), (0, TEXT)])
-@pytest.mark.parametrize("method", ["none", "topp", "sta", "radial", "svg"])
+@pytest.mark.parametrize("method", ["none", "none, smaller blocks of keys", "topp", "sta", "radial", "svg"])
 def test_attention_over_what_is_kept_is_what_the_method_computes(method, text):
     """These put nothing in place of the rest, so their output is softmax over the kept keys and the text."""
-    attend, generation = layer_of(method, text)
+    sizes = {"block": 64, "key_block": 16} if "smaller" in method else {}
+    method = method.split(",")[0]
+    attend, generation = layer_of(method, text, **sizes)
     q, k, v = torch.randn(3, 2, 3, GRID.tokens + sum(text), 16, dtype=torch.float64)
     if method == "svg":
         # It chooses at a dense step.

@@ -22,6 +22,7 @@ METHODS = {
     "tail, top-p": SparseConfig("tail", dense_steps=0, top_p=0.6),
     "rectify": SparseConfig("rectify", dense_steps=0),
     "anchor": SparseConfig("anchor", dense_steps=0, block=128),
+    "anchor, key blocks of 64": SparseConfig("anchor", dense_steps=0, block=128, key_block=64),
     "reshape": SparseConfig("reshape", dense_steps=0, block=128),
 }
 
