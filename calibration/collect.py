@@ -1,4 +1,4 @@
-"""A calibration from start to end: dense runs that record, probes, trials, and the profile made of them.
+"""A calibration from start to end: dense runs that record, probes, trials, bands, and the profile made of them.
 
 Every part is on disk when it is finished, in a directory beside the output file, and is not done again.
 """
@@ -42,7 +42,7 @@ BANDS = 5
 # Numbers of the latents that are looked at after each step.
 LATENTS = 1 << 16
 # Of what is kept to be resumed; of another format nothing can be.
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,8 @@ def _band(job: Job, work: Path, place: int) -> None:
     number, aim, band = job.bands()[place]
     fitted, told = try_out(_profile(job, work, unseen=number), aim, band)
     measured = _tried(job, work, number, fitted, told, "bands")
-    _keep(work, "bands", {"prompt": number, "direct": told["direct"], "error": measured["error"]})
+    part = place % (len(job.bands()) // len(job.prompts))
+    _keep(work, "bands", {"prompt": number, "part": part, "direct": told["direct"], "error": measured["error"]})
 
 
 def _tried(job: Job, work: Path, number: int, fitted: Profile, told: dict[str, Any], said: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 A sampler follows a flow whose scale is that of the noise at first and that of the video at last, so what is put into
 it at noise level s, from 1 to 0, ends up about 1 / (1 - s) times as large; guidance adds to that. Here the logarithm
 of the growth is piecewise linear in -log(1 - s), and its slopes are fitted to runs whose error was measured at every
-step.
+step. Runs that were dense but for a part of the steps correct it.
 """
 
 import math
@@ -20,7 +20,7 @@ USUAL = (0.8, 1.6, 1.3)
 # How far off the usual slopes are expected to be, beside how far off the error of a step, as a logarithm.
 WIDTH = 0.35
 NOISE = 0.7
-# How far, as logarithms, bands of one prompt are off for other reasons than growth, and how far growth may be off.
+# How far, as logarithms, bands are off for other reasons than growth and the prompt, and how far growth may be off.
 BAND_NOISE, BAND_WIDTH = 1.0, 0.7
 # Levels closer to 1 are taken to be here, where growth stops: nothing of a video has formed yet.
 FIRST = 0.99
@@ -67,33 +67,39 @@ def fit_slopes(levels: Sequence[float], runs: Sequence[Run]) -> tuple[float, ...
 @dataclass(frozen=True)
 class Band:
     """A run that was dense but for a few steps in a row. direct as in `Run`, 0 outside of them; error: mean squared
-    error of the frames, as measured."""
+    error of the frames, as measured; prompt and part: numbers of the prompt and of the part of all steps."""
 
     direct: np.ndarray
     error: float
+    prompt: int
+    part: int
 
 
 def corrected(grown: np.ndarray, bands: Sequence[Band]) -> np.ndarray:
-    """[steps]: growth of squares such that it explains the errors of bands, of which each set of steps has several.
+    """[steps]: growth of squares such that it explains the errors of bands.
 
-    Its logarithm moves by what the bands that lie alike are off on average, as far as their number makes that certain;
-    between their middles, each the mean of its steps by what they add, it is linear in the step. How much all are off
-    together is left as it is: that is not growth, but how latents become frames.
+    Its logarithm moves by what the bands of a part are off, as far as their number makes that certain; between their
+    middles, each the mean of its steps by what they add, it is linear in the step. How much all bands of a prompt are
+    off together is left as it is: that is not growth, but how easily the prompt is changed.
     """
-    found: dict[tuple[int, ...], list[tuple[float, float]]] = {}
-    steps = np.arange(len(grown))
+    steps, told = np.arange(len(grown)), []
     for band in bands:
-        parts = band.direct * grown
-        if parts.sum() > 0 and band.error > 0:
-            middle = float((steps * parts).sum() / parts.sum())
-            found.setdefault(tuple(np.flatnonzero(parts > 0)[[0, -1]]), []).append(
-                (middle, math.log(band.error / parts.sum()))
-            )
-    if len(found) < 2:
+        added = band.direct * grown
+        if added.sum() > 0 and band.error > 0:
+            middle = float((steps * added).sum() / added.sum())
+            told.append((band.part, band.prompt, middle, math.log(band.error / added.sum())))
+    parts = sorted({part for part, *_ in told})
+    if len(parts) < 2:
         return grown
-    told = sorted((np.mean([m for m, _ in each]), np.mean([r for _, r in each]), len(each)) for each in found.values())
-    middles, ratios, counts = (np.array(x, float) for x in zip(*told, strict=True))
-    off = (ratios - (ratios * counts).sum() / counts.sum()) * counts / (counts + (BAND_NOISE / BAND_WIDTH) ** 2)
+    prompts = sorted({prompt for _, prompt, *_ in told})
+    # Least squares: a column for each part, which is expected to be 0, and one for each prompt.
+    rows, ratios = np.zeros((len(told), len(parts) + len(prompts))), np.array([ratio for *_, ratio in told])
+    for row, (part, prompt, *_) in zip(rows, told, strict=True):
+        row[parts.index(part)] = row[len(parts) + prompts.index(prompt)] = 1 / BAND_NOISE
+    expected = np.eye(len(parts), rows.shape[1]) / BAND_WIDTH
+    target = np.append(ratios / BAND_NOISE, np.zeros(len(parts)))
+    off = np.linalg.lstsq(np.concatenate([rows, expected]), target, rcond=None)[0][: len(parts)]
+    middles = np.array([np.mean([middle for p, _, middle, _ in told if p == part]) for part in parts])
     return grown * np.exp(np.interp(steps, middles, off))
 
 

@@ -102,7 +102,7 @@ def _of_part(
         plan = generation.recall(part.layer).plan  # type: ignore[union-attr]  # recorded when it was an anchor
     else:
         q, k, v = permute(some, vision_first(order, layout.grid, tile, device, before).take)
-        plan = Call(q, k, v, layout, config, text_mask, None, routes=True).plan(config.density)
+        plan = Call(q, k, v, layout, config, text_mask, routes=True).plan(config.density)
     return plan.mask()[-1].cpu().numpy(), place
 
 

@@ -158,7 +158,7 @@ class Measured:
         what came of the bands of steps that were tried alone."""
         levels, effects = self.header.levels, self.header.effects
         runs = [Run(np.array(t["direct"]), np.array(t["found"], float)) for t in self._trials]
-        bands = [Band(np.array(t["direct"]), t["error"]) for t in effects.get("bands", ())]
+        bands = [Band(np.array(t["direct"]), t["error"], t["prompt"], t["part"]) for t in effects.get("bands", ())]
         return corrected(lasting(levels, fit_slopes(levels, runs)) ** 2, bands)
 
     @property

@@ -62,7 +62,10 @@ def attend_part(
     if moment is None or generation.grid is None or part.phase == "dense":
         generation.tally.dense(moment.step if moment else 0, pairs)
         chosen = generation.dense and generation.dense(layer, q, k, v, key_mask)
-        return dense_attention(q, k, v, key_mask=key_mask)[0] if chosen is None else chosen
+        if chosen is not None:
+            return chosen
+        behind = not (layer.joint and generation.text[0])
+        return dense_attention(q, k, v, key_mask=text_mask if behind else key_mask)[0]
 
     tokens = generation.grid.tokens
     before, behind = generation.around(layer, q.shape[2])
@@ -97,7 +100,7 @@ def attend_part(
         scatter = order.take
     learned = generation.recall(layer)
     call = Call(
-        q, k, v, layout, config, text_mask, key_mask,
+        q, k, v, layout, config, text_mask,
         routes=routes, precision=generation.config.precision, given=pooled, scatter=scatter,
     )  # fmt: skip
     if not config.learns:
@@ -151,7 +154,7 @@ def _by_kind(
     if part.phase == "anchor":
         kinds = head_kinds(q, k, v, layout, config.density, config.first_frame, key_mask, moment.step)
         generation.record(part.layer, kinds)
-        out = dense_attention(q, k, v, key_mask=key_mask)[0]
+        out = dense_attention(q, k, v, key_mask=text_mask)[0]
     else:
         recalled = generation.recall(part.layer)
         assert isinstance(recalled, HeadKinds)
@@ -172,7 +175,7 @@ def _by_kind(
             own = permute(own, order.take)
         precision = generation.config.precision
         call = Call(
-            own[0], own[1], own[2], layout, config, text_mask, key_mask, routes=False, precision=precision
+            own[0], own[1], own[2], layout, config, text_mask, routes=False, precision=precision
         )  # fmt: skip
         some = call.over(plan, routed[-1], Correction())[0]
         out[:, list(heads)] = some if order.is_raster else permute((some,), order.place)[0]
@@ -243,7 +246,6 @@ class Call:
     """The inputs of one call in routing order, what the methods do with them, and the token pairs that took.
 
     text_mask [B, text] bool, False for padding, in the order that text has behind the vision tokens
-    key_mask  [B, L] bool, the same among all tokens
     routes  whether it chooses blocks, for which the queries are pooled too
     precision of block attention
     given   the statistics, where they are known
@@ -261,7 +263,6 @@ class Call:
     layout: Layout
     config: SparseConfig
     text_mask: Tensor | None
-    key_mask: Tensor | None
     routes: bool
     precision: Precision = "full"
     given: Pooled | None = None
@@ -369,7 +370,7 @@ class Call:
     def dense(self) -> tuple[Tensor, Tensor]:
         """Attention to every key: out and lse."""
         self.known += self.q.shape[0] * self.q.shape[1] * self.layout.tokens**2
-        return dense_attention(self.q, self.k, self.v, key_mask=self.key_mask)
+        return dense_attention(self.q, self.k, self.v, key_mask=self.text_mask)
 
 
 def _key_mask(text_mask: Tensor, keys: int, before: int) -> Tensor:

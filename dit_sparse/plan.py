@@ -31,7 +31,9 @@ class BlockPlan:
     def full(
         cls, batch: int, heads: int, query_blocks: int, key_blocks: int, device: torch.device | str
     ) -> "BlockPlan":
-        return cls.from_mask(torch.ones(batch, heads, query_blocks, key_blocks, dtype=torch.bool, device=device))
+        counts = torch.full((batch, heads, query_blocks), key_blocks, dtype=torch.int32, device=device)
+        indices = torch.arange(key_blocks, dtype=torch.int32, device=device)
+        return cls(counts, indices.expand(*counts.shape, key_blocks).contiguous(), key_blocks)
 
     def mask(self) -> Tensor:
         """[B, H, Nq, Nk] bool."""

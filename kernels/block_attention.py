@@ -51,10 +51,10 @@ def block_attention(
     256, any strides with the last dimension contiguous. The last `text` rows of q attend to every key and the last
     `text` keys are attended to by every row; the plan covers the others in blocks of `block`, and
     keys in those of key_block, which divides `block` and equals it unless given. key_mask bool is False for padding,
-    which may hold any finite numbers: [B, text] is of the text keys alone, which costs next to nothing; [B, Lk] of all
-    keys, which takes narrower steps. scale is D^-1/2 unless given. scatter [n] int32 or int64, a permutation of
-    0..n-1, which is not checked on the device, says where each of the first n rows of the output is written; lse stays
-    in the order of q.
+    which may hold any finite numbers: [B, text] is of the text keys alone, which slows no other step of a GPU kernel
+    down; [B, Lk] of all keys, which takes narrower steps. scale is D^-1/2 unless given. scatter [n] int32 or int64, a
+    permutation of 0..n-1, which is not checked on the device, says where each of the first n rows of the output is
+    written; lse stays in the order of q.
 
     Returns out like q, and lse [B, H, Lq] float32 (float64 for float64), natural logarithm, of the exact part; rows
     that see no key give zeros and -inf. impl "auto" is gluon on Hopper where it takes the inputs (16-bit, 64 or 128

@@ -48,29 +48,39 @@ def dense_attention(
     key_mask: Tensor | None = None,
     backend: Backend | Literal["auto"] = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v over every key: q [B, H, Lq, D], k and v [B, H, Lk, D], key_mask [B, Lk] bool or None.
+    """softmax(scale q k^T) v over every key: q [B, H, Lq, D], k and v [B, H, Lk, D].
+
+    key_mask bool is False for keys that nothing attends to: [B, Lk], or [B, n] of the last n keys, which the block
+    kernel is faster with.
 
     Returns out like q, and lse [B, H, Lq] float32 (float64 for float64), natural logarithm; rows that see no key give
     zeros and -inf. backend "auto" is `dense_backend`; a named one never falls back. Raises ValueError for an unknown
     backend, and for one that does not take the key mask or the device.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    keys = k.shape[2]
+    if key_mask is not None and (
+        key_mask.dim() != 2 or len(key_mask) != len(k) or key_mask.shape[1] > keys or key_mask.dtype != torch.bool
+    ):
+        raise ValueError(
+            f"key_mask must be bool {(k.shape[0], keys)}, or of fewer keys, the last, not {key_mask.dtype} "
+            f"{tuple(key_mask.shape)}."
+        )
+    if key_mask is not None and key_mask.shape[1] == 0:
+        key_mask = None
     if backend == "auto":
         backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None)
     if backend not in get_args(Backend):
         raise ValueError(f"Unknown dense kernel {backend!r}: choose from auto, {', '.join(get_args(Backend))}.")
     if backend != "block" and q.is_cuda == (backend == "cpu"):
         raise ValueError(f"The dense kernel {backend!r} does not run on {q.device}; 'auto' takes one that does.")
-    if key_mask is not None and (key_mask.shape != (k.shape[0], k.shape[2]) or key_mask.dtype != torch.bool):
-        raise ValueError(
-            f"key_mask must be bool {(k.shape[0], k.shape[2])}, not {key_mask.dtype} {tuple(key_mask.shape)}."
-        )
     if key_mask is not None and backend not in ("cpu", "block"):
         raise ValueError(f"The dense kernel {backend!r} takes no key mask; 'cpu' and 'block' do.")
     match backend:
         case "cpu":
             bias = None
             if key_mask is not None:
+                key_mask = _of_all(key_mask, keys)
                 bias = torch.zeros(key_mask.shape, dtype=q.dtype).masked_fill_(~key_mask, float("-inf"))[:, None, None]
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, False, attn_mask=bias, scale=scale
@@ -91,7 +101,18 @@ def dense_attention(
             out, lse = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, return_lse=True)
             return out.transpose(1, 2), lse
         case _:
-            size = 128
+            size, text = 128, 0
             batch, heads, queries, _ = q.shape
-            plan = BlockPlan.full(batch, heads, -(-queries // size), -(-k.shape[2] // size), q.device)
-            return block_attention(q, k, v, plan, block=size, scale=scale, key_mask=key_mask)
+            if key_mask is not None and key_mask.shape[1] < min(queries, keys):
+                # As text, of whose mask the other keys' blocks know nothing.
+                text = key_mask.shape[1]
+            elif key_mask is not None:
+                key_mask = _of_all(key_mask, keys)
+            rows, columns = queries - text, keys - text
+            plan = BlockPlan.full(batch, heads, -(-rows // size), -(-columns // size), q.device)
+            return block_attention(q, k, v, plan, block=size, scale=scale, key_mask=key_mask, text=text)
+
+
+def _of_all(key_mask: Tensor, keys: int) -> Tensor:
+    """[B, n] of the last keys -> [B, keys]."""
+    return torch.nn.functional.pad(key_mask, (keys - key_mask.shape[1], 0), value=True)

@@ -76,7 +76,8 @@ def _keys_kernel(
     p = p_k + i_bh // H * s_b + i_bh % H * s_h + o_t[:, None] * s_t + o_d[None, :]
     x = tl.load(p, mask=m_t[:, None], other=0.0).to(tl.float32)
     x = tl.where(m_t[:, None], x - tl.load(p_mean + i_bh * D + o_d)[None, :], 0.0)
-    unit = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-20) / 127
+    # Times a query's unit, at least 1e-22, it must not vanish: what is hidden is -inf times that.
+    unit = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-10) / 127
     o_out = (i_bh * blocks + i) * BLOCK + tl.arange(0, BLOCK)
     tl.store(p_codes + o_out[:, None] * D + o_d[None, :], _rounded(x * (1 / unit)))
     tl.store(p_unit + (i_bh * blocks + i) * 32 + tl.arange(0, 32), unit + tl.zeros([32], tl.float32))

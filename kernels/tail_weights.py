@@ -69,6 +69,10 @@ def unlisted(log_weights: Tensor, plan: BlockPlan, *, width: int, by_row: bool =
     by_row: as rows of the keys' tiles of the 8-bit kernel lie, see `dit_sparse.kernels.quantise.key_order`; width is
     then a multiple of 128.
     """
+    rows = (*plan.counts.shape, plan.key_blocks)
+    shapes = rows[-1:], (rows[0], rows[-1]), rows
+    if log_weights.shape not in shapes:
+        raise ValueError(f"log_weights must be one of {shapes}, not {tuple(log_weights.shape)}.")
     if by_row and width % KEYS:
         raise ValueError(f"width must be a multiple of {KEYS} by row, not {width}.")
     if width < plan.key_blocks:
@@ -90,8 +94,10 @@ def _tail_weights(
 ) -> Tensor:
     if impl == "triton":
         return _tail_weights_triton(q_mean, q_var, variances, lengths, scale, limit, half)
-    spread = (q_mean.square() + q_var) @ variances.mT
-    return spread.mul_(0.5 * scale**2).clamp_(max=limit).add_(lengths.to(spread.dtype).log()).to(_kind(q_mean, half))
+    spread = ((q_mean.square() + q_var) @ variances.mT).mul_(0.5 * scale**2)
+    # What is no number is the limit, as for Triton's minimum: one bad row must not spoil all of a block.
+    spread = torch.where(spread < limit, spread, limit)
+    return spread.add_(lengths.to(spread.dtype).log()).to(_kind(q_mean, half))
 
 
 @_tail_weights.register_fake

@@ -100,7 +100,7 @@ def test_smaller_blocks_of_keys_are_the_formula(method, text):
     q, k, v = inputs(text, batch=2)
     out = run(g, 0, q, k, v)
     layout = Layout(GRID, text, 32, 16)
-    plan = Call(q, k, v, layout, g.config, None, None, True).route(0.3).plan
+    plan = Call(q, k, v, layout, g.config, None, True).route(0.3).plan
     assert plan.counts.shape == (2, 2, 4) and plan.key_blocks == 7
     of_q = reference.block_stats(q[:, :, : GRID.tokens], layout.lengths(CPU), 32)
     of_k, of_v = (reference.block_stats(x[:, :, : GRID.tokens], layout.key_lengths(CPU), 16) for x in (k, v))
@@ -225,7 +225,7 @@ def test_topp_shares_the_blocks_out_by_mass():
     q[:, 0] *= 100
     g = at("topp", density=0.4, order="raster")
     enter(g, 0)
-    call = Call(q, k, v, Layout(GRID, block=16), g.config, None, None, routes=True)
+    call = Call(q, k, v, Layout(GRID, block=16), g.config, None, routes=True)
     plan = call.plan(0.4)
     plan.check()
     by_head = plan.counts.double().mean((0, 2)) / 7
@@ -574,7 +574,7 @@ def test_work_and_density_are_what_was_computed():
             sparse_attention(q, k, v, layer, g)
         if step:
             plans.append(learned(g, layer=1).plan.counts.sum().item())
-    call = Call(*steps[3], Layout(GRID, text, 16), config, None, None, True)
+    call = Call(*steps[3], Layout(GRID, text, 16), config, None, True)
     denser = call.route(0.6).plan.counts.sum().item()
     heads, tokens = 2, 105 + text
     whole = heads * tokens**2
@@ -617,7 +617,7 @@ def test_error_is_at_most_twice_pytorchs(method, dtype):
         plan, scale, residual = kept.plan, kept.rho, kept.residual
         assert residual.codes.dtype == torch.bfloat16 and (scale is None or scale.dtype == torch.float32)
     else:
-        plan, scale, residual = Call(q, k, v, layout, g.config, None, None, True).route(0.3).plan, None, None
+        plan, scale, residual = Call(q, k, v, layout, g.config, None, True).route(0.3).plan, None, None
 
     def reckon(q, k, v):
         correction = Correction(scale, residual)

@@ -1,6 +1,7 @@
 """The bench command on a CPU: what it times, what it refuses to time, and the plans it draws."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +50,15 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
 def test_operator_times_every_part(tmp_path):
     code, got = rows("operator", tmp_path, density=(0.2,))
     assert code == 0 and len(got) == 12 and all(row["ms"] > 0 for row in got)
+
+
+@pytest.mark.parametrize("what", ["operator", "forward"])
+def test_smaller_key_blocks_are_those_of_every_part(what, tmp_path, monkeypatch):
+    monkeypatch.setitem(bench.CASES, "small", replace(CASE, block=32))
+    code, got = rows(what, tmp_path, density=(0.2,), key_block=16)
+    assert code == 0 and all(row["ms"] > 0 and (row["error"] or 0) <= 1 for row in got)
+    with pytest.raises(ValueError, match="Unknown key_block 8"):
+        rows(what, tmp_path, density=(0.2,), key_block=8)
 
 
 def test_forward_times_dense_sparse_and_anchor_steps(tmp_path):

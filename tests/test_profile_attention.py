@@ -144,7 +144,7 @@ def test_calibrated_is_dense_where_every_block_is_kept_or_rho_is_right_and_keys_
     q, k = (x.unflatten(2, (20, 16))[:, :, :, :1].expand(-1, -1, -1, 16, -1).flatten(2, 3) for x in (q, k))
     enter(g, 0)
     parts = g.parts(g.layers[0])
-    call = Call(q, k, v, Layout(GRID, 0, 16), parts[0].config, None, None, routes=True)
+    call = Call(q, k, v, Layout(GRID, 0, 16), parts[0].config, None, routes=True)
     plan = call.route(RUNG.density).plan
     dense, lse = dense_attention(q, k, v)
     _, held = block_attention(q, k, v, plan, block=16)

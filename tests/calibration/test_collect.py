@@ -86,6 +86,7 @@ def test_a_profile_holds_what_was_measured(calibrated):
         assert max(trial["found"][:start], default=0.0) == 0 and min(trial["found"][start:]) > 0
     # Each prompt once in each band; before and after that all is dense.
     assert [band["prompt"] for band in h.effects["bands"]] == [0] * 5 + [1] * 5
+    assert [band["part"] for band in h.effects["bands"]] == [*range(5)] * 2
     for step, band in zip([*range(5)] * 2, h.effects["bands"], strict=True):
         sparse = [i for i, added in enumerate(band["direct"]) if added > 0]
         assert sparse in ([step], []) and (band["error"] > 1e-12) == bool(sparse)

@@ -440,7 +440,7 @@ def test_bands_that_err_more_than_predicted_are_left_more_exact():
         for first, times in ((0, 10.0), (4, 1.0)):
             _, told = try_out(made, 20.0, range(first, first + 4))
             grown = Problem(made).grown
-            bands.append({"prompt": prompt, "direct": told["direct"],
+            bands.append({"prompt": prompt, "part": first // 4, "direct": told["direct"],
                           "error": times * float((grown * told["direct"]).sum())})  # fmt: skip
     made.header.effects["bands"] = bands
     after = solve(Problem(made, by="work"), Targets(work=0.5))

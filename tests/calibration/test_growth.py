@@ -39,13 +39,15 @@ def test_one_run_moves_them_some_of_the_way():
     assert 1.6 < second < 2.4 and abs(first - 0.8) < 0.2 and abs(third - 1.3) < 0.4
 
 
-def bands(grown, prompts, level=1.0):
-    """Four bands of four steps, of prompts that are more or less easily changed."""
+def bands(grown, prompts, level=1.0, late=()):
+    """Four bands of four steps, of prompts that are more or less easily changed; those of `late` (prompt, part) have
+    a dense step first."""
     found = []
     for prompt in range(prompts):
-        for first in range(0, 16, 4):
-            direct = np.where((np.arange(16) >= first) & (np.arange(16) < first + 4), 1e-3, 0.0)
-            found.append(Band(direct, level * 4.0**prompt * float((direct * grown).sum())))
+        for part, first in enumerate(range(0, 16, 4)):
+            begin = first + ((prompt, part) in late)
+            direct = np.where((np.arange(16) >= begin) & (np.arange(16) < first + 4), 1e-3, 0.0)
+            found.append(Band(direct, level * 4.0**prompt * float((direct * grown).sum()), prompt, part))
     return found
 
 
@@ -64,7 +66,15 @@ def test_bands_correct_growth_and_not_what_all_have_in_common():
 
 def test_without_bands_to_compare_growth_stays():
     thought = lasting(LEVELS) ** 2
-    nothing = Band(np.zeros(16), 1e-9)
+    nothing = Band(np.zeros(16), 1e-9, 0, 0)
     for some in ([], [nothing], bands(3 * thought, 4)[:1], [nothing, *bands(3 * thought, 1)[:1]]):
         assert np.array_equal(corrected(thought, some), thought)
     assert np.allclose(corrected(thought, bands(3 * thought, 4)), thought)
+
+
+def test_prompts_that_differ_are_no_growth():
+    """Where some have no band in a part, or one that begins later."""
+    thought = lasting(LEVELS) ** 2
+    every = bands(3 * thought, 4, late=((3, 1),))
+    assert np.allclose(corrected(thought, every), thought)
+    assert np.allclose(corrected(thought, [band for band in every if band.part > 0 or band.prompt < 2]), thought)

@@ -53,6 +53,18 @@ def test_error_is_at_most_twice_pytorchs(backend, masked, dtype):
     assert_no_worse(lse, eager[1], true[1])
 
 
+@pytest.mark.parametrize("last", [0, 1, 33, 69, 70, 149])
+@pytest.mark.parametrize("backend", ["auto", "block"])
+def test_a_mask_of_the_last_keys_is_one_that_shows_all_others(backend, last):
+    q, k, v = (x.float() for x in inputs(strided=True))
+    mask = torch.rand(2, last, device=DEVICE) < 0.6
+    whole = torch.cat([mask.new_ones(2, k.shape[2] - last), mask], 1)
+    got = dense_attention(q, k, v, key_mask=mask, backend=backend)
+    wanted = dense_attention(q, k, v, key_mask=whole, backend=backend)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
+
+
 @pytest.mark.parametrize("backend", ["auto", "block"])
 def test_a_row_that_sees_no_key_is_zero(backend):
     q, k, v = (x.float() for x in inputs())
@@ -133,7 +145,7 @@ def test_an_unknown_backend_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.ones(2, 149, dtype=torch.bool), torch.ones(1, 150, dtype=torch.bool), torch.ones(2, 150)]
+    "mask", [torch.ones(2, 151, dtype=torch.bool), torch.ones(1, 150, dtype=torch.bool), torch.ones(2, 150)]
 )
 def test_a_mask_that_does_not_fit_is_an_error(mask):
     q, k, v = inputs()

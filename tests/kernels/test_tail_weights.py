@@ -48,6 +48,14 @@ def test_it_errs_no_more_than_pytorch(shape, limit, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_query_that_is_no_number_spoils_no_weight(impl, device):
+    given = statistics(SHAPES[0], device, torch.float32)
+    given["q_var"][0, 0, 1, 3] = float("nan")
+    got = tail_weights(**given, scale=0.3, limit=2.0, impl=impl)
+    torch.testing.assert_close(got[0, 0, 1], 2 + given["lengths"].log())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_float16_holds_what_no_limit_keeps_low(impl, device):
     given = statistics(SHAPES[0], device, torch.float32)
     got = tail_weights(**given | {"variances": given["variances"] * 1e9}, scale=1.0, half=True, impl=impl)
@@ -122,6 +130,13 @@ GIVEN = statistics(SHAPES[0], "cpu", torch.float32)
 def test_what_does_not_fit_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         tail_weights(**GIVEN | {"scale": 1.0} | wrong)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 5), (1, 1, 1, 5), (1, 5, 5)])
+def test_weights_of_another_plan_are_refused(shape):
+    plan = BlockPlan.full(1, 1, 2, 5, "cpu")
+    with pytest.raises(ValueError, match=r"log_weights must be one of \(\(5,\), \(1, 5\), \(1, 1, 2, 5\)\), not"):
+        unlisted(torch.zeros(shape), plan, width=128)
 
 
 def test_a_width_that_does_not_fit_is_refused():
