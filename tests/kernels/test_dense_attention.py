@@ -38,14 +38,16 @@ def test_it_is_the_reference_in_float64(backend, strided, masked):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, True, "the last"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_error_is_at_most_twice_pytorchs(backend, masked, dtype):
     if backend in ("cudnn", "flash") and (masked or dtype == torch.float32):
         pytest.skip("torch's GPU kernels take 16-bit floats and no key mask")
     q, k, v = (x.to(dtype) for x in inputs(strided=True))
-    mask = torch.rand(2, k.shape[2], device=DEVICE) < 0.6 if masked else None
+    mask = torch.rand(2, 33 if masked == "the last" else k.shape[2], device=DEVICE) < 0.6 if masked else None
     out, lse = dense_attention(q, k, v, key_mask=mask, backend=backend)
+    if masked == "the last":
+        mask = torch.cat([mask.new_ones(2, k.shape[2] - 33), mask], 1)
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
     eager = exact(q, k, v, 64**-0.5, mask)
     true = exact(q.double(), k.double(), v.double(), 64**-0.5, mask)
