@@ -105,12 +105,15 @@ def test_padding_is_work():
     assert said.work == pytest.approx((32 / 25) ** 2)
 
 
-@pytest.mark.parametrize(("block", "key_block"), [(16, 16), (32, 16)])
-@pytest.mark.parametrize("method", ["none", "tail", "anchor", "reshape", "rectify"])
+@pytest.mark.parametrize(
+    ("method", "block", "key_block"),
+    [
+        *((method, 16, 16) for method in ("none", "tail", "anchor", "reshape", "rectify")),
+        *((method, 32, 16) for method in ("none", "tail", "anchor", "reshape")),
+    ],
+)
 def test_prediction_is_what_a_run_reports(method, block, key_block):
     """Top-k leaves the query block's own out at times, and it is forced in; hence the margin of one block a row."""
-    if method == "rectify" and key_block < block:
-        pytest.skip("its blocks of keys are those of queries")
     sizes = {"key_block": key_block} if key_block < block else {}
     config = SparseConfig(method=method, density=0.2, block=block, **sizes, dense_layers=1, dense_steps=2)
     pipe = tiny_wan(text=False, layers=3)
