@@ -4,17 +4,15 @@ python samples/routing_recall.py --density 0.1 --step 3
 """
 
 import argparse
-from contextlib import suppress
 from dataclasses import replace
 
 import check_prompts
-import demo_world as world
 import torch
-from diffusers import WanPipeline
+from dense_calls import look_at
 
-from dit_sparse import SparseConfig, sparsify
+from dit_sparse import SparseConfig
 from dit_sparse.kernels.permute import permute
-from dit_sparse.layout import Layout
+from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import token_order
 from dit_sparse.routing import pool, route
 
@@ -24,10 +22,6 @@ ORDERS = {
     "raster": SparseConfig("none", order="raster"),
     "pixel": SparseConfig("none", order="pixel"),
 }
-
-
-class Reached(Exception):
-    """The step to look at is done; the rest of the clip is not needed."""
 
 
 def recall(q: torch.Tensor, k: torch.Tensor, grid, config: SparseConfig) -> float:
@@ -48,28 +42,13 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=3)
     parser.add_argument("--num_inference_steps", type=int, default=20)
     args = parser.parse_args()
-    pipe = WanPipeline.from_pretrained(args.model_id)
-    pipe.set_progress_bar_config(disable=True)
     found: dict[str, list[float]] = {name: [] for name in ORDERS}
-    with sparsify(pipe, "dense") as session, torch.no_grad():
-        generation = session.generation
 
-        def look(layer, q, k, v, key_mask):
-            if generation.moment.step == args.step and generation.moment.branch == "cond":
-                for name, config in ORDERS.items():
-                    found[name].append(recall(q, k, generation.grid, replace(config, density=args.density)))
+    def look(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: TokenGrid) -> None:
+        for name, config in ORDERS.items():
+            found[name].append(recall(q, k, grid, replace(config, density=args.density)))
 
-        def stop(pipe, step, timestep, inputs):
-            if step == args.step:
-                raise Reached
-            return inputs
-
-        generation.dense = look
-        scene = check_prompts.held_out(1).scenes[0]
-        with suppress(Reached):
-            pipe(world.caption(scene), height=128, width=144, num_frames=14, output_type="latent",
-                 num_inference_steps=args.num_inference_steps, guidance_scale=4.0, callback_on_step_end=stop,
-                 generator=torch.Generator().manual_seed(check_prompts.HELD_OUT_SEED))  # fmt: skip
+    look_at(args.model_id, [args.step], args.num_inference_steps, look)
     print(f"share of softmax mass in routed blocks at density {args.density}, step {args.step}; mean, then by layer")
     for name, shares in found.items():
         print(f"{name:12}{sum(shares) / len(shares):.3f}   " + " ".join(f"{x:.3f}" for x in shares))

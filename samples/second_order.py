@@ -5,26 +5,20 @@ python samples/second_order.py --density 0.1 --steps 3 9 15 --block 32 128 --key
 """
 
 import argparse
-from contextlib import suppress
 
 import check_prompts
-import demo_world as world
 import torch
-from diffusers import WanPipeline
+from dense_calls import look_at
 
-from dit_sparse import SparseConfig, sparsify
+from dit_sparse import SparseConfig
 from dit_sparse.kernels.permute import permute
 from dit_sparse.kernels.reference import block_attention, correct, tail_weights
-from dit_sparse.layout import Layout
+from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import token_order
 from dit_sparse.plan import BlockPlan, Correction, Tail
 from dit_sparse.routing import pool, route
 
 KINDS = ("no tail", "first order", "of each row", "of the block")
-
-
-class Reached(Exception):
-    """The last step to look at is done; the rest of the clip is not needed."""
 
 
 def errors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid, config: SparseConfig) -> list[float]:
@@ -62,30 +56,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 9, 15])
     parser.add_argument("--num_inference_steps", type=int, default=20)
     args = parser.parse_args()
-    pipe = WanPipeline.from_pretrained(args.model_id)
-    pipe.set_progress_bar_config(disable=True)
     sizes = [(block, size) for block in args.block for size in (block, *args.key_block[::-1]) if size <= block]
     found: dict[tuple[int, int], list[list[float]]] = {pair: [] for pair in dict.fromkeys(sizes)}
-    with sparsify(pipe, "dense") as session, torch.no_grad():
-        generation = session.generation
 
-        def look(layer, q, k, v, key_mask):
-            if generation.moment.step in args.steps and generation.moment.branch == "cond":
-                for block, size in found:
-                    config = SparseConfig("tail", density=args.density, block=block, key_block=size)
-                    found[block, size].append(errors(q, k, v, generation.grid, config))
+    def look(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: TokenGrid) -> None:
+        for block, size in found:
+            config = SparseConfig("tail", density=args.density, block=block, key_block=size)
+            found[block, size].append(errors(q, k, v, grid, config))
 
-        def stop(pipe, step, timestep, inputs):
-            if step == max(args.steps):
-                raise Reached
-            return inputs
-
-        generation.dense = look
-        scene = check_prompts.held_out(1).scenes[0]
-        with suppress(Reached):
-            pipe(world.caption(scene), height=128, width=144, num_frames=14, output_type="latent",
-                 num_inference_steps=args.num_inference_steps, guidance_scale=4.0, callback_on_step_end=stop,
-                 generator=torch.Generator().manual_seed(check_prompts.HELD_OUT_SEED))  # fmt: skip
+    look_at(args.model_id, args.steps, args.num_inference_steps, look)
     print(f"relative error of attention at density {args.density}, the mean of {len(found[sizes[0]])} calls")
     print(f"{'block':8}{'of keys':8}" + "".join(f"{kind:>14}" for kind in (*KINDS, "kept")))
     for (block, size), each in found.items():
