@@ -23,8 +23,8 @@ def pooled_tail(
 ) -> Tail:
     """Every block as one pseudo-key; the kernel leaves out the routed ones. dtype is that of q, k and v.
 
-    The second order takes the mean square of a block's queries for that of each of them: one more product for every
-    row and pooled key would cost a quarter of the tail, and is next to nothing nearer to dense attention.
+    The second order takes the mean square of a block's queries for that of each of them, which kernels/README.md
+    compares: by row it would be a product for every row and pooled key.
     """
     if second_order:
         q, k = pooled.q, pooled.k
