@@ -328,7 +328,7 @@ def _profile(job: Job, work: Path, unseen: int | None = None) -> Profile:
     mean = {name: torch.stack([found[name] for found in seen]).nanmean(0) for name in job.plan.axes()}
     layers = tuple((name, heads, dim) for name, heads, dim in first["layers"])
     seconds = {name: sum(t["seconds"][name] for t in told) / len(told) for name in first["seconds"]}
-    known = json.loads((work / "effects.json").read_text(encoding="utf-8"))
+    _, known = _effects(work)
     header = Header(
         weights=weights_of(job.transformers),
         layers=layers,
@@ -378,7 +378,7 @@ def _felt(
                 for along, own, said in zip(change["along"], change["squares"], alike.tolist(), strict=True)
             ]
         start += heads
-    return {"gain": gains, "agree": agree, "trials": known["trials"], "bands": known.get("bands", [])}
+    return {"gain": gains, "agree": agree, "trials": known["trials"], "bands": known["bands"]}
 
 
 def _scale(work: Path) -> float:
