@@ -6,7 +6,7 @@ the targets are met.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -138,18 +138,59 @@ def try_out(profile: Profile, psnr: float, band: range | None = None) -> tuple[P
     path = solve(problem, targets)
     if band is not None:
         path = problem.within(path, band)
+    return _written(profile, problem, path, targets), _expected(problem, path)
+
+
+def _expected(problem: Problem, path: Solution) -> dict[str, Any]:
+    """What a trial is compared with, see `try_out`."""
     sparse = (path.option > 0).any(0)
     start = int(sparse.argmax()) if sparse.any() else problem.steps - 1
     other = problem.header.costs["other"] * (problem.steps - start) / problem.steps
     dense = float(np.where(problem.ran & (path.option == 0), problem.single[1][..., 0], 0.0)[:, start:].sum())
-    told = {
+    return {
         "work": path.work,
         "direct": path.direct.tolist(),
         "start": start,
         "predicted_seconds": (float(path.spent[start:].sum()) - dense) / problem.slower + dense + other,
         "seconds_known": dense + other,
     }
-    return _written(profile, problem, path, targets), told
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A prompt made dense and with a fitted profile, of the steps that were calibrated.
+
+    error    mean squared error of the frames
+    seconds  of the transformers at each step; dense_seconds those of all steps of the dense run
+    """
+
+    prompt: str
+    error: float
+    seconds: Sequence[float]
+    dense_seconds: float
+
+
+def learned(profile: Profile, made: Sequence[Verified]) -> Profile:
+    """The fitted profile with what its choices came to on more prompts, each a trial for the fits after it. What is
+    predicted of these choices stays as it was."""
+    problem = Problem(profile, by="work")
+    expected, first = _expected(problem, problem.chosen()), len(profile.header.prompts)
+    whole, start = problem.header.seconds["transformers"], expected["start"]
+    before = [trial["verified"] for trial in profile.header.effects["trials"] if "verified" in trial]
+    trials = [
+        expected
+        | {
+            "verified": one.prompt,
+            "prompt": first + len(before) + number,
+            "error": one.error,
+            # The machine may have been busier or freer than in the calibration.
+            "seconds": sum(one.seconds[start:]) * whole / one.dense_seconds,
+            "found": [None] * problem.steps,
+        }
+        for number, one in enumerate(made)
+    ]
+    effects = profile.header.effects | {"trials": [*profile.header.effects["trials"], *trials]}
+    return replace(profile, header=replace(profile.header, effects=effects))
 
 
 def fit(profile: Profile, targets: Targets, methods: Sequence[ChoiceMethod] = (*AT_ONCE, *LEARNING)) -> Profile:

@@ -208,6 +208,14 @@ class Problem(Measured):
             before = whole
         return found, biases
 
+    def chosen(self) -> Solution:
+        """What the profile's own choices come to."""
+        index = np.array([self.options.index(Choice.from_dict(told)) for told in self.header.choices])
+        chosen = index[self.profile.tensors["choice"][:, 0].numpy()]
+        anchor, steps = self.profile.tensors["anchor"][:, 0].numpy() > 0, np.arange(self.steps)
+        begin = np.where(chosen >= self.singles, np.maximum.accumulate(np.where(anchor, steps, 0), 1), steps)
+        return self.account(chosen, anchor, begin)
+
     def uniform(self, config: SparseConfig, k: int) -> Solution:
         """What a uniform config at rung k would do, staggering aside."""
         x, steps = self.ran.shape

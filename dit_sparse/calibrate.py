@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from dit_sparse.choices import Rung
 from dit_sparse.config import SparseConfig
 from dit_sparse.profile import Profile
 from dit_sparse.video import check_place
+
+if TYPE_CHECKING:
+    from dit_sparse.calibration.fit import Verified
 
 DISTANCES = (1, 2, 4, 8)
 BINS = 8
@@ -101,7 +104,8 @@ class FitOptions:
     methods: tuple[Fitted, ...] = ALL
     """Which methods may be chosen; calibrated is Re-ttention with the profile's rho instead of refresh steps."""
     verify: Path | None = None
-    """Prompts file; make these, dense and with the profile, and print what is measured beside what is predicted."""
+    """Prompts file; make these, dense and with the profile, and print what is measured beside what is predicted. A
+    later fit of output_file predicts by these prompts, too."""
     num_inference_steps: int | None = None
     """Steps to verify with; those of the profile if not given."""
     model_id: str | None = None
@@ -180,7 +184,7 @@ def calibrate(options: CalibrateOptions) -> int:
 
 def fit(options: FitOptions) -> int:
     """Exit code. Raises ValueError for targets out of reach, with what is in reach."""
-    from dit_sparse.calibration.fit import Targets
+    from dit_sparse.calibration.fit import Targets, learned
     from dit_sparse.calibration.fit import fit as fitted
 
     if options.profile is None:
@@ -189,25 +193,30 @@ def fit(options: FitOptions) -> int:
     targets = Targets(
         options.target_psnr, options.target_speedup, options.target_work, options.max_state_gib, options.by
     )
-    unseen = None if options.verify is None else prompts.read(options.verify)
+    unseen = None if options.verify is None else prompts.read(options.verify, most=None)
     profile = Profile.load(options.profile)
-    seen = set(unseen or ()) & set(profile.header.prompts)
+    seen = set(unseen or ()) & set(profile.header.seen)
     if seen:
-        raise ValueError(f"verify is for prompts that were not calibrated on, and {min(seen)!r} was.")
+        raise ValueError(f"verify is for prompts that were not calibrated or verified on, and {min(seen)!r} was.")
     found = fitted(profile, targets, options.methods)
     found.save(output)
     print(f"{output}: {sentence(found)}")
     if unseen is not None:
-        measured = verify(output, found, options, unseen)
-        replace(found, header=replace(found.header, measured=measured)).save(output)
+        measured, made = verify(output, found, options, unseen)
+        known = found if made is None else learned(found, made)
+        replace(known, header=replace(known.header, measured=measured)).save(output)
         for name, value in measured.items():
             before = found.header.predicted.get(name)
             print(f"{name:10} predicted {'-' if before is None else f'{before:.2f}':>8}  measured {value:8.2f}")
     return 0
 
 
-def verify(path: Path, profile: Profile, options: FitOptions, unseen: tuple[str, ...]) -> dict[str, float]:
-    """The prompts dense and with the profile: mean PSNR in dB, speed-up of the transformers, attention work."""
+def verify(
+    path: Path, profile: Profile, options: FitOptions, unseen: tuple[str, ...]
+) -> tuple[dict[str, float], list["Verified"] | None]:
+    """The prompts dense and with the profile: mean PSNR in dB, speed-up of the transformers, attention work; and what
+    a later fit can learn of them, which is nothing with other steps than were calibrated."""
+    from dit_sparse.calibration.fit import Verified
     from dit_sparse.calibration.metrics import psnr
     from dit_sparse.pipelines.session import sparsify
 
@@ -226,24 +235,27 @@ def verify(path: Path, profile: Profile, options: FitOptions, unseen: tuple[str,
     run = _runner(pipe, request, files, None)
     bar, tick = _bar()
     bar.update(bar.task_ids[0], total=2 * len(unseen) * request.num_inference_steps)
-    quality, seconds, work = [], {"dense": 0.0, "sparse": 0.0}, []
+    quality, seconds, work, found = [], {"dense": 0.0, "sparse": 0.0}, [], []
     with bar:
         for number, prompt in enumerate(unseen):
-            made = {}
+            made, took = {}, {}
             for name, config in (("dense", SparseConfig("dense")), ("sparse", SparseConfig(profile=str(path)))):
                 with sparsify(pipe, config) as session:
                     done = partial(_told, tick, f"prompt {number + 1}, {name}")
                     made[name] = run(prompt, options.seed + number, done)
                     report = session.report()
-                    seconds[name] += sum(step.seconds for step in report.steps)
+                    took[name] = [step.seconds for step in report.steps]
+                    seconds[name] += sum(took[name])
             quality.append(min(psnr(made["sparse"], made["dense"]), 200.0))
             work.append(report.work)
-    return {
+            found.append(Verified(prompt, 10 ** (-quality[-1] / 10), took["sparse"], sum(took["dense"])))
+    measured = {
         "psnr_db": sum(quality) / len(quality),
         "speedup": seconds["dense"] / seconds["sparse"],
         "work": sum(work) / len(work),
         "seconds": seconds["sparse"] / len(unseen),
     }
+    return measured, found if request.num_inference_steps == len(header.levels) else None
 
 
 def sentence(profile: Profile) -> str:
@@ -252,7 +264,7 @@ def sentence(profile: Profile) -> str:
     # What is predicted is a mean over the prompts of the calibration, and no better known than that.
     differs = ""
     if spread is not None:
-        doubt = spread / math.sqrt(max(1, len(profile.header.prompts)))
+        doubt = spread / math.sqrt(max(1, len(profile.header.seen)))
         differs = (
             f", give or take {doubt:.1f}, for the mean of many prompts (one differs from it by about {spread:.1f})"
         )

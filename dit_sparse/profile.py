@@ -77,6 +77,12 @@ class Header:
         return found
 
     @property
+    def seen(self) -> tuple[str, ...]:
+        """The prompts that predictions come from: those calibrated on, and those verified on by a fit before."""
+        verified = (trial.get("verified") for trial in self.effects.get("trials", ()))
+        return (*self.prompts, *(prompt for prompt in verified if prompt is not None))
+
+    @property
     def ladder(self) -> tuple[Rung, ...]:
         return tuple(Rung(*rung) for rung in self.rungs)
 

@@ -11,11 +11,11 @@ def test_one_prompt_a_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "holds no prompt: write from one to 8, one a line."),
+        (b"", "holds no prompt: write one or more, one a line."),
         (b"  \n\n", "holds no prompt"),
         (b"one\n\ntwo\n", "Line 2 of .* is empty"),
         (b"one\ntwo \xff\n", "is not UTF-8: line 2 holds a byte"),
-        (b"a\n" * 9, "holds 9 prompts, and calibration takes at most 8."),
+        (b"a\n" * 9, "holds 9 prompts, and at most 8 are taken."),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, said):

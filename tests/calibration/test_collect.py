@@ -371,7 +371,29 @@ def test_verify_measures_on_unseen_prompts(model, here, capsys):
     measured = Profile.load("f.safetensors").header.measured
     assert set(measured) == {"psnr_db", "speedup", "work", "seconds"} and measured["psnr_db"] > 25
     said = refused(capsys, *fitted("--target_psnr", "40", "--verify", "p.txt"))
-    assert "verify is for prompts that were not calibrated on" in said
+    assert "verify is for prompts that were not calibrated or verified on" in said
+
+
+def test_a_later_fit_knows_what_was_verified(model, here, capsys):
+    unseen = [f"a ball of size {number}" for number in range(9)]
+    (here / "u.txt").write_text("\n".join(unseen))
+    assert main(fitted("--target_work", "0.5", "--verify", "u.txt", "--model_id", str(model))) == 0
+    first = Profile.load("f.safetensors").header
+    assert first.seen == (*first.prompts, *unseen)
+    *_, tried = first.effects["trials"]
+    assert tried["error"] > 0 and tried["seconds"] > 0 and len(tried["direct"]) == len(first.levels)
+    assert main(["fit", "--profile", "f.safetensors", "--output_file", "g.safetensors", "--target_work", "0.5"]) == 0
+    second = Profile.load("g.safetensors").header
+    assert second.measured == {} and second.seen == first.seen
+    # Of nine prompts beside two, that quality is most of what the next fit goes by.
+    gap, before = (abs(first.measured["psnr_db"] - h.predicted["psnr_db"]) for h in (second, first))
+    assert gap < 0.3 * before + 0.2
+    again = ["fit", "--profile", "g.safetensors", "--output_file", "h.safetensors", "--target_work", "0.4"]
+    assert "'a ball of size 0' was" in refused(capsys, *again, "--verify", "u.txt")
+    # Errors of other steps say nothing of those of these.
+    (here / "v.txt").write_text("a blue ball\n")
+    other = ["--verify", "v.txt", "--num_inference_steps", "3", "--model_id", str(model)]
+    assert main([*again, *other]) == 0 and Profile.load("h.safetensors").header.seen == first.seen
 
 
 def test_a_share_of_work_is_a_target(model, here, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dit_sparse.calibration import paths
-from dit_sparse.calibration.fit import Targets, fit, solve, try_out
+from dit_sparse.calibration.fit import Targets, Verified, fit, learned, solve, try_out
 from dit_sparse.calibration.paths import Problem
 from dit_sparse.choices import Choice
 from dit_sparse.config import SparseConfig
@@ -228,6 +228,32 @@ def test_predictions_of_a_trial_are_the_trial():
     problem.header.effects["trials"].append(profiles.trial(6, error=4 * tried["error"]))
     both = Problem(problem.profile)
     assert both.frames_error(added) == pytest.approx(2 * tried["error"])
+
+
+def test_choices_that_were_written_come_to_what_was_solved():
+    made = profiles.profile()
+    for targets in (Targets(work=0.5), Targets(speedup=1.3), Targets(psnr=30.0, by="work")):
+        by = "work" if targets.counts_work else "seconds"
+        path, chosen = solve(Problem(made, by=by), targets), Problem(fit(made, targets), by=by).chosen()
+        assert np.array_equal(chosen.option, path.option) and np.array_equal(chosen.anchor, path.anchor)
+        assert np.array_equal(chosen.direct, path.direct) and chosen.seconds == path.seconds
+        assert (chosen.psnr, chosen.work, chosen.cost) == (path.psnr, path.work, path.cost)
+
+
+def test_what_was_verified_is_a_trial_of_another_prompt():
+    made = fit(profiles.profile(), Targets(work=0.5))
+    predicted, whole = Problem(made).chosen(), made.header.seconds["transformers"]
+    seconds = [predicted.seconds / 6 / 4] * 6
+    known = learned(made, [Verified(name, 4 * predicted.error, seconds, whole / 4) for name in ("a", "b")])
+    assert known.header.predicted == made.header.predicted and known.header.seen == ("a red ball", "a", "b")
+    assert [t["prompt"] for t in known.header.effects["trials"][1:]] == [1, 2]
+    # Two prompts of three say four times the error, and the third, of other choices, leaves room for a slope.
+    lower = predicted.psnr - Problem(known).chosen().psnr
+    assert 10 * math.log10(4) * 2 / 3 <= lower <= 10 * math.log10(4)
+    # The machine was four times as fast, and no choice faster than it should be.
+    assert Problem(known).chosen().seconds == pytest.approx(predicted.seconds, rel=0.05)
+    third = learned(known, [Verified("c", predicted.error, seconds, whole / 4)])
+    assert third.header.effects["trials"][-1]["prompt"] == 3 and third.header.seen[-1] == "c"
 
 
 def test_trials_far_apart_say_how_errors_add_up():
