@@ -69,6 +69,9 @@ def measure(pipe: WanPipeline, configs: dict[str, SparseConfig], scenes: tuple, 
     for label, config in configs.items():
         seconds, work, clips = 0.0, [], []
         with sparsify(pipe, config) as session:
+            if pipe.device.type == "cuda":
+                # A GPU compiles kernels at first use, which is in no time that counts.
+                check_prompts.generate(pipe, captions[: settings.batch], seeds[: settings.batch], settings)
             for first in range(0, len(scenes), settings.batch):
                 part = slice(first, first + settings.batch)
                 clips.append(check_prompts.generate(pipe, captions[part], seeds[part], settings))
