@@ -38,7 +38,7 @@ def measure(
     generation = Generation(SparseConfig("dense"), [alone])
 
     def timed(choice: Choice, at_anchor: bool = False) -> float:
-        rho = torch.full((heads, -(-grid.tokens // base.block_size(grid.tokens))), 0.5, device=q.device)
+        rho = torch.full((heads, base.layout(grid).blocks), 0.5, device=q.device)
         phase: Phase = "dense" if choice is DENSE else "anchor" if at_anchor else "sparse"
         part = Part(
             alone, None, phase, choice.config(base), choice.residual, rho if choice.method == "calibrated" else None

@@ -74,7 +74,7 @@ def attend_part(
         raise ValueError(
             f"{layer.name} was given {q.shape[2]} tokens, but its grid has {tokens} and {text_mask.shape[1]} of text."
         )
-    layout = Layout(generation.grid, text, config.block_size(tokens), config.key_block_size(tokens))
+    layout = config.layout(generation.grid, text)
     if text == 0:
         text_mask = key_mask = None
     elif before and text_mask is not None:
@@ -92,7 +92,7 @@ def attend_part(
     if not order.is_raster and q.is_cuda and (config.has_tail or (routes and not config.has_pattern)):
         lengths = layout.key_lengths(q.device)
         wants = wanted(config, routes=routes)
-        (q, k, v), stats = permute_pooled((q, k, v), order.take, lengths, block=layout.key_block, wants=wants)
+        (q, k, v), stats = permute_pooled((q, k, v), order.take, lengths, block=layout.key_size, wants=wants)
         pooled = pooled_of(stats, layout, lengths)
     elif not order.is_raster:
         q, k, v = permute((q, k, v), order.take)
@@ -115,7 +115,7 @@ def attend_part(
         assert isinstance(learned, Learned)
         out, routed = _between(call, learned, moment.step), learned.visited
     possible = q.shape[0] * q.shape[1] * layout.blocks * layout.key_blocks
-    visited = torch.stack(call.listed).sum() * (layout.block * layout.key_block)
+    visited = torch.stack(call.listed).sum() * (layout.block * layout.key_size)
     _account(call, layer, generation)
     generation.tally.sparse(moment.step, part.phase, pairs, call.known, visited, routed, possible)
     return out if order.is_raster or scatter is not None else permute((out,), order.place)[0]

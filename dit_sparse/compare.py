@@ -244,7 +244,7 @@ def _as_much_work(
         return sum(predict.attention_work(shape, config, request.num_inference_steps))
 
     target = work(leader) + 1e-9
-    blocks = -(-shape.grid.tokens // config.block_size(shape.grid.tokens))
+    blocks = config.layout(shape.grid).key_blocks
     # Densities between two of these keep equally many blocks.
     steps = [replace(config, density=min((n + 0.5) / blocks, 1.0)) for n in range(1, blocks + 1)]
     low, high = 0, len(steps)

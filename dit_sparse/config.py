@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dit_sparse import schedule
+
+if TYPE_CHECKING:
+    from dit_sparse.layout import Layout, TokenGrid
 
 Method = Literal[
     "anchor", "tail", "reshape", "rectify", "none", "topp", "svg", "sta", "radial", "ditfastattn", "dense"
@@ -224,6 +227,13 @@ class SparseConfig:
         block = self.block_size(tokens)
         self._fit_together(block)
         return block if self.key_block == "auto" else self.key_block
+
+    def layout(self, grid: "TokenGrid", text: int = 0) -> "Layout":
+        """The blocks of an attention call; raises ValueError where key_block is more than a block of queries."""
+        # Torch comes with it, and a config alone does without.
+        from dit_sparse.layout import Layout
+
+        return Layout(grid, text, self.block_size(grid.tokens), self.key_block_size(grid.tokens))
 
     def _fit_together(self, block: int) -> None:
         if self.key_block != "auto" and self.key_block > block:

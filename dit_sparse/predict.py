@@ -6,7 +6,7 @@ from typing import get_args
 
 from dit_sparse import schedule
 from dit_sparse.config import SparseConfig, Storage
-from dit_sparse.layout import TokenGrid
+from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.patterns import Pattern, pattern_mask
 from dit_sparse.residual import bytes_per_row
 from dit_sparse.state import Generation, Phase
@@ -81,11 +81,11 @@ def predict(shape: ModelShape, config: SparseConfig, steps: int) -> Prediction:
     """`steps` is the number of denoising steps; raises ValueError if the config names steps or layers beyond it."""
     share = attention_share(shape)
     dense, sparse = attention_work(shape, config, steps)
-    block = config.key_block_size(shape.grid.tokens)
+    layout = config.layout(shape.grid)
     return Prediction(
         tokens=shape.grid.tokens,
-        block=block,
-        blocks=-(-shape.grid.tokens // block),
+        block=layout.key_size,
+        blocks=layout.key_blocks,
         attention_share=share,
         work=dense + sparse,
         ceiling=1 / (1 - share),
@@ -108,19 +108,17 @@ def attention_share(shape: ModelShape) -> float:
 
 def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple[float, float]:
     """Self-attention work of a run relative to dense, done by the dense and by the block-sparse kernel."""
-    tokens = shape.grid.tokens
-    block, key_block = config.block_size(tokens), config.key_block_size(tokens)
-    rows, blocks = -(-tokens // block), -(-tokens // key_block)
-    padding = (rows * block / tokens) * (blocks * key_block / tokens)
-    tail = blocks / tokens if config.has_tail else 0.0
-    text = shape.joint_text
+    tokens, text = shape.grid.tokens, shape.joint_text
+    layout = config.layout(shape.grid, text)
+    padding = (layout.blocks * layout.block / tokens) * (layout.key_blocks * layout.key_size / tokens)
+    tail = layout.key_blocks / tokens if config.has_tail else 0.0
     # Text attends to all, and all attend to text.
     whole, of_text = (tokens + text) ** 2, 2 * tokens * text + text**2
 
     def sparse_pairs(share: float, stand_in: float) -> float:
         return (tokens**2 * (padding * share + stand_in) + of_text) / whole
 
-    sparse_call = sparse_pairs(_share(config, shape.grid, key_block), tail)
+    sparse_call = sparse_pairs(_share(config, layout), tail)
     in_full = dense_layers(config, shape.layers)
     dense_steps = _named(config, "dense_steps", steps)
     dense = sparse = 0.0
@@ -138,7 +136,7 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
                 if config.anchor_density is None or step in dense_steps or "anchor" not in told[:step]:
                     dense += 1
                 else:
-                    sparse += sparse_pairs(_kept(config.anchor_density, blocks) / blocks, 0)
+                    sparse += sparse_pairs(_kept(config.anchor_density, layout.key_blocks) / layout.key_blocks, 0)
     return dense / (steps * shape.layers), sparse / (steps * shape.layers)
 
 
@@ -146,13 +144,12 @@ def state_bytes(shape: ModelShape, config: SparseConfig) -> dict[str, int]:
     """Storage -> bytes that the method remembers between steps: one residual row per query, and the plan."""
     if not config.keeps_rows:
         return {}
-    tokens = shape.grid.tokens
-    block, key_block = config.block_size(tokens), config.key_block_size(tokens)
-    rows, blocks = -(-tokens // block), -(-tokens // key_block)
+    tokens, layout = shape.grid.tokens, config.layout(shape.grid)
     sparse_layers = shape.layers - len(dense_layers(config, shape.layers))
     calls = sparse_layers * shape.branches * shape.heads
     # A list of key blocks has room for the block's own, and has its length beside it; all are int32.
-    plan = calls * rows * (_kept(config.density, blocks) + block // key_block + 1) * 4
+    listed = _kept(config.density, layout.key_blocks) + layout.block // layout.key_size
+    plan = calls * layout.blocks * (listed + 1) * 4
     rho = calls * tokens * 4 if config.method == "reshape" else 0
     return {kind: int(calls * tokens * bytes_per_row(shape.head_dim, kind)) + plan + rho for kind in get_args(Storage)}
 
@@ -176,16 +173,16 @@ def phases(config: SparseConfig, steps: int, offset: int = 0) -> tuple[Phase, ..
     return tuple(generation.phase_at(step, steps, offset) for step in range(steps))
 
 
-def _share(config: SparseConfig, grid: TokenGrid, block: int) -> float:
+def _share(config: SparseConfig, layout: Layout) -> float:
     """Share of the pairs of blocks in the plan of a sparse call."""
-    blocks = -(-grid.tokens // block)
+    blocks = layout.key_blocks
     if config.method == "topp":
         return max(int(config.density * blocks**2), blocks) / blocks**2
     if not config.has_pattern:
         return _kept(config.density, blocks) / blocks
     kinds: tuple[Pattern, ...] = ("spatial", "temporal") if config.method == "svg" else (config.method,)  # type: ignore[assignment]
     # Which heads are of which kind depends on the input, and both patterns are cut to the same density.
-    masks = [pattern_mask(kind, grid, block, config.density, config.first_frame) for kind in kinds]
+    masks = [pattern_mask(kind, layout.grid, layout.block, config.density, config.first_frame) for kind in kinds]
     return sum(mask.float().mean().item() for mask in masks) / len(masks)
 
 

@@ -322,7 +322,7 @@ class Generation:
                 phase = "sparse" if known else "anchor"
             rho = group.rho
             if rho is not None:
-                rho = per_block(rho, -(-self.grid.tokens // group.config.block_size(self.grid.tokens)))
+                rho = per_block(rho, group.config.layout(self.grid).blocks)
             parts.append(
                 Part(
                     replace(layer, name=group.name, heads=len(group.heads)),
@@ -465,15 +465,13 @@ class Generation:
         """What one layer remembers, all branches and batch rows together."""
         assert self.grid is not None
         config = config or self.config
-        tokens = self.grid.tokens
-        block, key_block = config.block_size(tokens), config.key_block_size(tokens)
-        blocks, key_blocks = -(-tokens // block), -(-tokens // key_block)
+        tokens, layout = self.grid.tokens, config.layout(self.grid)
         _, forced = forced_blocks(
-            config.order, self.grid, config.tile, block, key_block, config.neighbours, config.first_frame,
+            config.order, self.grid, config.tile, layout.block, layout.key_size, config.neighbours, config.first_frame,
             torch.device("cpu"),
         )  # fmt: skip
-        kept = key_blocks if config.top_p else max(1, int(config.density * key_blocks))
-        plan = blocks * (1 + min(kept + forced, key_blocks)) * 4
+        kept = layout.key_blocks if config.top_p else max(1, int(config.density * layout.key_blocks))
+        plan = layout.blocks * (1 + min(kept + forced, layout.key_blocks)) * 4
         rho = tokens * 4 if config.method == "reshape" else 0
         residual = tokens * bytes_per_row(layer.head_dim, kind)
         if branches is not None:
