@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import get_args
 
-from dit_sparse import schedule
+from dit_sparse.choices import Phase
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.patterns import Pattern, pattern_mask
+from dit_sparse.phases import named, planned_phase
 from dit_sparse.residual import bytes_per_row
-from dit_sparse.state import Generation, Phase
 
 # How fast kept work runs beside dense attention, between what the tables of kernels/README.md give at 10 % density:
 # 0.7 on a CPU with AVX-512 (`bench attention`), 0.8 for the bare kernel and cuDNN on an H200 (`bench operator`).
@@ -120,7 +120,7 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
 
     sparse_call = sparse_pairs(_share(config, layout), tail)
     in_full = dense_layers(config, shape.layers)
-    dense_steps = _named(config, "dense_steps", steps)
+    dense_steps = named(config, "dense_steps", steps)
     dense = sparse = 0.0
     for layer in range(shape.layers):
         told = phases(config, steps, layer if config.stagger else 0)
@@ -156,21 +156,13 @@ def state_bytes(shape: ModelShape, config: SparseConfig) -> dict[str, int]:
 
 def dense_layers(config: SparseConfig, layers: int) -> frozenset[int]:
     """Which of a transformer's layers are dense at every step."""
-    return _named(config, "dense_layers", layers)
-
-
-def _named(config: SparseConfig, name: str, total: int) -> frozenset[int]:
-    try:
-        return schedule.span(getattr(config, name), total)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    return named(config, "dense_layers", layers)
 
 
 @lru_cache(maxsize=256)
 def phases(config: SparseConfig, steps: int, offset: int = 0) -> tuple[Phase, ...]:
     """What each of `steps` steps is, for a layer whose anchors are shifted by `offset`."""
-    generation = Generation(config)
-    return tuple(generation.phase_at(step, steps, offset) for step in range(steps))
+    return tuple(planned_phase(config, step, steps, offset) for step in range(steps))
 
 
 def _share(config: SparseConfig, layout: Layout) -> float:
