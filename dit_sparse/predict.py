@@ -7,9 +7,9 @@ from typing import get_args
 from dit_sparse.choices import Phase
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.memory import bytes_per_head
 from dit_sparse.patterns import Pattern, pattern_mask
 from dit_sparse.phases import named, planned_phase
-from dit_sparse.residual import bytes_per_row
 
 # How fast kept work runs beside dense attention, between what the tables of kernels/README.md give at 10 % density:
 # 0.7 on a CPU with AVX-512 (`bench attention`), 0.8 for the bare kernel and cuDNN on an H200 (`bench operator`).
@@ -144,14 +144,9 @@ def state_bytes(shape: ModelShape, config: SparseConfig) -> dict[str, int]:
     """Storage -> bytes that the method remembers between steps: one residual row per query, and the plan."""
     if not config.keeps_rows:
         return {}
-    tokens, layout = shape.grid.tokens, config.layout(shape.grid)
     sparse_layers = shape.layers - len(dense_layers(config, shape.layers))
-    calls = sparse_layers * shape.branches * shape.heads
-    # A list of key blocks has room for the block's own, and has its length beside it; all are int32.
-    listed = _kept(config.density, layout.key_blocks) + layout.block // layout.key_size
-    plan = calls * layout.blocks * (listed + 1) * 4
-    rho = calls * tokens * 4 if config.method == "reshape" else 0
-    return {kind: int(calls * tokens * bytes_per_row(shape.head_dim, kind)) + plan + rho for kind in get_args(Storage)}
+    heads = sparse_layers * shape.branches * shape.heads
+    return {kind: int(heads * bytes_per_head(config, shape.grid, shape.head_dim, kind)) for kind in get_args(Storage)}
 
 
 def dense_layers(config: SparseConfig, layers: int) -> frozenset[int]:
