@@ -63,6 +63,8 @@ class CompareOptions:
     """Steps from one refresh to the next, for methods that remember; each has its own if not given."""
     block: int | Literal["auto"] = SparseConfig.block
     """Tokens per block, as in generate."""
+    key_block: int | Literal["auto"] = SparseConfig.key_block
+    """Tokens per block of keys, as in generate, for the methods that take it."""
     first_frame: bool = False
     """Also keep the blocks of the first frame, with every method."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

@@ -7,7 +7,7 @@ from dit_sparse import predict
 from dit_sparse.calibration import extras
 from dit_sparse.calibration.runs import Setting
 from dit_sparse.compare import CompareOptions
-from dit_sparse.config import Method, Precision, SparseConfig
+from dit_sparse.config import Method, Precision, SparseConfig, takes
 from dit_sparse.generate import Request
 from dit_sparse.models import ModelFiles
 from dit_sparse.pipelines.session import FAMILIES
@@ -59,16 +59,20 @@ def settings_of(options: CompareOptions, request: Request, files: ModelFiles) ->
                 found[label] = setting | {"name": label, "config": config, "density": density}
     if options.refresh_every is not None and not any(values["config"].learns for values in found.values()):
         raise ValueError("refresh_every only means something to methods that remember, and none was asked for.")
+    if options.key_block != "auto" and all(values["config"].key_block == "auto" for values in found.values()):
+        able = " or ".join(method for method in get_args(Method) if takes(method, "key_block"))
+        raise ValueError(f"key_block only means something to method {able}, and none of these was asked for.")
     return [Setting(**values) for values in found.values()]
 
 
-def _config(options: CompareOptions, method: str, density: float) -> SparseConfig:
+def _config(options: CompareOptions, method: Method, density: float) -> SparseConfig:
     config = SparseConfig(
-        method,  # type: ignore[arg-type]  # checked by the config itself
+        method,
         density=density,
         dense_steps=options.dense_steps,
         dense_layers=options.dense_layers,
         block=options.block,
+        key_block=options.key_block if takes(method, "key_block") else SparseConfig.key_block,
         first_frame=options.first_frame,
     )
     return replace(config, refresh_every=options.refresh_every) if config.learns else config

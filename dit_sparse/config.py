@@ -152,11 +152,9 @@ class SparseConfig:
                 if getattr(self, field.name) != field.default:
                     raise ValueError(f"A profile decides on {field.name}: leave out either of the two.")
                 continue
-            methods = _ONLY_FOR.get(field.name)
-            if methods and self.method not in methods and getattr(self, field.name) != field.default:
-                raise ValueError(
-                    f"{field.name} only means something to method {' or '.join(methods)}, not to {self.method!r}."
-                )
+            if not takes(self.method, field.name) and getattr(self, field.name) != field.default:
+                methods = " or ".join(_ONLY_FOR[field.name])
+                raise ValueError(f"{field.name} only means something to method {methods}, not to {self.method!r}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SparseConfig":
@@ -238,6 +236,11 @@ class SparseConfig:
     def _fit_together(self, block: int) -> None:
         if self.key_block != "auto" and self.key_block > block:
             raise ValueError(f"key_block is at most the block of {block} tokens, not {self.key_block}.")
+
+
+def takes(method: Method, option: str) -> bool:
+    """Whether an option of the config means something to a method."""
+    return method in _ONLY_FOR.get(option, get_args(Method))
 
 
 def _is_number(value: object) -> bool:
