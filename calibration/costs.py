@@ -43,7 +43,7 @@ def measure(
         part = Part(
             alone, None, phase, choice.config(base), choice.residual, rho if choice.method == "calibrated" else None
         )
-        return _least(lambda: attend_part(q, k, v, part, generation, None, None), repeats, q.device) / heads
+        return _least(lambda: attend_part(q, k, v, part, generation, None), repeats, q.device) / heads
 
     generation.enter(grid, batch=q.shape[0], device=q.device, timestep=0.0, branch="cond", step=0, total=1)
     found: dict[str, Any] = {"dense": timed(DENSE)}
