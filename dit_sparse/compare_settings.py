@@ -65,9 +65,9 @@ def settings_of(options: CompareOptions, request: Request, files: ModelFiles) ->
     return [Setting(**values) for values in found.values()]
 
 
-def _config(options: CompareOptions, method: Method, density: float) -> SparseConfig:
+def _config(options: CompareOptions, method: str, density: float) -> SparseConfig:
     config = SparseConfig(
-        method,
+        method,  # type: ignore[arg-type]  # checked by the config itself
         density=density,
         dense_steps=options.dense_steps,
         dense_layers=options.dense_layers,

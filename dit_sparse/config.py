@@ -115,7 +115,7 @@ class SparseConfig:
         _one_of("residual", self.residual, ("auto", *get_args(Storage)))
         for name in ("block", "key_block"):
             _one_of(name, getattr(self, name), ("auto", 16, 32, 64, 128))
-        if "auto" not in (self.block, self.key_block):
+        if self.block != "auto":
             self._fit_together(self.block)
         for name in ("density", "top_p", "anchor_density"):
             value = getattr(self, name)
@@ -238,7 +238,7 @@ class SparseConfig:
             raise ValueError(f"key_block is at most the block of {block} tokens, not {self.key_block}.")
 
 
-def takes(method: Method, option: str) -> bool:
+def takes(method: str, option: str) -> bool:
     """Whether an option of the config means something to a method."""
     return method in _ONLY_FOR.get(option, get_args(Method))
 

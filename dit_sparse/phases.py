@@ -26,17 +26,17 @@ def named(config: SparseConfig, option: str, total: int | None) -> frozenset[int
 
 def planned_phase(config: SparseConfig, step: int, total: int | None, offset: int = 0) -> Phase:
     """The phase of a step in a run that skips none, for a layer whose anchors are shifted by `offset`."""
-    learns, dense = config.learns, named(config, "dense_steps", total)
+    learns, every, dense = config.learns, config.interval, named(config, "dense_steps", total)
     first = next((i for i in range(step + 1) if i not in dense), None)
-    if config.method == "dense" or first is None or (step in dense and (config.interval is None or not learns)):
+    if config.method == "dense" or first is None or (step in dense and (every is None or not learns)):
         return "dense"
-    if config.interval is None:
+    if every is None:
         return "anchor" if learns and step == first else "sparse"
     if not learns:
-        return "dense" if (step - first) % config.interval == 0 else "sparse"
+        return "dense" if (step - first) % every == 0 else "sparse"
 
     def due(i: int) -> bool:
-        return (i - first + offset) % config.interval == 0
+        return (i - first + offset) % every == 0
 
     anchor = first
     for i in range(first + 1, step + 1):
@@ -44,7 +44,7 @@ def planned_phase(config: SparseConfig, step: int, total: int | None, offset: in
             # What a dense step knows serves the steps after it, unless there are none or they learn themselves.
             if i + 1 not in dense and i + 1 != total and not due(i + 1):
                 anchor = i
-        elif due(i) or i - anchor >= config.interval:
+        elif due(i) or i - anchor >= every:
             anchor = i
     if anchor == step:
         return "anchor"

@@ -283,7 +283,7 @@ class Generation:
         """What the heads of this layer do in this forward; what no later step will use is forgotten."""
         if self.profile is None or self.moment is None or self._table is None or self.grid is None:
             phase, config = self.phase(layer), self.config
-            if phase == "anchor" and self._in_full(self.moment):
+            if phase == "anchor" and self._in_full():
                 # The user wants this step in full, whatever anchors are otherwise.
                 config = replace(config, anchor_density=None)
             return (Part(layer, None, phase, config, self.storage),)
@@ -330,12 +330,13 @@ class Generation:
             return "anchor"
         if learned.step == moment.step:
             # A second look at a dense step is dense, too.
-            return "dense" if self._in_full(moment) else "sparse"
+            return "dense" if self._in_full() else "sparse"
         late = config.interval is not None and moment.step - learned.step >= config.interval
         return "anchor" if late or planned == "anchor" else "sparse"
 
-    def _in_full(self, moment: Moment) -> bool:
-        return moment.step in named(self.config, "dense_steps", moment.total)
+    def _in_full(self) -> bool:
+        assert self.moment is not None
+        return self.moment.step in named(self.config, "dense_steps", self.moment.total)
 
     def phase_at(self, step: int, total: int | None, offset: int = 0) -> Phase:
         """The phase of a step in a run that skips none, for a layer whose anchors are shifted by `offset`; with a
