@@ -38,12 +38,12 @@ def measure(
     generation = Generation(SparseConfig("dense"), [alone])
 
     def timed(choice: Choice, at_anchor: bool = False) -> float:
-        rho = torch.full((heads, -(-grid.tokens // base.block_size(grid.tokens))), 0.5, device=q.device)
+        rho = torch.full((heads, base.layout(grid).blocks), 0.5, device=q.device)
         phase: Phase = "dense" if choice is DENSE else "anchor" if at_anchor else "sparse"
         part = Part(
             alone, None, phase, choice.config(base), choice.residual, rho if choice.method == "calibrated" else None
         )
-        return _least(lambda: attend_part(q, k, v, part, generation, None, None), repeats, q.device) / heads
+        return _least(lambda: attend_part(q, k, v, part, generation, None), repeats, q.device) / heads
 
     generation.enter(grid, batch=q.shape[0], device=q.device, timestep=0.0, branch="cond", step=0, total=1)
     found: dict[str, Any] = {"dense": timed(DENSE)}

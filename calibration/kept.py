@@ -63,17 +63,17 @@ def kept(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, generation: G
     parts = generation.parts(layer)
     if all(part.phase == "dense" for part in parts):
         return None
-    sizes = next(_sizes(part, grid) for part in parts if part.phase != "dense")
-    layout, size = Layout(grid, before + behind, *sizes), sizes[1]
+    text = before + behind
+    layout = next(part.config.layout(grid, text) for part in parts if part.phase != "dense")
     blocks = np.ones((layer.heads, layout.key_blocks, layout.key_blocks), dtype=bool)
-    home = np.tile(np.arange(grid.tokens, dtype=np.int32) // size, (layer.heads, 1))
+    home = np.tile(np.arange(grid.tokens, dtype=np.int32) // layout.key_size, (layer.heads, 1))
     dense = np.zeros(layer.heads, dtype=bool)
     for part in parts:
         heads = np.arange(layer.heads)[slice(None) if part.heads is None else part.heads]
         if part.phase == "dense":
             dense[heads] = True
             continue
-        if _sizes(part, grid) != sizes:
+        if part.config.layout(grid, text) != layout:
             raise ValueError(f"{layer.name} has heads with blocks of different sizes, which share no map.")
         if part.config.method == "svg":
             _by_kind(part, layout, generation, heads, blocks, home)
@@ -81,13 +81,9 @@ def kept(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, generation: G
         some = [x if part.heads is None else x[:, part.heads] for x in (q, k, v)]
         mask, place = _of_part(part, layout, generation, some, text_mask, before)
         # A query block is as many rows of the map as it is blocks of keys.
-        blocks[heads] = mask.repeat(layout.block // size, 1)[:, : layout.key_blocks]
-        home[heads] = place // size
+        blocks[heads] = mask.repeat(layout.block // layout.key_size, 1)[:, : layout.key_blocks]
+        home[heads] = place // layout.key_size
     return Kept(grid, blocks, home, dense)
-
-
-def _sizes(part: Part, grid: TokenGrid) -> tuple[int, int]:
-    return part.config.block_size(grid.tokens), part.config.key_block_size(grid.tokens)
 
 
 def _of_part(

@@ -129,7 +129,7 @@ class Recorder:
         if branch not in self.found:
             self.found[branch] = self._empty(q.device)
         before, behind = self.generation.around(layer, q.shape[2])
-        layout = Layout(grid, before + behind, base.block_size(grid.tokens))
+        layout = base.layout(grid, before + behind)
         order = vision_first(base.order, grid, base.tile, q.device, before)
         if step >= self.steps // 2 and self.inputs is None:
             self.inputs = (layer, q.clone(), k.clone(), v.clone())

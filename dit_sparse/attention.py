@@ -32,40 +32,29 @@ def sparse_attention(
     """
     if generation.config.strict:
         _check_finite(layer, q=q, k=k, v=v)
+    if text_mask is not None:
+        _check_mask(text_mask, k.shape[2])
     generation.attending(len(q))
-    before = generation.text[0] if layer.joint else 0
-    key_mask = None if text_mask is None else _key_mask(text_mask, k.shape[2], before)
-    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None)
+    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], text_mask is not None)
     parts = generation.parts(layer)
     if len(parts) == 1:
-        return attend_part(q, k, v, parts[0], generation, text_mask, key_mask)
+        return attend_part(q, k, v, parts[0], generation, text_mask)
     out = torch.empty_like(q)
     for part in parts:
-        out[:, part.heads] = attend_part(
-            q[:, part.heads], k[:, part.heads], v[:, part.heads], part, generation, text_mask, key_mask
-        )
+        own = q[:, part.heads], k[:, part.heads], v[:, part.heads]
+        out[:, part.heads] = attend_part(*own, part, generation, text_mask)
     return out
 
 
 def attend_part(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    part: Part,
-    generation: Generation,
-    text_mask: Tensor | None,
-    key_mask: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, part: Part, generation: Generation, text_mask: Tensor | None
 ) -> Tensor:
     """`sparse_attention` of heads that do the same."""
     layer, config, moment = part.layer, part.config, generation.moment
     pairs = float(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
     if moment is None or generation.grid is None or part.phase == "dense":
         generation.tally.dense(moment.step if moment else 0, pairs)
-        chosen = generation.dense and generation.dense(layer, q, k, v, key_mask)
-        if chosen is not None:
-            return chosen
-        behind = not (layer.joint and generation.text[0])
-        return dense_attention(q, k, v, key_mask=text_mask if behind else key_mask)[0]
+        return _dense(q, k, v, layer, generation, text_mask)
 
     tokens = generation.grid.tokens
     before, behind = generation.around(layer, q.shape[2])
@@ -74,16 +63,14 @@ def attend_part(
         raise ValueError(
             f"{layer.name} was given {q.shape[2]} tokens, but its grid has {tokens} and {text_mask.shape[1]} of text."
         )
-    layout = Layout(generation.grid, text, config.block_size(tokens), config.key_block_size(tokens))
+    layout = config.layout(generation.grid, text)
     if text == 0:
-        text_mask = key_mask = None
-    elif before and text_mask is not None:
-        key_mask = _key_mask(text_mask, k.shape[2], 0)
+        text_mask = None
     if config.method == "svg":
         first = vision_first("raster", layout.grid, config.tile, q.device, before)
         if before:
             q, k, v = permute((q, k, v), first.take)
-        out = _by_kind(q, k, v, part, layout, generation, text_mask, key_mask, pairs)
+        out = _by_kind(q, k, v, part, layout, generation, text_mask, pairs)
         return permute((out,), first.place)[0] if before else out
     order = _order(config, layout, q.device, before)
     routes = part.phase == "anchor" or not config.learns
@@ -92,7 +79,7 @@ def attend_part(
     if not order.is_raster and q.is_cuda and (config.has_tail or (routes and not config.has_pattern)):
         lengths = layout.key_lengths(q.device)
         wants = wanted(config, routes=routes)
-        (q, k, v), stats = permute_pooled((q, k, v), order.take, lengths, block=layout.key_block, wants=wants)
+        (q, k, v), stats = permute_pooled((q, k, v), order.take, lengths, block=layout.key_size, wants=wants)
         pooled = pooled_of(stats, layout, lengths)
     elif not order.is_raster:
         q, k, v = permute((q, k, v), order.take)
@@ -115,10 +102,28 @@ def attend_part(
         assert isinstance(learned, Learned)
         out, routed = _between(call, learned, moment.step), learned.visited
     possible = q.shape[0] * q.shape[1] * layout.blocks * layout.key_blocks
-    visited = torch.stack(call.listed).sum() * (layout.block * layout.key_block)
+    visited = torch.stack(call.listed).sum() * (layout.block * layout.key_size)
     _account(call, layer, generation)
     generation.tally.sparse(moment.step, part.phase, pairs, call.known, visited, routed, possible)
     return out if order.is_raster or scatter is not None else permute((out,), order.place)[0]
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, layer: Layer, generation: Generation, text_mask: Tensor | None) -> Tensor:
+    """By the kernel that the user chose for the layer, else by the fastest; the tokens are in the model's order."""
+    key_mask = None
+    if text_mask is not None:
+        text = text_mask.shape[1]
+        before = min(generation.text[0], text) if layer.joint else 0
+        end = k.shape[2] - text + before
+        vision = text_mask.new_ones(len(text_mask), end - before)
+        key_mask = torch.cat([text_mask[:, :before], vision, text_mask[:, before:]], dim=1)
+    chosen = generation.dense and generation.dense(layer, q, k, v, key_mask)
+    if chosen is not None:
+        return chosen
+    if text_mask is not None and before:
+        # It is all the same to a query where keys stand, and a mask of the last ones is faster.
+        k, v = (torch.cat([x[:, :, before:end], x[:, :, :before], x[:, :, end:]], dim=2) for x in (k, v))
+    return dense_attention(q, k, v, key_mask=text_mask)[0]
 
 
 def _account(call: "Call", layer: Layer, generation: Generation) -> None:
@@ -145,14 +150,13 @@ def _by_kind(
     layout: Layout,
     generation: Generation,
     text_mask: Tensor | None,
-    key_mask: Tensor | None,
     pairs: float,
 ) -> Tensor:
     """Sparse VideoGen: a dense step says which pattern each head has; after it, each kind in an order of its own."""
     config, moment = part.config, generation.moment
     assert moment is not None
     if part.phase == "anchor":
-        kinds = head_kinds(q, k, v, layout, config.density, config.first_frame, key_mask, moment.step)
+        kinds = head_kinds(q, k, v, layout, config.density, config.first_frame, text_mask, moment.step)
         generation.record(part.layer, kinds)
         out = dense_attention(q, k, v, key_mask=text_mask)[0]
     else:
@@ -373,14 +377,11 @@ class Call:
         return dense_attention(self.q, self.k, self.v, key_mask=self.text_mask)
 
 
-def _key_mask(text_mask: Tensor, keys: int, before: int) -> Tensor:
-    """[B, keys]: the mask of the text, `before` tokens of which come before the vision tokens."""
+def _check_mask(text_mask: Tensor, keys: int) -> None:
     if text_mask.dim() != 2 or text_mask.dtype != torch.bool or text_mask.shape[1] >= keys:
         raise ValueError(
             f"text_mask must be bool [B, text tokens] for {keys} keys, not {text_mask.dtype} {tuple(text_mask.shape)}."
         )
-    vision = text_mask.new_ones(len(text_mask), keys - text_mask.shape[1])
-    return torch.cat([text_mask[:, :before], vision, text_mask[:, before:]], dim=1)
 
 
 def _check_finite(layer: Layer, **tensors: Tensor) -> None:

@@ -238,13 +238,13 @@ def verify(
     for head, row in ((0, 0), (case.heads // 2, blocks // 2), (case.heads - 1, blocks - 1)):
         rows = slice(row * case.block, min((row + 1) * case.block, tokens))
         one = slice(head, head + 1)
-        part = [x[:, one, rows] for x in (q,)] + [x[:, one] for x in (k, v)]
+        some, keys, values = q[:, one, rows], k[:, one], v[:, one]
         listed = None
         if plan is not None:
             at = slice(row, row + 1)
             listed = BlockPlan(plan.counts[:, one, at], plan.indices[:, one, at], plan.key_blocks)
-        exact = _rows(*(x.double() for x in part), listed, correction, case, head, rows)
-        eager = _rows(*part, listed, correction, case, head, rows).double()
+        exact = _rows(some.double(), keys.double(), values.double(), listed, correction, case, head, rows)
+        eager = _rows(some, keys, values, listed, correction, case, head, rows).double()
         got = out[:, one, rows].double()
         band = 2 * ((exact.to(q.dtype) + 0.3 - 0.3).double() - exact).abs().max()
         allowed = 2 * (eager - exact).abs().max() + band
@@ -343,7 +343,7 @@ def calls(
     kernel = partial(block_attention, q, k, v, plan, block=case.block, key_block=case.key_block, text=case.text)
     if not q.is_cuda:
         return {"torch": partial(kernel, impl="torch")}
-    found = {"triton": partial(kernel, impl="triton")}
+    found: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"triton": partial(kernel, impl="triton")}
     if chosen_impl("auto", q, k, v, plan, case.block, None, key_block=case.key_block) == "gluon":
         found = {"gluon": partial(kernel, impl="gluon"), **found}
     if refused_8bit(q, k, v, plan, case.block, None, key_block=case.key_block) is None:

@@ -1,7 +1,9 @@
 """Times of the whole sparse step of a layer, and of its parts."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ def _operator_of(
 ) -> None:
     grid, scale = TokenGrid(*case.grid), case.head_dim**-0.5
     layer = Layer("layer", 0, 1, case.heads, case.head_dim)
-    sizes = {"block": case.block, "key_block": case.keys}
+    sizes: dict[str, Any] = {"block": case.block, "key_block": case.keys}
     config = SparseConfig(density=density, **sizes, dense_steps=0, residual="fp8")
     layout = Layout(grid, case.text, case.block, case.keys)
     order = token_order(config.order, grid, config.tile, bench.device)
@@ -59,7 +61,7 @@ def _operator_of(
         generation.enter(grid, batch=1, device=bench.device, timestep=0.0, step=step, total=100)
     for generation in (anchors, low):
         generation.record(layer, Learned(plan, residual, None, 0, plan.counts.sum()))
-    in_8bit = {}
+    in_8bit: dict[str, Callable[[], Any]] = {}
     if refused_8bit(q, k, v, plan, case.block, None, key_block=case.keys) is None:
         found = kernel(full, precision="8bit")[0]
         error = max(error, verify(q, k, v, plan, full, case, found, "8bit"))
@@ -68,7 +70,7 @@ def _operator_of(
             "whole, between anchors, 8bit": partial(sparse_attention, *qkv, layer, low),
         }
 
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "permute q, k, v": partial(permute, qkv, order.take),
         "statistics": partial(pool, q, k, v, layout, config),
         "permute with statistics": partial(

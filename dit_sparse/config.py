@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dit_sparse import schedule
+
+if TYPE_CHECKING:
+    from dit_sparse.layout import Layout, TokenGrid
 
 Method = Literal[
     "anchor", "tail", "reshape", "rectify", "none", "topp", "svg", "sta", "radial", "ditfastattn", "dense"
@@ -112,7 +115,7 @@ class SparseConfig:
         _one_of("residual", self.residual, ("auto", *get_args(Storage)))
         for name in ("block", "key_block"):
             _one_of(name, getattr(self, name), ("auto", 16, 32, 64, 128))
-        if "auto" not in (self.block, self.key_block):
+        if self.block != "auto":
             self._fit_together(self.block)
         for name in ("density", "top_p", "anchor_density"):
             value = getattr(self, name)
@@ -149,11 +152,9 @@ class SparseConfig:
                 if getattr(self, field.name) != field.default:
                     raise ValueError(f"A profile decides on {field.name}: leave out either of the two.")
                 continue
-            methods = _ONLY_FOR.get(field.name)
-            if methods and self.method not in methods and getattr(self, field.name) != field.default:
-                raise ValueError(
-                    f"{field.name} only means something to method {' or '.join(methods)}, not to {self.method!r}."
-                )
+            if not takes(self.method, field.name) and getattr(self, field.name) != field.default:
+                methods = " or ".join(_ONLY_FOR[field.name])
+                raise ValueError(f"{field.name} only means something to method {methods}, not to {self.method!r}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SparseConfig":
@@ -225,9 +226,21 @@ class SparseConfig:
         self._fit_together(block)
         return block if self.key_block == "auto" else self.key_block
 
+    def layout(self, grid: "TokenGrid", text: int = 0) -> "Layout":
+        """The blocks of an attention call; raises ValueError where key_block is more than a block of queries."""
+        # Torch comes with it, and a config alone does without.
+        from dit_sparse.layout import Layout
+
+        return Layout(grid, text, self.block_size(grid.tokens), self.key_block_size(grid.tokens))
+
     def _fit_together(self, block: int) -> None:
         if self.key_block != "auto" and self.key_block > block:
             raise ValueError(f"key_block is at most the block of {block} tokens, not {self.key_block}.")
+
+
+def takes(method: str, option: str) -> bool:
+    """Whether an option of the config means something to a method."""
+    return method in _ONLY_FOR.get(option, get_args(Method))
 
 
 def _is_number(value: object) -> bool:

@@ -244,7 +244,9 @@ def check(options: GenerateOptions, request: Request, files: models.ModelFiles) 
     for class_name, config in files.transformers.values():
         family = FAMILIES[class_name]
         models.check_size(family.size(config, files.vae), *sides)
-        predict.dense_layers(options.sparse, family.shape(config, *sides, files.vae).layers)
+        shape = family.shape(config, *sides, files.vae)
+        predict.dense_layers(options.sparse, shape.layers)
+        options.sparse.layout(shape.grid)
 
 
 def load(options: GenerateOptions, files: models.ModelFiles, device: torch.device, dtype: torch.dtype) -> Any:

@@ -24,15 +24,15 @@ class HeadKinds:
 
 
 def head_kinds(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, density: float, sink: bool, key_mask: Tensor | None, step: int
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, density: float, sink: bool, text_mask: Tensor | None, step: int
 ) -> HeadKinds:
     """q, k, v [B, H, L, D] in raster order, text last. A head is of the kind that leaves the smaller squared error on
     evenly spaced vision rows, spatial where they are equal. Reads the device."""
     vision, device = layout.grid.tokens, q.device
     rows = torch.linspace(0, vision - 1, min(SAMPLED_ROWS, vision), device=device).round().long()
     logits = q[:, :, rows].float() @ k.float().mT * q.shape[-1] ** -0.5
-    if key_mask is not None:
-        logits = logits.masked_fill(~key_mask[:, None, None], float("-inf"))
+    if text_mask is not None:
+        logits[..., vision:].masked_fill_(~text_mask[:, None, None], float("-inf"))
     exact = logits.softmax(-1) @ v.float()
     errors = []
     for kind in KINDS:

@@ -31,12 +31,10 @@ class Layout:
     grid: TokenGrid
     text: int = 0
     block: int = 128
-    key_block: int = 0
+    key_block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.key_block == 0:
-            object.__setattr__(self, "key_block", self.block)
-        if self.block % self.key_block:
+        if self.key_block is not None and (self.key_block < 1 or self.block % self.key_block):
             raise ValueError(f"key_block must divide a block of {self.block} tokens, not {self.key_block}.")
 
     @property
@@ -44,12 +42,17 @@ class Layout:
         return self.grid.tokens + self.text
 
     @property
+    def key_size(self) -> int:
+        """Tokens per block of keys."""
+        return self.block if self.key_block is None else self.key_block
+
+    @property
     def blocks(self) -> int:
         return -(-self.grid.tokens // self.block)
 
     @property
     def key_blocks(self) -> int:
-        return -(-self.grid.tokens // self.key_block)
+        return -(-self.grid.tokens // self.key_size)
 
     def lengths(self, device: torch.device | str) -> Tensor:
         """Real tokens per vision block, [N] int64; only the last can be short."""
@@ -57,7 +60,7 @@ class Layout:
 
     def key_lengths(self, device: torch.device | str) -> Tensor:
         """The same of blocks of keys."""
-        return block_lengths(self.grid.tokens, self.key_block, device)
+        return block_lengths(self.grid.tokens, self.key_size, device)
 
 
 def block_lengths(tokens: int, block: int, device: torch.device | str) -> Tensor:

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import get_args
 
-from dit_sparse import schedule
+from dit_sparse.choices import Phase
 from dit_sparse.config import SparseConfig, Storage
-from dit_sparse.layout import TokenGrid
+from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.memory import bytes_per_head
 from dit_sparse.patterns import Pattern, pattern_mask
-from dit_sparse.residual import bytes_per_row
-from dit_sparse.state import Generation, Phase
+from dit_sparse.phases import named, planned_phase
 
 # How fast kept work runs beside dense attention, between what the tables of kernels/README.md give at 10 % density:
 # 0.7 on a CPU with AVX-512 (`bench attention`), 0.8 for the bare kernel and cuDNN on an H200 (`bench operator`).
@@ -81,11 +81,11 @@ def predict(shape: ModelShape, config: SparseConfig, steps: int) -> Prediction:
     """`steps` is the number of denoising steps; raises ValueError if the config names steps or layers beyond it."""
     share = attention_share(shape)
     dense, sparse = attention_work(shape, config, steps)
-    block = config.key_block_size(shape.grid.tokens)
+    layout = config.layout(shape.grid)
     return Prediction(
         tokens=shape.grid.tokens,
-        block=block,
-        blocks=-(-shape.grid.tokens // block),
+        block=layout.key_size,
+        blocks=layout.key_blocks,
         attention_share=share,
         work=dense + sparse,
         ceiling=1 / (1 - share),
@@ -108,21 +108,19 @@ def attention_share(shape: ModelShape) -> float:
 
 def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple[float, float]:
     """Self-attention work of a run relative to dense, done by the dense and by the block-sparse kernel."""
-    tokens = shape.grid.tokens
-    block, key_block = config.block_size(tokens), config.key_block_size(tokens)
-    rows, blocks = -(-tokens // block), -(-tokens // key_block)
-    padding = (rows * block / tokens) * (blocks * key_block / tokens)
-    tail = blocks / tokens if config.has_tail else 0.0
-    text = shape.joint_text
+    tokens, text = shape.grid.tokens, shape.joint_text
+    layout = config.layout(shape.grid, text)
+    padding = (layout.blocks * layout.block / tokens) * (layout.key_blocks * layout.key_size / tokens)
+    tail = layout.key_blocks / tokens if config.has_tail else 0.0
     # Text attends to all, and all attend to text.
     whole, of_text = (tokens + text) ** 2, 2 * tokens * text + text**2
 
     def sparse_pairs(share: float, stand_in: float) -> float:
         return (tokens**2 * (padding * share + stand_in) + of_text) / whole
 
-    sparse_call = sparse_pairs(_share(config, shape.grid, key_block), tail)
+    sparse_call = sparse_pairs(_share(config, layout), tail)
     in_full = dense_layers(config, shape.layers)
-    dense_steps = _named(config, "dense_steps", steps)
+    dense_steps = named(config, "dense_steps", steps)
     dense = sparse = 0.0
     for layer in range(shape.layers):
         told = phases(config, steps, layer if config.stagger else 0)
@@ -138,7 +136,7 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
                 if config.anchor_density is None or step in dense_steps or "anchor" not in told[:step]:
                     dense += 1
                 else:
-                    sparse += sparse_pairs(_kept(config.anchor_density, blocks) / blocks, 0)
+                    sparse += sparse_pairs(_kept(config.anchor_density, layout.key_blocks) / layout.key_blocks, 0)
     return dense / (steps * shape.layers), sparse / (steps * shape.layers)
 
 
@@ -146,46 +144,32 @@ def state_bytes(shape: ModelShape, config: SparseConfig) -> dict[str, int]:
     """Storage -> bytes that the method remembers between steps: one residual row per query, and the plan."""
     if not config.keeps_rows:
         return {}
-    tokens = shape.grid.tokens
-    block, key_block = config.block_size(tokens), config.key_block_size(tokens)
-    rows, blocks = -(-tokens // block), -(-tokens // key_block)
     sparse_layers = shape.layers - len(dense_layers(config, shape.layers))
-    calls = sparse_layers * shape.branches * shape.heads
-    # A list of key blocks has room for the block's own, and has its length beside it; all are int32.
-    plan = calls * rows * (_kept(config.density, blocks) + block // key_block + 1) * 4
-    rho = calls * tokens * 4 if config.method == "reshape" else 0
-    return {kind: int(calls * tokens * bytes_per_row(shape.head_dim, kind)) + plan + rho for kind in get_args(Storage)}
+    heads = sparse_layers * shape.branches * shape.heads
+    return {kind: int(heads * bytes_per_head(config, shape.grid, shape.head_dim, kind)) for kind in get_args(Storage)}
 
 
 def dense_layers(config: SparseConfig, layers: int) -> frozenset[int]:
     """Which of a transformer's layers are dense at every step."""
-    return _named(config, "dense_layers", layers)
-
-
-def _named(config: SparseConfig, name: str, total: int) -> frozenset[int]:
-    try:
-        return schedule.span(getattr(config, name), total)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    return named(config, "dense_layers", layers)
 
 
 @lru_cache(maxsize=256)
 def phases(config: SparseConfig, steps: int, offset: int = 0) -> tuple[Phase, ...]:
     """What each of `steps` steps is, for a layer whose anchors are shifted by `offset`."""
-    generation = Generation(config)
-    return tuple(generation.phase_at(step, steps, offset) for step in range(steps))
+    return tuple(planned_phase(config, step, steps, offset) for step in range(steps))
 
 
-def _share(config: SparseConfig, grid: TokenGrid, block: int) -> float:
+def _share(config: SparseConfig, layout: Layout) -> float:
     """Share of the pairs of blocks in the plan of a sparse call."""
-    blocks = -(-grid.tokens // block)
+    blocks = layout.key_blocks
     if config.method == "topp":
         return max(int(config.density * blocks**2), blocks) / blocks**2
     if not config.has_pattern:
         return _kept(config.density, blocks) / blocks
     kinds: tuple[Pattern, ...] = ("spatial", "temporal") if config.method == "svg" else (config.method,)  # type: ignore[assignment]
     # Which heads are of which kind depends on the input, and both patterns are cut to the same density.
-    masks = [pattern_mask(kind, grid, block, config.density, config.first_frame) for kind in kinds]
+    masks = [pattern_mask(kind, layout.grid, layout.block, config.density, config.first_frame) for kind in kinds]
     return sum(mask.float().mean().item() for mask in masks) / len(masks)
 
 

@@ -51,7 +51,7 @@ def pool(q: Tensor, k: Tensor, v: Tensor, layout: Layout, config: SparseConfig, 
     of_q, of_k, of_v = wanted(config, routes=routes)
     lengths = layout.key_lengths(k.device)
 
-    def stats(x: Tensor, want: Want, lengths: Tensor = lengths, block: int = layout.key_block) -> BlockStats:
+    def stats(x: Tensor, want: Want, lengths: Tensor = lengths, block: int = layout.key_size) -> BlockStats:
         return block_stats(x[:, :, : layout.grid.tokens], lengths, block=block, want=want)
 
     of_queries = None if of_q is None else stats(q, of_q, layout.lengths(q.device), layout.block)
@@ -62,7 +62,7 @@ def pooled_of(stats: Sequence[BlockStats | None], layout: Layout, lengths: Tenso
     """The statistics of q, k and v, all by blocks of keys, lengths [Nk]; those of q are put together."""
     q, k, v = stats
     assert k is not None and v is not None
-    return Pooled(None if q is None else joined(q, lengths, layout.block // layout.key_block), k, v, lengths)
+    return Pooled(None if q is None else joined(q, lengths, layout.block // layout.key_size), k, v, lengths)
 
 
 def joined(stats: BlockStats, lengths: Tensor, count: int) -> BlockStats:
@@ -125,7 +125,7 @@ def route(
         scores = logits()
     made = logits if config.by_error else lambda: scores
     forced, most = forced_blocks(
-        config.order, layout.grid, config.tile, layout.block, layout.key_block, config.neighbours, config.first_frame,
+        config.order, layout.grid, config.tile, layout.block, layout.key_size, config.neighbours, config.first_frame,
         scores.device,
     )  # fmt: skip
     if config.method == "topp":

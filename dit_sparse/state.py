@@ -2,10 +2,8 @@
 
 import logging
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,17 +13,14 @@ from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned
 from dit_sparse.head_kinds import HeadKinds
 from dit_sparse.layout import TokenGrid
+from dit_sparse.memory import bytes_per_head, free_bytes, size
+from dit_sparse.phases import named, planned_phase
 from dit_sparse.profile import Profile
 from dit_sparse.report import Mark, Tally
-from dit_sparse.residual import bytes_per_row
-from dit_sparse.routing import forced_blocks
-from dit_sparse.schedule import span
 
 logger = logging.getLogger("dit_sparse")
 
 GIB = 1024**3
-# Share of the device's memory that is left to activations when the storage of residuals is chosen from what is free.
-RESERVE = 0.15
 
 
 class StateTooLarge(ValueError):
@@ -218,7 +213,7 @@ class Generation:
     def _store_again(self) -> None:
         if self.profile is not None or not self.config.keeps_rows:
             return
-        before, held = self.storage, sum(_size(x) for x in self.learned.values())
+        before, held = self.storage, sum(size(x) for x in self.learned.values())
         try:
             self.storage = self._choose_storage(held)
         except StateTooLarge:
@@ -244,9 +239,9 @@ class Generation:
         if self.profile is not None:
             self._lay_out(self.profile, total, levels)
             return
-        self._span("dense_steps", total)
+        named(self.config, "dense_steps", total)
         for layer in self.layers:
-            self._span("dense_layers", layer.of)
+            named(self.config, "dense_layers", layer.of)
         self.storage = self._choose_storage() if self.config.keeps_rows else None
 
     def _lay_out(self, profile: Profile, total: int | None, levels: Sequence[float] | None) -> None:
@@ -263,7 +258,7 @@ class Generation:
         heads = {layer.name: layer.heads * layer.shares for layer in self.layers}
         held = {layer.name: layer.held for layer in self.layers}
         self._table = profile.table(levels, heads, self._device, held)
-        free = _free_bytes(self._device) if self.config.max_state_gib is None else self.config.max_state_gib * GIB
+        free = free_bytes(self._device) if self.config.max_state_gib is None else self.config.max_state_gib * GIB
         need = self._planned_bytes(self._table)
         if need > free:
             raise StateTooLarge(
@@ -284,26 +279,11 @@ class Generation:
                         sums[step] = sums.get(step, 0.0) + need
         return max(sums.values(), default=0.0)
 
-    def _span(self, name: str, total: int | None) -> frozenset[int]:
-        spec = getattr(self.config, name)
-        if total is None:
-            # A count, and ranges from the start, name the same steps whatever their number.
-            if not isinstance(spec, int) and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", str(spec).replace(" ", "")):
-                raise ValueError(
-                    f"{name}={spec!r} counts against the number of steps, which nobody told here: give a count, or "
-                    "use sparsify(pipe)."
-                )
-            total = 1 << 30
-        try:
-            return span(spec, total)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-
     def parts(self, layer: Layer) -> tuple[Part, ...]:
         """What the heads of this layer do in this forward; what no later step will use is forgotten."""
         if self.profile is None or self.moment is None or self._table is None or self.grid is None:
             phase, config = self.phase(layer), self.config
-            if phase == "anchor" and self._in_full(self.moment):
+            if phase == "anchor" and self._in_full():
                 # The user wants this step in full, whatever anchors are otherwise.
                 config = replace(config, anchor_density=None)
             return (Part(layer, None, phase, config, self.storage),)
@@ -322,7 +302,7 @@ class Generation:
                 phase = "sparse" if known else "anchor"
             rho = group.rho
             if rho is not None:
-                rho = per_block(rho, -(-self.grid.tokens // group.config.block_size(self.grid.tokens)))
+                rho = per_block(rho, group.config.layout(self.grid).blocks)
             parts.append(
                 Part(
                     replace(layer, name=group.name, heads=len(group.heads)),
@@ -338,7 +318,7 @@ class Generation:
     def phase(self, layer: Layer) -> Phase:
         """What this layer does in this forward."""
         moment, config = self.moment, self.config
-        if moment is None or layer.index in self._span("dense_layers", layer.of):
+        if moment is None or layer.index in named(config, "dense_layers", layer.of):
             return "dense"
         offset = layer.index if config.stagger else 0
         planned = self.phase_at(moment.step, moment.total, offset)
@@ -350,42 +330,20 @@ class Generation:
             return "anchor"
         if learned.step == moment.step:
             # A second look at a dense step is dense, too.
-            return "dense" if self._in_full(moment) else "sparse"
+            return "dense" if self._in_full() else "sparse"
         late = config.interval is not None and moment.step - learned.step >= config.interval
         return "anchor" if late or planned == "anchor" else "sparse"
 
-    def _in_full(self, moment: Moment) -> bool:
-        return moment.step in self._span("dense_steps", moment.total)
+    def _in_full(self) -> bool:
+        assert self.moment is not None
+        return self.moment.step in named(self.config, "dense_steps", self.moment.total)
 
     def phase_at(self, step: int, total: int | None, offset: int = 0) -> Phase:
         """The phase of a step in a run that skips none, for a layer whose anchors are shifted by `offset`; with a
         profile, what most heads do."""
         if self._table is not None:
             return self._table.phase(step)
-        config, learns = self.config, self.config.learns
-        dense = self._span("dense_steps", total)
-        first = next((i for i in range(step + 1) if i not in dense), None)
-        if config.method == "dense" or first is None or (step in dense and (config.interval is None or not learns)):
-            return "dense"
-        if config.interval is None:
-            return "anchor" if learns and step == first else "sparse"
-        if not learns:
-            return "dense" if (step - first) % config.interval == 0 else "sparse"
-
-        def due(i: int) -> bool:
-            return (i - first + offset) % config.interval == 0
-
-        anchor = first
-        for i in range(first + 1, step + 1):
-            if i in dense:
-                # What a dense step knows serves the steps after it, unless there are none or they learn themselves.
-                if i + 1 not in dense and i + 1 != total and not due(i + 1):
-                    anchor = i
-            elif due(i) or i - anchor >= config.interval:
-                anchor = i
-        if anchor == step:
-            return "anchor"
-        return "dense" if step in dense else "sparse"
+        return planned_phase(self.config, step, total, offset)
 
     def around(self, layer: Layer, tokens: int) -> tuple[int, int]:
         """Of a layer's `tokens`, how many are before and behind vision; raises ValueError if they do not add up."""
@@ -407,7 +365,7 @@ class Generation:
     def record(self, layer: Layer, learned: Learned | HeadKinds) -> None:
         assert self.moment is not None
         self.learned[layer.name, self._memory] = learned
-        self.peak_state_bytes = max(self.peak_state_bytes, sum(_size(x) for x in self.learned.values()))
+        self.peak_state_bytes = max(self.peak_state_bytes, sum(size(x) for x in self.learned.values()))
 
     def recall(self, layer: Layer) -> Learned | HeadKinds | None:
         assert self.moment is not None
@@ -431,8 +389,8 @@ class Generation:
         """The finest storage whose state fits, or the one asked for if it fits; `held` bytes of it are there."""
         asked: list[Storage] = ["bf16", "fp8", "int4"] if self.config.residual == "auto" else [self.config.residual]
         allowed = self.config.max_state_gib
-        free = _free_bytes(self._device) + held if allowed is None else allowed * GIB
-        sparse = [layer for layer in self.layers if layer.index not in self._span("dense_layers", layer.of)]
+        free = free_bytes(self._device) + held if allowed is None else allowed * GIB
+        sparse = [layer for layer in self.layers if layer.index not in named(self.config, "dense_layers", layer.of)]
         for kind in asked:
             need = self._at_once(sparse, kind)
             if need <= free:
@@ -464,48 +422,16 @@ class Generation:
     ) -> float:
         """What one layer remembers, all branches and batch rows together."""
         assert self.grid is not None
-        config = config or self.config
-        tokens = self.grid.tokens
-        block, key_block = config.block_size(tokens), config.key_block_size(tokens)
-        blocks, key_blocks = -(-tokens // block), -(-tokens // key_block)
-        _, forced = forced_blocks(
-            config.order, self.grid, config.tile, block, key_block, config.neighbours, config.first_frame,
-            torch.device("cpu"),
-        )  # fmt: skip
-        kept = key_blocks if config.top_p else max(1, int(config.density * key_blocks))
-        plan = blocks * (1 + min(kept + forced, key_blocks)) * 4
-        rho = tokens * 4 if config.method == "reshape" else 0
-        residual = tokens * bytes_per_row(layer.head_dim, kind)
+        per_head = bytes_per_head(config or self.config, self.grid, layer.head_dim, kind)
         if branches is not None:
             rows = branches * self._batch
         else:
             # Those that were told of and have not come yet have as many rows as the first.
             rows = sum(self._batches.values()) + max(0, self.branches - len(self._batches)) * self._batch
-        return rows * layer.heads * (residual + rho + plan)
-
-
-def _size(learned: Learned | HeadKinds) -> int:
-    if isinstance(learned, HeadKinds):
-        return 0
-    tensors = (learned.plan.counts, learned.plan.indices, learned.residual.codes, learned.residual.scales, learned.rho)
-    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+        return rows * layer.heads * per_head
 
 
 def _equal(a: object, b: object) -> bool:
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return False
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
-
-
-def _free_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return max(0.0, free + cached - RESERVE * whole)
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        # Only Linux tells what could be used without swapping.
-        return math.inf
-    kib = {name: int(value.split()[0]) for name, value in (line.split(":", 1) for line in lines)}
-    return max(0.0, (kib["MemAvailable"] - RESERVE * kib["MemTotal"]) * 1024)

@@ -261,7 +261,9 @@ class Session:
 
 def _dispatch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, processor: Any) -> Tensor:
     out = dispatch_attention_fn(
-        *(x.transpose(1, 2) for x in (q, k, v)),
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
         attn_mask=mask,
         backend=processor._attention_backend,
         # The sequence is whole here, whoever holds its parts elsewhere.

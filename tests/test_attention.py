@@ -202,6 +202,23 @@ def test_svg_gives_each_head_the_pattern_that_fits_it():
     assert [phases.most_common(1)[0][0] for phases in g.tally.phases.values()] == ["anchor", *["sparse"] * 8]
 
 
+@pytest.mark.parametrize("before", [0, 4])
+def test_svg_tells_heads_apart_by_what_no_mask_hides(before):
+    heads = [one_sided(kind) for kind in ("temporal", "spatial", "temporal")]
+    q, k, v = (torch.cat(x, 1) for x in zip(*heads, strict=True))
+    # Loud enough that every row would go by them alone, whatever its pattern.
+    text = [1e4 * torch.randn(1, 3, 70, x.shape[-1], dtype=x.dtype) for x in (q, k, v)]
+    mask = torch.zeros(1, 70, dtype=torch.bool)
+    g = at("svg", density=0.5)
+    enter(g, 0)
+    g.text = before, None
+    q, k, v = (
+        torch.cat([x[:, :, :before], vision, x[:, :, before:]], 2) for x, vision in zip(text, (q, k, v), strict=True)
+    )
+    sparse_attention(q, k, v, g.layers[0], g, text_mask=mask)
+    assert learned(g).heads == ((1,), (0, 2))
+
+
 def test_ditfastattn_adds_what_its_window_lacked_at_the_dense_step():
     g = at("ditfastattn", density=0.5, refresh_every=3)
     q, k, v = inputs()
@@ -491,6 +508,29 @@ def test_dense_layers_remember_nothing():
     for layer in g.layers:
         sparse_attention(q, k, v, layer, g)
     assert list(g.learned) == [("blocks.0.attn1", "cond")]
+
+
+@pytest.mark.parametrize("before", [0, 4, 9])
+def test_a_dense_step_has_a_mask_of_the_last_keys_wherever_text_stands(before, monkeypatch):
+    """These are what the block kernel is fast with; a dense kernel that the user chose gets the tokens as they are."""
+    g, widths, told = at("tail", dense_steps=1), [], []
+
+    def spy(*given, key_mask):
+        widths.append(key_mask.shape[1])
+        return dense_attention(*given, key_mask=key_mask)
+
+    monkeypatch.setattr(attention, "dense_attention", spy)
+    g.dense = lambda *given: told.append(given)
+    mask = torch.tensor([[True] * 3 + [False] * 6, [False, True, True] * 3])
+    key_mask = torch.cat([mask[:, :before], torch.ones(2, GRID.tokens, dtype=torch.bool), mask[:, before:]], 1)
+    q, k, v = inputs(9, batch=2)
+    enter(g, 0, batch=2)
+    g.text = before, None
+    out = sparse_attention(q, k, v, g.layers[0], g, text_mask=mask)
+    close(out, dense_attention(q, k, v, key_mask=key_mask)[0])
+    assert widths == [9]
+    [(_, *given, given_mask)] = told
+    assert all(x is y for x, y in zip(given, (q, k, v), strict=True)) and torch.equal(given_mask, key_mask)
 
 
 # --- rows of a batch, branches ---------------------------------------------------------------------------------------

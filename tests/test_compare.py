@@ -322,6 +322,17 @@ def test_equal_work_is_equal_as_measured(command, tmp_path, capsys):
     assert "anchor does " in said and "give a higher density" in said
 
 
+def test_blocks_of_keys_are_smaller_for_the_methods_that_take_it(command, tmp_path):
+    sizes = ("--block", "64", "--key_block", "16", "--density", "0.1", "--equal_work", "--no_maps")
+    assert main([*command, "--methods", "anchor,none,rectify", *sizes]) == 0
+    settings = json.loads((tmp_path / "compare" / "results.json").read_text())["settings"]
+    told = {name: (values["block"], values["key_block"]) for name, values in settings.items() if name != "dense"}
+    assert told == {"anchor 0.1": (64, 16), "none 0.1": (64, 16), "rectify 0.1": (64, "auto")}
+    # Work is made equal by whole blocks of keys, of which there are 40 or 10.
+    for name, blocks in (("none 0.1", 40), ("rectify 0.1", 10)):
+        assert settings[name]["density"] * blocks % 1 == pytest.approx(0.5)
+
+
 def test_the_demo_model_is_scored_by_what_its_prompts_ask_for(tmp_path, model, monkeypatch):
     from dit_sparse.calibration.prompt_score import prompt_score
     from dit_sparse.samples import demo_world as world
@@ -356,6 +367,9 @@ def test_the_demo_model_is_scored_by_what_its_prompts_ask_for(tmp_path, model, m
         (("--methods", "none", "--refresh_every", "3"), "refresh_every only means something to methods that remember"),
         (("--output_dir", "prompts.txt"), "'prompts.txt' cannot be made"),
         (("--block", "17"), "Unknown block 17"),
+        (("--key_block", "17"), "Unknown key_block 17"),
+        (("--key_block", "64"), "key_block is at most the block of 16 tokens, not 64"),
+        (("--key_block", "16", "--methods", "sta,rectify"), "key_block only means something to method anchor or"),
         (("--methods", "tail+teacache"), "Unknown 'teacache' in 'tail+teacache': after a + comes one of firstblock, "),
         (("--methods", "tail+fp8+fp8"), "fp8 is in 'tail+fp8+fp8' twice"),
         (("--methods", "tail+firstblock+magcache"), "one step cache at a time"),
@@ -393,5 +407,5 @@ def test_summary_is_of_means_and_speedups_of_sums():
 
 def test_every_default_is_that_of_generate():
     options = compare.CompareOptions()
-    for name in ("dense_steps", "dense_layers", "block"):
+    for name in ("dense_steps", "dense_layers", "block", "key_block"):
         assert getattr(options, name) == getattr(SparseConfig(), name)

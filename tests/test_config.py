@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.config import Method, Order, SparseConfig
+from dit_sparse.layout import Layout, TokenGrid
 
 shares = st.floats(0.001, 1)
 spans = st.one_of(st.integers(0, 60), st.floats(0, 1), st.sampled_from(("0-1,39", "3", "0.25", "-1")))
@@ -217,3 +218,13 @@ def test_blocks_of_keys_are_at_most_those_of_queries():
     assert (config.block_size(20000), config.key_block_size(20000)) == (128, 64)
     with pytest.raises(ValueError, match="key_block is at most the block of 16 tokens, not 64"):
         config.key_block_size(1000)
+
+
+def test_a_layout_has_the_sizes_of_the_config():
+    large, small = TokenGrid(5, 40, 100), TokenGrid(1, 10, 100)
+    assert SparseConfig(key_block=64).layout(large, 9) == Layout(large, 9, 128, 64)
+    for config in (SparseConfig(), SparseConfig(block=16), SparseConfig(block=16, key_block=16)):
+        # Equal blocks make equal layouts, whoever chose their size.
+        assert config.layout(small) == Layout(small, 0, 16, 16)
+    with pytest.raises(ValueError, match="key_block is at most the block of 16 tokens, not 64"):
+        SparseConfig(key_block=64).layout(small)

@@ -33,3 +33,19 @@ def test_text_comes_on_top_of_the_blocks_of_vision(grid, text, block):
     lengths = layout.lengths("cpu")
     assert len(lengths) == layout.blocks
     assert lengths.sum() == grid.tokens
+
+
+@settings(deadline=None)
+@given(grids, st.sampled_from((None, 16, 32, 64)))
+def test_keys_have_blocks_of_their_own_size_or_those_of_queries(grid, key_block):
+    layout = Layout(grid, 7, 64, key_block)
+    assert layout.key_size == (64 if key_block is None else key_block)
+    lengths = layout.key_lengths("cpu")
+    assert len(lengths) == layout.key_blocks and lengths.sum() == grid.tokens
+    assert lengths.max() == min(layout.key_size, grid.tokens)
+
+
+@pytest.mark.parametrize("key_block", [0, -16, 24, 128])
+def test_blocks_of_keys_that_do_not_divide_those_of_queries_raise(key_block):
+    with pytest.raises(ValueError, match=f"key_block must divide a block of 64 tokens, not {key_block}"):
+        Layout(TokenGrid(1, 8, 8), block=64, key_block=key_block)

@@ -7,10 +7,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_sparse import models, predict
+from dit_sparse.attention import sparse_attention
 from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenGrid
 from dit_sparse.pipelines.session import FAMILIES, sparsify
 from dit_sparse.predict import ModelShape
+from dit_sparse.state import Generation, Layer
 from tests.tiny import tiny_wan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,6 +153,16 @@ def test_state_of_the_published_models():
     halves = predict.state_bytes(replace(shape, branches=1), SparseConfig())
     assert halves["fp8"] * 2 == state["fp8"]
     assert predict.state_bytes(shape, SparseConfig(dense_layers=10))["fp8"] * 4 == state["fp8"] * 3
+
+
+@pytest.mark.parametrize("options", [{"density": 1.0}, {"top_p": 0.5}, {"neighbours": True}, {"first_frame": True}])
+def test_state_is_what_is_remembered_whatever_a_plan_has_room_for(options):
+    config = SparseConfig("anchor", dense_steps=0, residual="fp8", **options)
+    shape = replace(SMALL, grid=TokenGrid(3, 5, 7), heads=2, head_dim=16, layers=1, branches=1)
+    g = Generation(config, [Layer("blocks.0.attn1", 0, 1, 2, 16)])
+    g.enter(shape.grid, batch=1, device=torch.device("cpu"), timestep=0.0, step=0, branch="cond")
+    sparse_attention(*torch.randn(3, 1, 2, 105, 16), g.layers[0], g)
+    assert predict.state_bytes(shape, config)["fp8"] == g.peak_state_bytes
 
 
 def test_whether_it_pays_follows_the_expected_speed_up():

@@ -149,7 +149,7 @@ def test_calibrated_is_dense_where_every_block_is_kept_or_rho_is_right_and_keys_
     dense, lse = dense_attention(q, k, v)
     _, held = block_attention(q, k, v, plan, block=16)
     rho = (held - lse).exp()[0, :, ::16].float()
-    out = attend_part(q, k, v, replace(parts[0], rho=rho), g, None, None)
+    out = attend_part(q, k, v, replace(parts[0], rho=rho), g, None)
     torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-5)
 
 

@@ -2,18 +2,18 @@
 
 import copy
 import logging
-import math
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dit_sparse import state
+from dit_sparse import memory, state
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import Learned
 from dit_sparse.layout import TokenGrid
 from dit_sparse.plan import BlockPlan, Residual
+from dit_sparse.schedule import span
 from dit_sparse.state import GIB, Generation, Layer, StateTooLarge
 
 CPU = torch.device("cpu")
@@ -192,7 +192,7 @@ def test_a_transformer_that_another_one_relieves_is_forgotten():
         # The second learns at its first step, and nothing of the first is left then.
         assert {name.split(".")[0] for name, _ in g.learned} == {part}
         assert len(g.learned) == 4
-    assert g.peak_state_bytes == sum(state._size(x) for x in g.learned.values())
+    assert g.peak_state_bytes == sum(memory.size(x) for x in g.learned.values())
 
 
 def test_transformers_that_run_at_the_same_step_both_remember():
@@ -294,48 +294,6 @@ def test_peak_state_is_the_sum_over_layers_and_branches():
 
 def plan(g, steps, offset=0):
     return "".join(g.phase_at(step, steps, offset)[0] for step in range(steps))
-
-
-@pytest.mark.parametrize(
-    ("dense", "steps", "refreshes"),
-    [(15, 50, list(range(15, 50, 5))), (10, 50, list(range(10, 50, 5))), (5, 20, [5, 10, 15])],
-    ids=["CogVideoX", "HunyuanDiT", "PixArt"],
-)
-def test_re_ttentions_schedules(dense, steps, refreshes):
-    """Section 2's table: 22 full and 28 sparse steps, 18 and 32, 8 and 12."""
-    told = plan(generation("reshape", dense_steps=dense), steps)
-    assert [i for i, phase in enumerate(told) if phase == "a"] == refreshes
-    full = {50: {15: 22, 10: 18}, 20: {5: 8}}[steps][dense]
-    assert (told.count("d") + told.count("a"), told.count("s")) == (full, steps - full)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"method": "anchor", "dense_steps": 3}, "dddasssasssass"),
-        ({"method": "anchor", "dense_steps": 0, "refresh_every": 5}, "assssassssasss"),
-        ({"method": "anchor", "dense_steps": 1, "refresh_every": 1}, "daaaaaaaaaaaaa"),
-        ({"method": "anchor", "dense_steps": 0.15}, "dddasssasssass"),
-        ({"method": "anchor", "dense_steps": "0-1,12-13"}, "ddasssasssasdd"),
-        # A dense step in the middle is an anchor, whether one was due or not; the next one is where it was.
-        ({"method": "anchor", "dense_steps": "0-1,6"}, "ddasssasssasss"),
-        ({"method": "anchor", "dense_steps": "0-1,7"}, "ddasssaassasss"),
-        ({"method": "anchor", "dense_steps": "0-1,5-8"}, "ddassdddasasss"),
-        # Unless the step after it is one, or there is none.
-        ({"method": "anchor", "dense_steps": "0-1,5"}, "ddassdasssasss"),
-        ({"method": "anchor", "dense_steps": "0-1,13"}, "ddasssasssassd"),
-        ({"method": "tail", "dense_steps": "0-1,6"}, "ddssssdsssssss"),
-        ({"method": "svg", "dense_steps": "0-1,6"}, "ddasssdsssssss"),
-        ({"method": "anchor", "dense_steps": "3"}, "dddasssasssass"),
-        ({"method": "tail", "dense_steps": 2}, "ddssssssssssss"),
-        ({"method": "tail", "dense_steps": 2, "refresh_every": 4}, "dddsssdsssdsss"),
-        ({"method": "rectify", "dense_steps": 0}, "ssssssssssssss"),
-        ({"method": "none", "dense_steps": 14}, "dddddddddddddd"),
-        ({"method": "dense"}, "dddddddddddddd"),
-    ],
-)
-def test_schedules(options, expected):
-    assert plan(generation(**options), 14) == expected
 
 
 @pytest.mark.parametrize("dense", [0, 2, "0-1,6", "0,5-7"])
@@ -485,7 +443,7 @@ def test_the_estimate_is_what_is_remembered(method, residual, options):
 @pytest.mark.parametrize("parts", [("transformer",), ("transformer", "transformer_2")])
 def test_what_is_suggested_fits(dense_layers, share, parts):
     g = large(10, parts, dense_layers=dense_layers)
-    sparse = 10 - len(state.span(dense_layers, 10))
+    sparse = 10 - len(span(dense_layers, 10))
     # Transformers take turns.
     limit = share * needed("int4", calls=sparse) / GIB
     g.config = replace(g.config, max_state_gib=limit)
@@ -568,31 +526,10 @@ def test_what_remembers_nothing_always_fits():
 
 
 def test_without_a_limit_what_is_free_counts(monkeypatch):
-    monkeypatch.setattr(state, "_free_bytes", lambda device: needed("fp8", calls=2))
+    monkeypatch.setattr(state, "free_bytes", lambda device: needed("fp8", calls=2))
     g = large()
     enter(g, 0, "cond", grid=LARGE)
     assert g.storage == "fp8"
-
-
-def test_free_memory_is_what_could_be_used_without_swapping(monkeypatch, tmp_path):
-    told = "MemTotal:  1000 kB\nMemFree:  10 kB\nMemAvailable:  700 kB\nHugePages_Total:  0\n"
-    monkeypatch.setattr(state.Path, "read_text", lambda *args, **kwargs: told)
-    assert state._free_bytes(CPU) == pytest.approx((700 - 0.15 * 1000) * 1024)
-    monkeypatch.setattr(state.Path, "read_text", lambda *args, **kwargs: told.replace("700", "100"))
-    assert state._free_bytes(CPU) == 0
-
-    def missing(*args, **kwargs):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(state.Path, "read_text", missing)
-    assert state._free_bytes(CPU) == math.inf
-
-
-def test_free_memory_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 40)
-    assert state._free_bytes(torch.device("cuda")) == pytest.approx(25)
 
 
 # --- fallbacks -------------------------------------------------------------------------------------------------------
