@@ -294,8 +294,7 @@ class Generation:
                 del self.learned[key]
         parts = []
         for group in groups:
-            first, last, phase = group.heads[0], group.heads[-1], group.phase
-            heads = slice(first, last + 1) if last - first + 1 == len(group.heads) else list(group.heads)
+            heads, phase = _apart(group.heads), group.phase
             known = (group.name, branch) in self.learned
             if group.choice.learns:
                 # The anchor itself was skipped, or runs for a second time in one forward.
@@ -429,6 +428,13 @@ class Generation:
             # Those that were told of and have not come yet have as many rows as the first.
             rows = sum(self._batches.values()) + max(0, self.branches - len(self._batches)) * self._batch
         return rows * layer.heads * per_head
+
+
+def _apart(heads: Sequence[int]) -> slice | list[int]:
+    """What picks these ascending heads without a copy, if they are equally far apart."""
+    first, last = heads[0], heads[-1]
+    every = range(first, last + 1, max(1, (last - first) // max(1, len(heads) - 1)))
+    return slice(first, last + 1, every.step) if tuple(every) == tuple(heads) else list(heads)
 
 
 def _equal(a: object, b: object) -> bool:

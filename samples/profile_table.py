@@ -43,6 +43,8 @@ def uniform(quick: bool, only: list[str] | None = None) -> dict[str, SparseConfi
             ("anchor", 0.1, 8, None),
             ("anchor", 0.05, 4, 0.4),
             ("anchor", 0.1, 6, 0.5),
+            ("anchor", 0.05, 8, 0.4),
+            ("anchor", 0.1, 8, 0.5),
             ("anchor", 0.2, 8, None),
             ("reshape", 0.1, 4, None),
             ("reshape", 0.1, 2, None),

@@ -93,6 +93,26 @@ def test_heads_that_differ_do_not_disturb_each_other():
             assert torch.equal(out[:, h : h + 1], run(g, step, *(x[:, h : h + 1] for x in (q, k, v))))
 
 
+@pytest.mark.parametrize(
+    ("group", "picks"),
+    [
+        ((0,), slice(0, 1, 1)),
+        ((3,), slice(3, 4, 1)),
+        ((1, 2, 3), slice(1, 4, 1)),
+        ((0, 2), slice(0, 3, 2)),
+        ((0, 2, 4), slice(0, 5, 2)),
+        ((0, 1, 4), [0, 1, 4]),
+        ((0, 2, 3), [0, 2, 3]),
+    ],
+)
+def test_heads_that_are_equally_far_apart_are_not_copied(group, picks):
+    index = torch.tensor([int(h not in group) for h in range(6)])[:, None, None]
+    g = generation([Choice("tail", RUNG), DENSE], index, 0, heads=6)
+    run(g, 0, *inputs(heads=6))
+    [part] = (part for part in g.parts(g.layers[0]) if part.phase == "sparse")
+    assert part.heads == picks and torch.arange(6)[part.heads].tolist() == list(group)
+
+
 def test_what_no_later_step_uses_is_forgotten():
     g = generation([Choice("anchor", RUNG, "bf16"), Choice("tail", RUNG)], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0])
     kept = []
