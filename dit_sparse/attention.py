@@ -287,9 +287,7 @@ class Call:
         if not self.config.has_tail:
             return Correction()
         c = self.config
-        tail = pooled_tail(
-            self.pooled, self.q.dtype, scale=self.scale, second_order=c.second_order, limit=c.second_order_limit
-        )
+        tail = pooled_tail(self.pooled, self.q.dtype, second_order=c.second_order, limit=c.second_order_limit)
         return Correction(tail=tail)
 
     def plan(self, density: float) -> BlockPlan:

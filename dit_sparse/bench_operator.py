@@ -44,7 +44,7 @@ def _operator_of(
     texts = dict(text_keys=k[:, :, grid.tokens :]) if case.text else {}
     pooled = pool(q, k, v, layout, config)
     plan = route(pooled, layout, config, density=density, scale=scale, **texts).plan
-    tail = pooled_tail(pooled, q.dtype, scale=scale, second_order=True, limit=config.second_order_limit)
+    tail = pooled_tail(pooled, q.dtype, second_order=True, limit=config.second_order_limit)
     residual = pack(torch.randn_like(q[:, :, : grid.tokens]), "fp8")
     full = Correction(tail=tail, residual=residual)
     kernel = partial(block_attention, q, k, v, plan, **sizes, text=case.text)

@@ -1,5 +1,6 @@
 """What an attention kernel is given besides q, k and v: which blocks to visit, and what to add for the rest."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,17 +69,33 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class SecondOrder:
+    """What the spread of a pooled key's tokens adds to its logits: for key block m and query block n
+    min(½ scale² Σ_d E_n[q_d²] variances_md, limit), scale being the attention's own.
+
+    q_mean, q_var  [B, H, Nq, D]  mean and variance of each block's queries, float32 (float64 for float64)
+    variances      [B, H, N, D]   those of each block's keys, likewise
+    """
+
+    q_mean: Tensor
+    q_var: Tensor
+    variances: Tensor
+    limit: float = math.inf
+
+
+@dataclass(frozen=True)
 class Tail:
     """The blocks a plan leaves out, each as one pseudo-key that stands for all its tokens.
 
     keys, values  [B, H, N, D]   block means
-    log_weights   what is added to their logits, a float type: [N] or [B, N], ln of the number of real tokens, or
-                  [B, H, Nq, N], one for each query block, see `dit_sparse.kernels.tail_weights`
+    log_weights   [N] or [B, N]  what is added to their logits, ln of the number of real tokens, a float type
+    second        what is added besides; the kernels make of it what each query block adds
     """
 
     keys: Tensor
     values: Tensor
     log_weights: Tensor
+    second: SecondOrder | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Attention over listed key blocks, with everything a method adds for the rest done before the output is written."""
 
+import math
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from dit_sparse.kernels import block_attention_torch
 from dit_sparse.kernels.implementation import Impl, resolve
-from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
+from dit_sparse.kernels.tail_weights import HALF_LIMIT
+from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
 
 try:
     from dit_sparse.kernels import block_attention_triton
@@ -82,6 +84,11 @@ def block_attention(
     if check_plan:
         plan.check()
     tail, residual = correction.tail, correction.residual
+    second = tail and tail.second
+    limit = second.limit if second else math.inf
+    if q.dtype in (torch.float16, torch.bfloat16):
+        # Whatever kernel it is, as float16 is what some keep the weights in.
+        limit = min(limit, HALF_LIMIT)
     return _block_attention(
         q,
         k,
@@ -98,6 +105,10 @@ def block_attention(
         tail and tail.keys,
         tail and tail.values,
         tail and tail.log_weights,
+        second and second.q_mean,
+        second and second.q_var,
+        second and second.variances,
+        limit,
         correction.scale,
         residual and residual.codes,
         residual and residual.scales,
@@ -234,9 +245,20 @@ def _check(
         for name, x in (("keys", tail.keys), ("values", tail.values)):
             if x.shape != (batch, heads, key_blocks, dim):
                 raise ValueError(f"tail.{name} must be {(batch, heads, key_blocks, dim)}, not {tuple(x.shape)}.")
-        shapes = (key_blocks,), (batch, key_blocks), (batch, heads, rows, key_blocks)
+        shapes = (key_blocks,), (batch, key_blocks)
         if tail.log_weights.shape not in shapes:
             raise ValueError(f"tail.log_weights must be one of {shapes}, not {tuple(tail.log_weights.shape)}.")
+    if tail is not None and (second := tail.second) is not None:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        for name, x, blocks in (
+            ("q_mean", second.q_mean, rows), ("q_var", second.q_var, rows), ("variances", second.variances, key_blocks)
+        ):  # fmt: skip
+            if x.shape != (batch, heads, blocks, dim) or x.dtype != wide:
+                raise ValueError(
+                    f"tail.second.{name} must be {(batch, heads, blocks, dim)} {wide}, not {tuple(x.shape)} {x.dtype}."
+                )
+        if not second.limit > 0:
+            raise ValueError(f"tail.second.limit is a positive number, or inf, not {second.limit!r}.")
 
 
 @torch.library.custom_op("dit_sparse::block_attention", mutates_args=())
@@ -256,6 +278,10 @@ def _block_attention(
     tail_keys: Tensor | None,
     tail_values: Tensor | None,
     tail_log_weights: Tensor | None,
+    tail_q_mean: Tensor | None,
+    tail_q_var: Tensor | None,
+    tail_variances: Tensor | None,
+    tail_limit: float,
     row_scale: Tensor | None,
     residual: Tensor | None,
     residual_scales: Tensor | None,
@@ -264,7 +290,8 @@ def _block_attention(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     plan = BlockPlan(counts, indices, key_blocks)
-    tail = None if tail_keys is None else Tail(tail_keys, tail_values, tail_log_weights)
+    second = None if tail_q_mean is None else SecondOrder(tail_q_mean, tail_q_var, tail_variances, tail_limit)
+    tail = None if tail_keys is None else Tail(tail_keys, tail_values, tail_log_weights, second)
     added = None if residual is None else Residual(residual, residual_scales, residual_kind)
     correction = Correction(row_scale, added, tail)
     # Here and not before, so that a compiler need not look into it.

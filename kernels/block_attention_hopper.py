@@ -579,10 +579,10 @@ def block_attention_hopper_kernel(
     )  # fmt: skip
 
 
-def _tail_descriptors(tail: Tail, plan: BlockPlan, dtype: torch.dtype) -> Sequence[TensorDescriptor]:
+def _tail_descriptors(tail: Tail, plan: BlockPlan, dtype: torch.dtype, scale: float) -> Sequence[TensorDescriptor]:
     """The tail as the kernel copies it."""
     keys, values = (describe(x.to(dtype).contiguous(), BLOCK) for x in (tail.keys, tail.values))
-    return keys, values, weights_of(tail, plan)
+    return keys, values, weights_of(tail, plan, dtype, scale)
 
 
 def attend(
@@ -613,7 +613,7 @@ def attend(
     programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
     per_row = residual is not None and residual.codes.shape[2] == rows
     copied = residual is not None and residual.kind != "full" and per_row and copyable(residual.codes)
-    pooled = _tail_descriptors(tail, plan, q.dtype) if tail else [None] * 3
+    pooled = _tail_descriptors(tail, plan, q.dtype, scale) if tail else [None] * 3
     # float16 has no room for exponentials relative to less than the maximum.
     fixed = q.dtype == torch.bfloat16
     # The next tile, and of each tile and group the one lost before it.

@@ -475,7 +475,9 @@ def _by_row(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, BLOCK))[..., key_order(x.device)].flatten(-2)
 
 
-def _pooled(tail: Tail, plan: BlockPlan, mean: Tensor, v_unit: Tensor) -> list[TensorDescriptor]:
+def _pooled(
+    tail: Tail, plan: BlockPlan, mean: Tensor, v_unit: Tensor, dtype: torch.dtype, scale: float
+) -> list[TensorDescriptor]:
     """The pooled keys in 8 bits like the keys, and what they weigh."""
     keys, unit = quantise_keys(tail.keys, mean, 0)
     values = quantise_values(tail.values, v_unit, 0)
@@ -483,7 +485,7 @@ def _pooled(tail: Tail, plan: BlockPlan, mean: Tensor, v_unit: Tensor) -> list[T
         _tile_descriptor(keys, BLOCK, keys.shape[-1]),
         _units(unit),
         _tile_descriptor(values, values.shape[2], BLOCK),
-        weights_of(tail, plan, by_row=True),
+        weights_of(tail, plan, dtype, scale, by_row=True),
     ]
 
 
@@ -507,7 +509,7 @@ def attend(
     tail, residual, row_scale = correction.tail, correction.residual, correction.scale
     # The tail knows the means of blocks, of which all but the last have as many keys.
     codes = quantise(q, k, v, text, scale, tail.keys.mean(2, dtype=torch.float32) if tail else None, text_mask)
-    pooled = _pooled(tail, plan, codes.k_mean, codes.v_unit) if tail else [None] * 4
+    pooled = _pooled(tail, plan, codes.k_mean, codes.v_unit, q.dtype, scale) if tail else [None] * 4
     counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
     order = longest_first(counts)
     padded = whole_blocks(plan.key_blocks)

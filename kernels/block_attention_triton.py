@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_sparse.kernels.implementation import check_device
-from dit_sparse.kernels.tail_weights import unlisted
+from dit_sparse.kernels.tail_weights import unlisted_weights
 from dit_sparse.kernels.tuning import attention_tile
 from dit_sparse.plan import BlockPlan, Correction
 
@@ -232,13 +232,14 @@ def attend(
     query_blocks = counts.shape[-1]
     grid = (query_blocks * (block // tile.rows) + triton.cdiv(text, tile.rows), batch * heads)
     res_strides = residual.codes.stride()[:3] if residual else (0, 0, 0)
+    weights = unlisted_weights(tail, plan, q.dtype, scale=scale, width=plan.key_blocks) if tail else None
     block_attention_fwd_kernel[grid](
         q, k, v, out, lse,
         counts, indices, every if text else None,
         key_mask.to(torch.uint8).contiguous() if key_mask is not None else None,
         tail.keys.contiguous() if tail else None,
         tail.values.contiguous() if tail else None,
-        unlisted(tail.log_weights, plan, width=plan.key_blocks, impl="triton") if tail else None,
+        weights,
         scatter,
         row_scale.float().contiguous() if row_scale is not None else None,
         residual.codes if residual else None,

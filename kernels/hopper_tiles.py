@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dit_sparse.kernels.tail_weights import unlisted
+from dit_sparse.kernels.tail_weights import unlisted_weights
 from dit_sparse.plan import BlockPlan, Tail
 
 # Queries and keys of a step; queries of a group, as many as one warpgroup product takes.
@@ -209,11 +209,13 @@ def longest_first(counts: Tensor) -> Tensor:
     return counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True).indices.int()
 
 
-def weights_of(tail: Tail, plan: BlockPlan, *, by_row: bool = False) -> TensorDescriptor:
+def weights_of(
+    tail: Tail, plan: BlockPlan, dtype: torch.dtype, scale: float, *, by_row: bool = False
+) -> TensorDescriptor:
     """What each pooled key weighs for each query block, of as many as whole tiles have: nothing where it is listed, or
     is none."""
     width = whole_blocks(plan.key_blocks)
-    return describe_line(unlisted(tail.log_weights, plan, width=width, by_row=by_row, impl="triton"))
+    return describe_line(unlisted_weights(tail, plan, dtype, scale=scale, width=width, by_row=by_row))
 
 
 def whole_blocks(blocks: int) -> int:
