@@ -32,9 +32,16 @@ class BlockPlan:
     def full(
         cls, batch: int, heads: int, query_blocks: int, key_blocks: int, device: torch.device | str
     ) -> "BlockPlan":
+        """Every row lists every block; in memory there is one list."""
         counts = torch.full((batch, heads, query_blocks), key_blocks, dtype=torch.int32, device=device)
         indices = torch.arange(key_blocks, dtype=torch.int32, device=device)
-        return cls(counts, indices.expand(*counts.shape, key_blocks).contiguous(), key_blocks)
+        return cls(counts, indices.expand(*counts.shape, key_blocks), key_blocks)
+
+    def lists(self) -> tuple[Tensor, int]:
+        """The indices as a kernel reads them, and the step from one row's list to the next: 0 where all share one."""
+        *leading, step = self.indices.stride()
+        shared = step == 1 and all(n == 1 or x == 0 for n, x in zip(self.indices.shape, leading, strict=False))
+        return (self.indices, 0) if shared else (self.indices.contiguous(), self.indices.shape[-1])
 
     def mask(self) -> Tensor:
         """[B, H, Nq, Nk] bool."""

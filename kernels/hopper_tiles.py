@@ -32,7 +32,7 @@ def next_slot(slot, phase, SLOTS: gl.constexpr):
 def find_tile(t, pointers, sizes, TEXT: gl.constexpr, BLOCK: gl.constexpr):
     """Tile t: its head, query block and row, the list it reads, and how many steps that list and the text take."""
     p_counts, p_indices, p_every, p_order, _ = pointers
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts = sizes
     i_bh = t // NQ
     i = t % NQ
     i_block = i
@@ -48,7 +48,7 @@ def find_tile(t, pointers, sizes, TEXT: gl.constexpr, BLOCK: gl.constexpr):
     i_block = gl.load(p_order + i_bh * NQ + i_block)
     i_list = i_bh.to(gl.int64) * NQ + i_block
     n = gl.load(p_counts + i_list)
-    p_list = p_indices + i_list * W
+    p_list = p_indices + i_list * STEP
     row = i_block * BLOCK
     steps = n
     if TEXT:
@@ -107,7 +107,7 @@ def fetch(
     PER_ROW: gl.constexpr, COPIED: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """What the store of these rows needs from memory: where they go, factor, residual's scale and codes."""
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts = sizes
     p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals = correction
     b, h = (i_bh // H).to(gl.int64), (i_bh % H).to(gl.int64)
     m_r = (o_m < VISION) & (is_text == 0)

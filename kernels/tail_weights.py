@@ -96,7 +96,7 @@ def unlisted_weights(
     then a multiple of 128. What is listed is overwritten by a launch of its own, so that memory holds this once.
     """
     check_device(tail_weights_fwd_kernel, tail.keys)
-    counts, second = plan.counts.contiguous(), tail.second
+    counts, (indices, step), second = plan.counts.contiguous(), plan.lists(), tail.second
     batch, heads, rows = counts.shape
     half = dtype.itemsize == 2
     out = tail.keys.new_empty(*counts.shape, width, dtype=torch.float16 if half else torch.float32)
@@ -110,7 +110,5 @@ def unlisted_weights(
         # float16 keeps as many bits as tf32; whole float32 is multiplied in registers, more than four warps have.
         PRECISION="tf32" if half else "ieee", num_warps=4 if half else 8,
     )  # fmt: skip
-    listed_fwd_kernel[(counts.numel(),)](
-        counts, plan.indices.contiguous(), out, plan.indices.shape[-1], width, BY_ROW=by_row, BW=PLACES, num_warps=1
-    )
+    listed_fwd_kernel[(counts.numel(),)](counts, indices, out, step, width, BY_ROW=by_row, BW=PLACES, num_warps=1)
     return out

@@ -9,6 +9,7 @@ from dit_sparse.attention import sparse_attention
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import pooled_tail
 from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.plan import Correction
 from dit_sparse.routing import pool, route
@@ -119,6 +120,13 @@ def test_weights_of_a_tail_are_in_memory_once(impl, second_order):
 
     weights = 2 * heads * blocks**2
     assert weights < extra_bytes(run) < 1.5 * weights
+
+
+@pytest.mark.parametrize("masked", [200, 32768])
+def test_masked_dense_attention_makes_no_list_for_each_row(masked):
+    q, k, v = (torch.randn(1, 24, 32768, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    mask = torch.rand(1, masked, device="cuda") < 0.5
+    assert extra_bytes(lambda: dense_attention(q, k, v, key_mask=mask)) < 4 * 24 * 256 * 256 / 4
 
 
 @pytest.mark.parametrize("text", [(0, 0), (0, 33), (33, 0)])
