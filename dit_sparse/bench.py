@@ -20,6 +20,7 @@ from torch import Tensor
 from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_attention import Precision, block_attention, chosen_impl, refused_8bit
 from dit_sparse.kernels.dense_attention import Backend, dense_attention, dense_backend
+from dit_sparse.kernels.implementation import Inputs
 from dit_sparse.layout import TokenGrid
 from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
 
@@ -345,9 +346,10 @@ def calls(
     if not q.is_cuda:
         return {"torch": partial(kernel, impl="torch")}
     found = {"triton": partial(kernel, impl="triton")}
-    if chosen_impl("auto", q, k, v, plan, case.block, None, key_block=case.key_block) == "gluon":
+    inputs = Inputs(q, k, v, plan, case.block, case.keys)
+    if chosen_impl("auto", inputs) == "gluon":
         found = {"gluon": partial(kernel, impl="gluon"), **found}
-    if refused_8bit(q, k, v, plan, case.block, None, key_block=case.key_block) is None:
+    if refused_8bit(inputs) is None:
         found["gluon, 8bit"] = partial(kernel, precision="8bit")
     if case.text == 0 and case.block == case.keys == 128 and dense_backend(q.device, q.dtype, case.head_dim) == "fa4":
         found["fa4"] = _fa4(q, k, v, plan, case.block)

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dit_sparse.kernels.implementation import Inputs
 from dit_sparse.kernels.tail_weights import unlisted_weights
 from dit_sparse.plan import BlockPlan, Tail
 
@@ -169,18 +170,9 @@ def store(
     gl.store(p_o, o.to(p_out.dtype.element_ty), mask=(o_m < end)[:, None])
 
 
-def refusal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    block: int,
-    key_block: int,
-    key_mask: Tensor | None,
-    head_dims: tuple[int, ...],
-    key_sizes: tuple[int, ...],
-) -> str | None:
+def refusal(inputs: Inputs, head_dims: tuple[int, ...], key_sizes: tuple[int, ...]) -> str | None:
     """Why a kernel for these head dimensions and sizes of key blocks does not take such inputs, or None."""
+    q, k, plan, key_mask = inputs.q, inputs.k, inputs.plan, inputs.key_mask
     if torch.cuda.get_device_capability(q.device)[0] != 9:
         return "needs a GPU of compute capability 9"
     if TRITON < (3, 6):
@@ -190,13 +182,13 @@ def refusal(
     if q.shape[-1] not in head_dims:
         dims = " and ".join(map(str, head_dims))
         return f"takes head dimension{'s' if len(head_dims) > 1 else ''} {dims}, not {q.shape[-1]}"
-    if block != BLOCK:
-        return f"takes blocks of {BLOCK}, not {block}"
-    if key_block not in key_sizes:
-        return f"takes key blocks of {' and '.join(map(str, key_sizes))}, not {key_block}"
+    if inputs.block != BLOCK:
+        return f"takes blocks of {BLOCK}, not {inputs.block}"
+    if inputs.key_block not in key_sizes:
+        return f"takes key blocks of {' and '.join(map(str, key_sizes))}, not {inputs.key_block}"
     if key_mask is not None and key_mask.shape[1] == k.shape[2]:
         return "takes a mask of text keys, [B, text], not of all keys"
-    if not all(copyable(x) for x in (q, k, v)):
+    if not all(copyable(x) for x in (q, k, inputs.v)):
         return "needs 16-byte alignment of every row"
     if plan.counts.numel() * whole_blocks(plan.key_blocks) >= 2**31:
         return "takes fewer than 2^31 pairs of blocks"

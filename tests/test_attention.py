@@ -734,8 +734,8 @@ def test_the_kernel_gets_a_mask_of_text_keys(method, before, monkeypatch):
         return exact(*args, key_mask=key_mask, **options)
 
     monkeypatch.setattr(attention, "block_attention", spy)
-    monkeypatch.setattr(attention, "refused_8bit", lambda *args, **_: masks.append(args[5]))
-    monkeypatch.setattr(attention, "chosen_impl", lambda *args, **_: masks.append(args[6]) or "gluon")
+    monkeypatch.setattr(attention, "refused_8bit", lambda inputs: masks.append(inputs.key_mask))
+    monkeypatch.setattr(attention, "chosen_impl", lambda _, inputs, *__: masks.append(inputs.key_mask) or "gluon")
     g = at(method, density=0.3, precision="8bit")
     mask = torch.tensor([[True] * 3 + [False] * 6, [False, True, True] * 3])
     for step in range(3):
