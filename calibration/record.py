@@ -16,6 +16,7 @@ from dit_sparse.correction import gain, pooled_tail
 from dit_sparse.kernels.block_stats import Want, block_stats
 from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.kernels.permute import permute
+from dit_sparse.kernels.tail_weights import tail_weights
 from dit_sparse.layout import Layout
 from dit_sparse.order import vision_first
 from dit_sparse.plan import Residual
@@ -214,7 +215,6 @@ class Bank:
         self.tail = pooled_tail(
             pooled,
             torch.float32,
-            scale=self.scale,
             second_order=plan.base.second_order,
             limit=plan.base.second_order_limit,
         )
@@ -261,9 +261,9 @@ class Bank:
         text = (shares[:, vision:] @ v[vision:]).view(n, 1, r, dim)
         dense = parts.sum(1).view(n, 1, r, dim) + text
         # The same for each block as one pooled key.
-        added = self.tail.log_weights
-        if added.dim() == 4:
-            added = added[b, h, self.blocks].repeat_interleave(r, 0)
+        added = tail_weights(self.tail, (b, h, self.blocks), scale=self.scale)
+        if added.shape[0] > 1:
+            added = added.repeat_interleave(r, 0)
         pooled = (q @ self.tail.keys[b, h].mT).mul_(self.scale) + added
         weights = (pooled - lse).clamp_(FLOOR, 30).exp_().view(n, r, blocks)
         stand_ins = (weights.permute(0, 2, 1)[..., None] * means[None, :, None]).reshape(n, blocks, r * dim)

@@ -12,6 +12,7 @@ from dit_sparse.correction import Learned, calibrated, learn_anchor, learn_resha
 from dit_sparse.head_kinds import KINDS, HeadKinds, head_kinds
 from dit_sparse.kernels.block_attention import Precision, block_attention, chosen_impl, refused_8bit
 from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
+from dit_sparse.kernels.implementation import Inputs
 from dit_sparse.kernels.permute import permute, permute_pooled
 from dit_sparse.layout import Layout
 from dit_sparse.order import TokenOrder, token_order, vision_first
@@ -291,9 +292,7 @@ class Call:
         if not self.config.has_tail:
             return Correction()
         c = self.config
-        tail = pooled_tail(
-            self.pooled, self.q.dtype, scale=self.scale, second_order=c.second_order, limit=c.second_order_limit
-        )
+        tail = pooled_tail(self.pooled, self.q.dtype, second_order=c.second_order, limit=c.second_order_limit)
         return Correction(tail=tail)
 
     def plan(self, density: float) -> BlockPlan:
@@ -332,11 +331,11 @@ class Call:
         self.known += rows * (text * layout.tokens + vision * text)
         if correction.tail is not None:
             self.known += rows * vision * layout.key_blocks
-        inputs = self.q, self.k, self.v, plan, layout.block, self.text_mask
+        inputs = Inputs(self.q, self.k, self.v, plan, layout.block, layout.key_block, self.text_mask)
         if self.precision == "8bit":
-            self.refused = refused_8bit(*inputs, key_block=layout.key_block)
+            self.refused = refused_8bit(inputs)
         precision: Precision = "full" if self.refused else self.precision
-        self.kernel = chosen_impl("auto", *inputs, precision, key_block=layout.key_block)
+        self.kernel = chosen_impl("auto", inputs, precision)
         self.plans.append(plan)
         return block_attention(
             self.q,

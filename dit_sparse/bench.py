@@ -20,8 +20,9 @@ from torch import Tensor
 from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_attention import Precision, block_attention, chosen_impl, refused_8bit
 from dit_sparse.kernels.dense_attention import Backend, dense_attention, dense_backend
+from dit_sparse.kernels.implementation import Inputs
 from dit_sparse.layout import TokenGrid
-from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
+from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
 
 
 @dataclass(frozen=True)
@@ -278,13 +279,14 @@ def _rows(
     lse, out = scores.logsumexp(-1), scores.softmax(-1) @ v[:, :, tokens]
     if correction is None:
         return out
-    one = slice(head, head + 1)
+    one, row = slice(head, head + 1), slice(rows.start // case.block, rows.start // case.block + 1)
     tail, residual = correction.tail, correction.residual
     if tail is not None:
-        weights = tail.log_weights
-        if weights.dim() == 4:
-            weights = weights[:, one, rows.start // case.block, None]
-        tail = Tail(tail.keys[:, one], tail.values[:, one], weights)
+        second = tail.second
+        if second is not None:
+            of_q = second.q_mean[:, one, row], second.q_var[:, one, row]
+            second = SecondOrder(*of_q, second.variances[:, one], second.limit)
+        tail = Tail(tail.keys[:, one], tail.values[:, one], tail.log_weights, second)
     if residual is not None:
         scales = None if residual.scales is None else residual.scales[:, one, rows]
         residual = Residual(residual.codes[:, one, rows], scales, residual.kind)
@@ -344,9 +346,10 @@ def calls(
     if not q.is_cuda:
         return {"torch": partial(kernel, impl="torch")}
     found: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"triton": partial(kernel, impl="triton")}
-    if chosen_impl("auto", q, k, v, plan, case.block, None, key_block=case.key_block) == "gluon":
+    inputs = Inputs(q, k, v, plan, case.block, case.keys)
+    if chosen_impl("auto", inputs) == "gluon":
         found = {"gluon": partial(kernel, impl="gluon"), **found}
-    if refused_8bit(q, k, v, plan, case.block, None, key_block=case.key_block) is None:
+    if refused_8bit(inputs) is None:
         found["gluon, 8bit"] = partial(kernel, precision="8bit")
     if case.text == 0 and case.block == case.keys == 128 and dense_backend(q.device, q.dtype, case.head_dim) == "fa4":
         found["fa4"] = _fa4(q, k, v, plan, case.block)

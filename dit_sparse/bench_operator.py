@@ -14,6 +14,7 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.correction import Learned, pooled_tail
 from dit_sparse.kernels.block_attention import block_attention, refused_8bit
 from dit_sparse.kernels.dense_attention import dense_attention
+from dit_sparse.kernels.implementation import Inputs
 from dit_sparse.kernels.permute import permute, permute_pooled
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import token_order
@@ -46,7 +47,7 @@ def _operator_of(
     texts = dict(text_keys=k[:, :, grid.tokens :]) if case.text else {}
     pooled = pool(q, k, v, layout, config)
     plan = route(pooled, layout, config, density=density, scale=scale, **texts).plan
-    tail = pooled_tail(pooled, q.dtype, scale=scale, second_order=True, limit=config.second_order_limit)
+    tail = pooled_tail(pooled, q.dtype, second_order=True, limit=config.second_order_limit)
     residual = pack(torch.randn_like(q[:, :, : grid.tokens]), "fp8")
     full = Correction(tail=tail, residual=residual)
     kernel = partial(block_attention, q, k, v, plan, **sizes, text=case.text)
@@ -62,7 +63,7 @@ def _operator_of(
     for generation in (anchors, low):
         generation.record(layer, Learned(plan, residual, None, 0, plan.counts.sum()))
     in_8bit: dict[str, Callable[[], Any]] = {}
-    if refused_8bit(q, k, v, plan, case.block, None, key_block=case.keys) is None:
+    if refused_8bit(Inputs(q, k, v, plan, case.block, case.keys)) is None:
         found = kernel(full, precision="8bit")[0]
         error = max(error, verify(q, k, v, plan, full, case, found, "8bit"))
         in_8bit = {

@@ -173,6 +173,7 @@ def info(_options: InfoOptions) -> int:
 
     from dit_sparse.kernels.block_attention import chosen_impl
     from dit_sparse.kernels.dense_attention import dense_backend
+    from dit_sparse.kernels.implementation import Inputs
     from dit_sparse.pipelines.session import FAMILIES
     from dit_sparse.plan import BlockPlan
 
@@ -182,7 +183,7 @@ def info(_options: InfoOptions) -> int:
     print(f"dit-sparse {__version__}, torch {torch.__version__}")
     print(f"device            {device.type} ({name})")
     row = torch.empty(1, 1, 1, 128, device=device, dtype=dtype)
-    kernel = chosen_impl("auto", row, row, row, BlockPlan.full(1, 1, 1, 1, device), 128, None)
+    kernel = chosen_impl("auto", Inputs(row, row, row, BlockPlan.full(1, 1, 1, 1, device), 128, 128))
     print(f"sparse kernel     {kernel} for {dtype}, 128 channels a head, blocks of 128")
     print(f"dense kernel      {dense_backend(device, dtype, 128)} for {dtype}, 128 channels a head")
     print(f"transformers      {', '.join(sorted(FAMILIES))}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dit_sparse.config import Storage
 from dit_sparse.kernels.tail_weights import tail_weights
-from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
+from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
 from dit_sparse.residual import pack
 from dit_sparse.routing import Pooled, Routing
 
@@ -18,22 +18,17 @@ LEAST_REST = 2**-8
 AT_ONCE = 1 << 24
 
 
-def pooled_tail(
-    pooled: Pooled, dtype: torch.dtype, *, scale: float, second_order: bool, limit: float = math.inf
-) -> Tail:
+def pooled_tail(pooled: Pooled, dtype: torch.dtype, *, second_order: bool, limit: float = math.inf) -> Tail:
     """Every block as one pseudo-key; the kernel leaves out the routed ones. dtype is that of q, k and v.
 
     The second order takes the mean square of a block's queries for that of each of them, which kernels/README.md
     compares: by row it would be a product for every row and pooled key.
     """
+    q, k, second = pooled.q, pooled.k, None
     if second_order:
-        q, k = pooled.q, pooled.k
         assert q is not None and q.var is not None and k.var is not None
-        half = dtype in (torch.float16, torch.bfloat16)
-        weights = tail_weights(q.mean, q.var, k.var, pooled.lengths, scale=scale, limit=limit, half=half)
-    else:
-        weights = pooled.lengths.to(pooled.k.mean.dtype).log()
-    return Tail(pooled.k.mean.to(dtype), pooled.v.mean.to(dtype), weights)
+        second = SecondOrder(q.mean, q.var, k.var, limit)
+    return Tail(k.mean.to(dtype), pooled.v.mean.to(dtype), pooled.lengths.to(k.mean.dtype).log(), second)
 
 
 def rectify(routing: Routing, pooled: Pooled, *, critical_mass: bool = False) -> Correction:
@@ -137,9 +132,6 @@ def calibrated(q: Tensor, plan: BlockPlan, tail: Tail, rho: Tensor, *, block: in
     """
     routed, rows = plan.mask(), q.shape[2]
     rho = torch.where(routed.all(-1), 1.0, rho)
-    weights = tail.log_weights
-    if weights.dim() < 4:
-        weights = weights.reshape(-1, 1, 1, weights.shape[-1]).expand(routed.shape)
     rest = torch.empty_like(q)
     # The logits of all heads and rows would be as large as a dense attention map over the block.
     at_once = max(block, AT_ONCE // max(1, q.shape[0] * q.shape[1] * routed.shape[-1]) // block * block)
@@ -147,7 +139,8 @@ def calibrated(q: Tensor, plan: BlockPlan, tail: Tail, rho: Tensor, *, block: in
         some = slice(first, min(first + at_once, rows))
         blocks = slice(first // block, -(-some.stop // block))
         logits = (q[:, :, some] @ tail.keys.mT).float().mul_(scale)
-        hidden = weights[:, :, blocks].masked_fill(routed[:, :, blocks], float("-inf"))
+        weights = tail_weights(tail, (slice(None), slice(None), blocks), scale=scale)
+        hidden = weights.masked_fill(routed[:, :, blocks], float("-inf"))
         logits += hidden.repeat_interleave(block, 2)[:, :, : some.stop - first]
         share = logits.softmax(-1).nan_to_num_()
         share *= (1 - rho[:, :, blocks]).repeat_interleave(block, 2)[:, :, : some.stop - first, None]

@@ -1,5 +1,6 @@
 """What an attention kernel is given besides q, k and v: which blocks to visit, and what to add for the rest."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,9 +32,16 @@ class BlockPlan:
     def full(
         cls, batch: int, heads: int, query_blocks: int, key_blocks: int, device: torch.device | str
     ) -> "BlockPlan":
+        """Every row lists every block; in memory there is one list."""
         counts = torch.full((batch, heads, query_blocks), key_blocks, dtype=torch.int32, device=device)
         indices = torch.arange(key_blocks, dtype=torch.int32, device=device)
-        return cls(counts, indices.expand(*counts.shape, key_blocks).contiguous(), key_blocks)
+        return cls(counts, indices.expand(*counts.shape, key_blocks), key_blocks)
+
+    def lists(self) -> tuple[Tensor, int]:
+        """The indices as a kernel reads them, and the step from one row's list to the next: 0 where all share one."""
+        *leading, step = self.indices.stride()
+        shared = step == 1 and all(n == 1 or x == 0 for n, x in zip(self.indices.shape, leading, strict=False))
+        return (self.indices, 0) if shared else (self.indices.contiguous(), self.indices.shape[-1])
 
     def mask(self) -> Tensor:
         """[B, H, Nq, Nk] bool."""
@@ -68,17 +76,33 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class SecondOrder:
+    """What the spread of a pooled key's tokens adds to its logits: for key block m and query block n
+    min(½ scale² Σ_d E_n[q_d²] variances_md, limit), scale being the attention's own.
+
+    q_mean, q_var  [B, H, Nq, D]  mean and variance of each block's queries, float32 (float64 for float64)
+    variances      [B, H, N, D]   those of each block's keys, likewise
+    """
+
+    q_mean: Tensor
+    q_var: Tensor
+    variances: Tensor
+    limit: float = math.inf
+
+
+@dataclass(frozen=True)
 class Tail:
     """The blocks a plan leaves out, each as one pseudo-key that stands for all its tokens.
 
     keys, values  [B, H, N, D]   block means
-    log_weights   what is added to their logits, a float type: [N] or [B, N], ln of the number of real tokens, or
-                  [B, H, Nq, N], one for each query block, see `dit_sparse.kernels.tail_weights`
+    log_weights   [N] or [B, N]  what is added to their logits, ln of the number of real tokens, a float type
+    second        what is added besides; the kernels make of it what each query block adds
     """
 
     keys: Tensor
     values: Tensor
     log_weights: Tensor
+    second: SecondOrder | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Attention over listed key blocks, with everything a method adds for the rest done before the output is written."""
 
+import math
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels import block_attention_torch
-from dit_sparse.kernels.implementation import Impl, resolve
-from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
+from dit_sparse.kernels.implementation import Impl, Inputs, resolve
+from dit_sparse.kernels.tail_weights import HALF_LIMIT
+from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
 
 try:
     from dit_sparse.kernels import block_attention_triton
@@ -82,6 +84,11 @@ def block_attention(
     if check_plan:
         plan.check()
     tail, residual = correction.tail, correction.residual
+    second = tail and tail.second
+    limit = second.limit if second else math.inf
+    if q.dtype in (torch.float16, torch.bfloat16):
+        # Whatever kernel it is, as float16 is what some keep the weights in.
+        limit = min(limit, HALF_LIMIT)
     return _block_attention(
         q,
         k,
@@ -98,6 +105,10 @@ def block_attention(
         tail and tail.keys,
         tail and tail.values,
         tail and tail.log_weights,
+        second and second.q_mean,
+        second and second.q_var,
+        second and second.variances,
+        limit,
         correction.scale,
         residual and residual.codes,
         residual and residual.scales,
@@ -107,50 +118,22 @@ def block_attention(
     )
 
 
-def _refused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    block: int,
-    key_block: int | None,
-    key_mask: Tensor | None,
-    head_dims: tuple[int, ...],
-    key_sizes: tuple[int, ...],
-) -> str | None:
+def _refused(inputs: Inputs, head_dims: tuple[int, ...], key_sizes: tuple[int, ...]) -> str | None:
     """Why the Hopper kernels do not take these inputs, or None."""
-    if hopper_tiles is None or not q.is_cuda:
+    if hopper_tiles is None or not inputs.q.is_cuda:
         return "needs CUDA tensors and triton 3.6 or newer"
-    return hopper_tiles.refusal(q, k, v, plan, block, key_block or block, key_mask, head_dims, key_sizes)
+    return hopper_tiles.refusal(inputs, head_dims, key_sizes)
 
 
-def refused_8bit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    block: int,
-    key_mask: Tensor | None,
-    *,
-    key_block: int | None = None,
-) -> str | None:
-    """Why block_attention cannot do these arguments with precision "8bit", or None."""
-    return _refused(q, k, v, plan, block, key_block, key_mask, (128,), (128,))
+def refused_8bit(inputs: Inputs) -> str | None:
+    """Why block_attention cannot do these inputs with precision "8bit", or None."""
+    return _refused(inputs, (128,), (128,))
 
 
 def chosen_impl(
-    impl: AttentionImpl,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    block: int,
-    key_mask: Tensor | None,
-    precision: Precision = "full",
-    *,
-    key_block: int | None = None,
+    impl: AttentionImpl, inputs: Inputs, precision: Precision = "full"
 ) -> Literal["torch", "triton", "gluon", "gluon, 8bit"]:
-    """The implementation that block_attention runs for these arguments; raises ValueError where it refuses them."""
+    """The implementation that block_attention runs for these inputs; raises ValueError where it refuses them."""
     if impl not in get_args(AttentionImpl):
         raise ValueError(f"Unknown impl {impl!r}: choose from {', '.join(get_args(AttentionImpl))}.")
     if precision not in get_args(Precision):
@@ -158,12 +141,13 @@ def chosen_impl(
     if precision == "8bit":
         if impl not in ("auto", "gluon"):
             raise ValueError(f"precision '8bit' is there for impl auto and gluon, not for {impl!r}.")
-        refused = refused_8bit(q, k, v, plan, block, key_mask, key_block=key_block)
+        refused = refused_8bit(inputs)
         if refused is not None:
             raise ValueError(f"precision '8bit' {refused}.")
         return "gluon, 8bit"
+    q = inputs.q
     if impl == "gluon" or (impl == "auto" and q.is_cuda):
-        refused = _refused(q, k, v, plan, block, key_block, key_mask, (64, 128), (64, 128))
+        refused = _refused(inputs, (64, 128), (64, 128))
         if refused is None:
             return "gluon"
         if impl == "gluon":
@@ -172,7 +156,7 @@ def chosen_impl(
     if impl == "triton" and wide:
         raise ValueError(f"impl 'triton' takes float32 up to head dimension 128, not {q.shape[-1]}; 'torch' takes it.")
     chosen = resolve("torch" if wide else impl, q)
-    for name, size in (("block", block), ("key_block", key_block or block)):
+    for name, size in (("block", inputs.block), ("key_block", inputs.key_block)):
         if chosen == "triton" and size not in (16, 32, 64, 128):
             raise ValueError(f"{name} must be 16, 32, 64 or 128 for impl 'triton', not {size}.")
     return chosen
@@ -234,9 +218,20 @@ def _check(
         for name, x in (("keys", tail.keys), ("values", tail.values)):
             if x.shape != (batch, heads, key_blocks, dim):
                 raise ValueError(f"tail.{name} must be {(batch, heads, key_blocks, dim)}, not {tuple(x.shape)}.")
-        shapes = (key_blocks,), (batch, key_blocks), (batch, heads, rows, key_blocks)
+        shapes = (key_blocks,), (batch, key_blocks)
         if tail.log_weights.shape not in shapes:
             raise ValueError(f"tail.log_weights must be one of {shapes}, not {tuple(tail.log_weights.shape)}.")
+    if tail is not None and (second := tail.second) is not None:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        for name, x, blocks in (
+            ("q_mean", second.q_mean, rows), ("q_var", second.q_var, rows), ("variances", second.variances, key_blocks)
+        ):  # fmt: skip
+            if x.shape != (batch, heads, blocks, dim) or x.dtype != wide:
+                raise ValueError(
+                    f"tail.second.{name} must be {(batch, heads, blocks, dim)} {wide}, not {tuple(x.shape)} {x.dtype}."
+                )
+        if not second.limit > 0:
+            raise ValueError(f"tail.second.limit is a positive number, or inf, not {second.limit!r}.")
 
 
 @torch.library.custom_op("dit_sparse::block_attention", mutates_args=())
@@ -256,6 +251,10 @@ def _block_attention(
     tail_keys: Tensor | None,
     tail_values: Tensor | None,
     tail_log_weights: Tensor | None,
+    tail_q_mean: Tensor | None,
+    tail_q_var: Tensor | None,
+    tail_variances: Tensor | None,
+    tail_limit: float,
     row_scale: Tensor | None,
     residual: Tensor | None,
     residual_scales: Tensor | None,
@@ -264,11 +263,12 @@ def _block_attention(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     plan = BlockPlan(counts, indices, key_blocks)
-    tail = None if tail_keys is None else Tail(tail_keys, tail_values, tail_log_weights)
+    second = None if tail_q_mean is None else SecondOrder(tail_q_mean, tail_q_var, tail_variances, tail_limit)
+    tail = None if tail_keys is None else Tail(tail_keys, tail_values, tail_log_weights, second)
     added = None if residual is None else Residual(residual, residual_scales, residual_kind)
     correction = Correction(row_scale, added, tail)
     # Here and not before, so that a compiler need not look into it.
-    chosen = chosen_impl(impl, q, k, v, plan, block, key_mask, precision, key_block=key_block)
+    chosen = chosen_impl(impl, Inputs(q, k, v, plan, block, key_block, key_mask), precision)
     if chosen == "torch":
         return block_attention_torch.attend(
             q, k, v, plan, correction, block, key_block, scale, key_mask, text, scatter

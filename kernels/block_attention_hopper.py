@@ -162,7 +162,7 @@ def _copy_tile(
     q_ring, ring, weight_ring = rings
     q_full, q_empty = q_bars
     full, empty = bars
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts = sizes
     i_bh, i_list, row, is_text, p_list, n, steps = find_tile(t, pointers, sizes, TEXT, BLOCK)
     b, h = i_bh // H, i_bh % H
     blocks = n
@@ -370,7 +370,7 @@ def _tiles(
     q_ring, ring, weight_ring = rings
     full, empty = bars
     q_full, q_empty = q_bars
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts = sizes
     scale2, unscale = scale * LOG2E, 1.0 / scale
     lost = gl.to_tensor(-1)
     if not HELD:
@@ -499,7 +499,7 @@ def _consume(
 
 # Sizes that change from plan to plan: nothing is gained from compiling again for each.
 _SIZES = (
-    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "texts", "tiles", "scattered", "padded",
+    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "STEP", "texts", "tiles", "scattered", "padded",
     "scales", "residuals",
 )  # fmt: skip
 
@@ -509,7 +509,7 @@ def block_attention_hopper_kernel(
     d_q, d_k, d_v, d_tail_k, d_tail_v, d_weights, d_codes,
     p_out, p_lse, p_text_mask, p_counts, p_indices, p_every, p_order, p_work, p_scatter, p_scale, p_res,
     p_res_scale, o_sb, o_sh, o_st, r_sb, r_sh, r_st,
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, scales, residuals,
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts, tiles, scattered, padded, scales, residuals,
     scale,
     D: gl.constexpr, TEXT: gl.constexpr, MASKED: gl.constexpr, TAIL: gl.constexpr,
     SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
@@ -550,7 +550,7 @@ def block_attention_hopper_kernel(
             mbarrier.init(codes_empty.index(i), count=1)
         codes_parts = (d_codes, codes, codes_full, codes_empty)
     pointers = (p_counts, p_indices, p_every, p_order, p_work)
-    sizes = (H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts)
+    sizes = (H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts)
     out_strides = (o_sb, o_sh, o_st)
     correction = (p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals)
     descs = (d_q, d_k, d_v)
@@ -579,10 +579,10 @@ def block_attention_hopper_kernel(
     )  # fmt: skip
 
 
-def _tail_descriptors(tail: Tail, plan: BlockPlan, dtype: torch.dtype) -> Sequence[TensorDescriptor]:
+def _tail_descriptors(tail: Tail, plan: BlockPlan, dtype: torch.dtype, scale: float) -> Sequence[TensorDescriptor]:
     """The tail as the kernel copies it."""
     keys, values = (describe(x.to(dtype).contiguous(), BLOCK) for x in (tail.keys, tail.values))
-    return keys, values, weights_of(tail, plan)
+    return keys, values, weights_of(tail, plan, dtype, scale)
 
 
 def attend(
@@ -605,7 +605,7 @@ def attend(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     tail, residual, row_scale = correction.tail, correction.residual, correction.scale
-    counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
+    counts, (indices, step) = plan.counts.contiguous(), plan.lists()
     order = longest_first(counts)
     padded = whole_blocks(plan.key_blocks)
     texts = batch * heads * triton.cdiv(text, BLOCK)
@@ -613,7 +613,7 @@ def attend(
     programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
     per_row = residual is not None and residual.codes.shape[2] == rows
     copied = residual is not None and residual.kind != "full" and per_row and copyable(residual.codes)
-    pooled = _tail_descriptors(tail, plan, q.dtype) if tail else [None] * 3
+    pooled = _tail_descriptors(tail, plan, q.dtype, scale) if tail else [None] * 3
     # float16 has no room for exponentials relative to less than the maximum.
     fixed = q.dtype == torch.bfloat16
     # The next tile, and of each tile and group the one lost before it.
@@ -628,7 +628,7 @@ def attend(
         residual.codes if residual and not copied else None,
         residual.scales.contiguous() if residual and residual.scales is not None else None,
         *out.stride()[:3], *(residual.codes.stride()[:3] if residual else (0, 0, 0)),
-        heads, queries, keys, rows, keys - text, counts.shape[-1], plan.key_blocks, indices.shape[-1],
+        heads, queries, keys, rows, keys - text, counts.shape[-1], plan.key_blocks, step,
         texts, tiles, 0 if scatter is None else scatter.numel(),
         padded,
         row_scale.shape[2] if row_scale is not None else 0, residual.codes.shape[2] if residual else 0,

@@ -66,7 +66,7 @@ def _produce(
     q_ring, k_ring, unit_ring, v_ring, weight_ring = rings
     q_full, q_empty = q_bars
     k_full = k_bars[0]
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts = sizes
     k_slot, k_phase = gl.to_tensor(0), gl.to_tensor(0)
     v_slot, v_phase = gl.to_tensor(0), gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
@@ -284,7 +284,7 @@ def _consume(
     v_full, v_empty = v_bars
     q_full, q_empty = q_bars
     p_q_unit, p_q_shift, p_v_unit = p_units
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts = sizes
     k_slot, k_phase = gl.to_tensor(0), gl.to_tensor(0)
     v_slot, v_phase = gl.to_tensor(0), gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
@@ -374,7 +374,7 @@ def _consume(
 
 # Sizes that change from plan to plan: nothing is gained from compiling again for each.
 _SIZES = (
-    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "W", "texts", "tiles", "scattered", "padded",
+    "H", "LQ", "LK", "VISION", "COLUMNS", "NQ", "NK", "STEP", "texts", "tiles", "scattered", "padded",
     "key_blocks", "scales", "residuals",
 )  # fmt: skip
 
@@ -384,7 +384,7 @@ def block_attention_hopper8_kernel(
     d_q, d_k, d_unit, d_v, d_tail_k, d_tail_unit, d_tail_v, d_weights, d_codes,
     p_out, p_lse, p_q_unit, p_q_shift, p_v_unit, p_text_mask, p_counts, p_indices, p_every, p_order,
     p_next, p_scatter, p_scale, p_res, p_res_scale, o_sb, o_sh, o_st, r_sb, r_sh, r_st,
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts, tiles, scattered, padded, key_blocks, scales, residuals,
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts, tiles, scattered, padded, key_blocks, scales, residuals,
     scale,
     D: gl.constexpr, TEXT: gl.constexpr, MASKED: gl.constexpr, TAIL: gl.constexpr,
     SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
@@ -429,7 +429,7 @@ def block_attention_hopper8_kernel(
         codes_parts = (d_codes, codes, codes_full, codes_empty)
     pointers = (p_counts, p_indices, p_every, p_order, p_next)
     p_units = (p_q_unit, p_q_shift, p_v_unit)
-    sizes = (H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts)
+    sizes = (H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts)
     out_strides = (o_sb, o_sh, o_st)
     correction = (p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals)
     descs = (d_q, d_k, d_unit, d_v)
@@ -475,7 +475,9 @@ def _by_row(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, BLOCK))[..., key_order(x.device)].flatten(-2)
 
 
-def _pooled(tail: Tail, plan: BlockPlan, mean: Tensor, v_unit: Tensor) -> list[TensorDescriptor]:
+def _pooled(
+    tail: Tail, plan: BlockPlan, mean: Tensor, v_unit: Tensor, dtype: torch.dtype, scale: float
+) -> list[TensorDescriptor]:
     """The pooled keys in 8 bits like the keys, and what they weigh."""
     keys, unit = quantise_keys(tail.keys, mean, 0)
     values = quantise_values(tail.values, v_unit, 0)
@@ -483,7 +485,7 @@ def _pooled(tail: Tail, plan: BlockPlan, mean: Tensor, v_unit: Tensor) -> list[T
         _tile_descriptor(keys, BLOCK, keys.shape[-1]),
         _units(unit),
         _tile_descriptor(values, values.shape[2], BLOCK),
-        weights_of(tail, plan, by_row=True),
+        weights_of(tail, plan, dtype, scale, by_row=True),
     ]
 
 
@@ -507,8 +509,8 @@ def attend(
     tail, residual, row_scale = correction.tail, correction.residual, correction.scale
     # The tail knows the means of blocks, of which all but the last have as many keys.
     codes = quantise(q, k, v, text, scale, tail.keys.mean(2, dtype=torch.float32) if tail else None, text_mask)
-    pooled = _pooled(tail, plan, codes.k_mean, codes.v_unit) if tail else [None] * 4
-    counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
+    pooled = _pooled(tail, plan, codes.k_mean, codes.v_unit, q.dtype, scale) if tail else [None] * 4
+    counts, (indices, step) = plan.counts.contiguous(), plan.lists()
     order = longest_first(counts)
     padded = whole_blocks(plan.key_blocks)
     texts = batch * heads * triton.cdiv(text, BLOCK)
@@ -527,7 +529,7 @@ def attend(
         residual.codes if residual and not copied else None,
         residual.scales.contiguous() if residual and residual.scales is not None else None,
         *out.stride()[:3], *(residual.codes.stride()[:3] if residual else (0, 0, 0)),
-        heads, queries, keys, rows, keys - text, counts.shape[-1], plan.key_blocks, indices.shape[-1],
+        heads, queries, keys, rows, keys - text, counts.shape[-1], plan.key_blocks, step,
         texts, tiles, 0 if scatter is None else scatter.numel(),
         padded, codes.k_unit.shape[2],
         row_scale.shape[2] if row_scale is not None else 0, residual.codes.shape[2] if residual else 0,

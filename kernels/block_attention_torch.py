@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.tail_weights import tail_weights
 from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
 from dit_sparse.residual import unpack
 
@@ -239,7 +240,7 @@ def _correct(
         o = out[some].to(lse.dtype)
         if correction.tail is not None:
             assert routed is not None
-            weights = _weights_of(correction.tail, at, blocks, lse.dtype)
+            weights = tail_weights(correction.tail, (*at, blocks), scale=scale).to(lse.dtype)
             _merge_tail(q[some], o, lse[some], correction.tail, at, weights, routed[(*at, blocks)], block, scale)
         if correction.scale is not None:
             o *= here(correction.scale)[:, None]
@@ -247,14 +248,6 @@ def _correct(
             scales = None if residual.scales is None else here(residual.scales)
             o += unpack(Residual(here(residual.codes), scales, residual.kind))
         out[some] = o
-
-
-def _weights_of(tail: Tail, at: tuple[int, int], blocks: slice, dtype: torch.dtype) -> Tensor:
-    """What is added to the logits of pooled keys, [N] for all query blocks or [blocks, N] for each of some."""
-    weights = tail.log_weights
-    if weights.dim() == 4:
-        return weights[(*at, blocks)].to(dtype)
-    return (weights if weights.dim() == 1 else weights[at[0]]).to(dtype)
 
 
 def _merge_tail(
@@ -268,7 +261,7 @@ def _merge_tail(
     block: int,
     scale: float,
 ) -> None:
-    """q, out [rows, D], lse [rows], weights [N] or [blocks, N], routed [blocks, N] -> out with the unrouted blocks'
+    """q, out [rows, D], lse [rows], weights [1, N] or [blocks, N], routed [blocks, N] -> out with the unrouted blocks'
     pooled keys merged in."""
     rows = len(q)
     keys, values = (x[at].to(q.dtype) for x in (tail.keys, tail.values))

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_sparse.kernels.implementation import check_device
-from dit_sparse.kernels.tail_weights import unlisted
+from dit_sparse.kernels.tail_weights import unlisted_weights
 from dit_sparse.kernels.tuning import attention_tile
 from dit_sparse.plan import BlockPlan, Correction
 
@@ -51,7 +51,7 @@ def block_attention_fwd_kernel(
     v_sb, v_sh, v_st,
     o_sb, o_sh, o_st,
     r_sb, r_sh, r_st,
-    H, LQ, LK, ROWS, COLUMNS, NQ, NK, W, SCALES, RESIDUALS, SCATTERED,
+    H, LQ, LK, ROWS, COLUMNS, NQ, NK, STEP, SCALES, RESIDUALS, SCATTERED,
     scale,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
@@ -95,7 +95,7 @@ def block_attention_fwd_kernel(
     scale2 = scale * LOG2E
 
     n = tl.load(p_counts + i_list)
-    p_list = p_indices + i_list * W
+    p_list = p_indices + i_list * STEP
     if TEXT:
         n = tl.where(is_text, NK, n)
         p_list = tl.where(is_text, p_every, p_list)
@@ -224,7 +224,7 @@ def attend(
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     tail, residual, row_scale = correction.tail, correction.residual, correction.scale
     rows = queries - text
-    counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
+    counts, (indices, step) = plan.counts.contiguous(), plan.lists()
     width = max(64, triton.next_power_of_2(dim))
     capability = 10 * torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 80
     tile = attention_tile(capability, q.element_size(), width, block)
@@ -232,19 +232,20 @@ def attend(
     query_blocks = counts.shape[-1]
     grid = (query_blocks * (block // tile.rows) + triton.cdiv(text, tile.rows), batch * heads)
     res_strides = residual.codes.stride()[:3] if residual else (0, 0, 0)
+    weights = unlisted_weights(tail, plan, q.dtype, scale=scale, width=plan.key_blocks) if tail else None
     block_attention_fwd_kernel[grid](
         q, k, v, out, lse,
         counts, indices, every if text else None,
         key_mask.to(torch.uint8).contiguous() if key_mask is not None else None,
         tail.keys.contiguous() if tail else None,
         tail.values.contiguous() if tail else None,
-        unlisted(tail.log_weights, plan, width=plan.key_blocks, impl="triton") if tail else None,
+        weights,
         scatter,
         row_scale.float().contiguous() if row_scale is not None else None,
         residual.codes if residual else None,
         residual.scales.contiguous() if residual and residual.scales is not None else None,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *res_strides,
-        heads, queries, keys, rows, keys - text, query_blocks, plan.key_blocks, indices.shape[-1],
+        heads, queries, keys, rows, keys - text, query_blocks, plan.key_blocks, step,
         row_scale.shape[2] if row_scale is not None else 0,
         residual.codes.shape[2] if residual else 0,
         0 if scatter is None else scatter.numel(),

@@ -10,7 +10,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dit_sparse.kernels.tail_weights import unlisted
+from dit_sparse.kernels.implementation import Inputs
+from dit_sparse.kernels.tail_weights import unlisted_weights
 from dit_sparse.plan import BlockPlan, Tail
 
 # Queries and keys of a step; queries of a group, as many as one warpgroup product takes.
@@ -32,7 +33,7 @@ def next_slot(slot, phase, SLOTS: gl.constexpr):
 def find_tile(t, pointers, sizes, TEXT: gl.constexpr, BLOCK: gl.constexpr):
     """Tile t: its head, query block and row, the list it reads, and how many steps that list and the text take."""
     p_counts, p_indices, p_every, p_order, _ = pointers
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts = sizes
     i_bh = t // NQ
     i = t % NQ
     i_block = i
@@ -48,7 +49,7 @@ def find_tile(t, pointers, sizes, TEXT: gl.constexpr, BLOCK: gl.constexpr):
     i_block = gl.load(p_order + i_bh * NQ + i_block)
     i_list = i_bh.to(gl.int64) * NQ + i_block
     n = gl.load(p_counts + i_list)
-    p_list = p_indices + i_list * W
+    p_list = p_indices + i_list * STEP
     row = i_block * BLOCK
     steps = n
     if TEXT:
@@ -107,7 +108,7 @@ def fetch(
     PER_ROW: gl.constexpr, COPIED: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """What the store of these rows needs from memory: where they go, factor, residual's scale and codes."""
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, W, texts = sizes
+    H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts = sizes
     p_scale, p_res, p_res_scale, r_sb, r_sh, r_st, scales, residuals = correction
     b, h = (i_bh // H).to(gl.int64), (i_bh % H).to(gl.int64)
     m_r = (o_m < VISION) & (is_text == 0)
@@ -169,18 +170,9 @@ def store(
     gl.store(p_o, o.to(p_out.dtype.element_ty), mask=(o_m < end)[:, None])
 
 
-def refusal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    block: int,
-    key_block: int,
-    key_mask: Tensor | None,
-    head_dims: tuple[int, ...],
-    key_sizes: tuple[int, ...],
-) -> str | None:
+def refusal(inputs: Inputs, head_dims: tuple[int, ...], key_sizes: tuple[int, ...]) -> str | None:
     """Why a kernel for these head dimensions and sizes of key blocks does not take such inputs, or None."""
+    q, k, plan, key_mask = inputs.q, inputs.k, inputs.plan, inputs.key_mask
     if torch.cuda.get_device_capability(q.device)[0] != 9:
         return "needs a GPU of compute capability 9"
     if TRITON < (3, 6):
@@ -190,13 +182,13 @@ def refusal(
     if q.shape[-1] not in head_dims:
         dims = " and ".join(map(str, head_dims))
         return f"takes head dimension{'s' if len(head_dims) > 1 else ''} {dims}, not {q.shape[-1]}"
-    if block != BLOCK:
-        return f"takes blocks of {BLOCK}, not {block}"
-    if key_block not in key_sizes:
-        return f"takes key blocks of {' and '.join(map(str, key_sizes))}, not {key_block}"
+    if inputs.block != BLOCK:
+        return f"takes blocks of {BLOCK}, not {inputs.block}"
+    if inputs.key_block not in key_sizes:
+        return f"takes key blocks of {' and '.join(map(str, key_sizes))}, not {inputs.key_block}"
     if key_mask is not None and key_mask.shape[1] == k.shape[2]:
         return "takes a mask of text keys, [B, text], not of all keys"
-    if not all(copyable(x) for x in (q, k, v)):
+    if not all(copyable(x) for x in (q, k, inputs.v)):
         return "needs 16-byte alignment of every row"
     if plan.counts.numel() * whole_blocks(plan.key_blocks) >= 2**31:
         return "takes fewer than 2^31 pairs of blocks"
@@ -209,11 +201,13 @@ def longest_first(counts: Tensor) -> Tensor:
     return counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True).indices.int()
 
 
-def weights_of(tail: Tail, plan: BlockPlan, *, by_row: bool = False) -> TensorDescriptor:
+def weights_of(
+    tail: Tail, plan: BlockPlan, dtype: torch.dtype, scale: float, *, by_row: bool = False
+) -> TensorDescriptor:
     """What each pooled key weighs for each query block, of as many as whole tiles have: nothing where it is listed, or
     is none."""
     width = whole_blocks(plan.key_blocks)
-    return describe_line(unlisted(tail.log_weights, plan, width=width, by_row=by_row, impl="triton"))
+    return describe_line(unlisted_weights(tail, plan, dtype, scale=scale, width=width, by_row=by_row))
 
 
 def whole_blocks(blocks: int) -> int:

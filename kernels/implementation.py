@@ -1,9 +1,12 @@
 """Which implementation of an op runs."""
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from dit_sparse.plan import BlockPlan
 
 try:
     import triton
@@ -11,6 +14,19 @@ except ImportError:  # Triton has no wheel for macOS and Windows; the torch impl
     triton = None
 
 Impl = Literal["auto", "torch", "triton"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What decides which implementation of block_attention runs; see there."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: BlockPlan
+    block: int
+    key_block: int
+    key_mask: Tensor | None = None
 
 
 def resolve(impl: Impl, x: Tensor) -> Literal["torch", "triton"]:

@@ -3,13 +3,12 @@
 Nothing here is fast. Every function works in the dtype it is given; the tests give it float64.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_sparse.plan import BlockPlan, Correction
+from dit_sparse.plan import BlockPlan, Correction, Tail
 from dit_sparse.residual import unpack
 
 
@@ -53,13 +52,15 @@ def block_scores(
     return scores.log() if text is None else torch.cat([scores.log(), text.unsqueeze(-1)], dim=-1)
 
 
-def tail_weights(
-    q_mean: Tensor, q_var: Tensor, variances: Tensor, lengths: Tensor, *, scale: float, limit: float = math.inf
-) -> Tensor:
-    """What each pooled key weighs for each query block, [B, H, Nq, Nk]: the logarithm of its length, and half the
-    variance of its keys' logits, of which q_mean and q_var [B, H, Nq, D] tell the queries' mean square."""
-    spread = 0.5 * scale**2 * (q_mean.square() + q_var) @ variances.mT
-    return lengths.to(spread.dtype).log() + spread.clamp(max=limit)
+def tail_weights(tail: Tail, *, scale: float) -> Tensor:
+    """What each pooled key weighs for each query block, [B, H, Nq, N] or what broadcasts to it: the logarithm of its
+    length and, in the second order, half the variance of its keys' logits, with the mean square of a block's queries
+    for that of each."""
+    first = tail.log_weights.reshape(-1, 1, 1, tail.log_weights.shape[-1])
+    if (second := tail.second) is None:
+        return first
+    spread = 0.5 * scale**2 * (second.q_mean.square() + second.q_var) @ second.variances.mT
+    return first + spread.clamp(max=second.limit)
 
 
 def block_select(
@@ -119,11 +120,8 @@ def correct(
     if (tail := correction.tail) is not None:
         keys, values = tail.keys.to(q.dtype), tail.values.to(q.dtype)
         logits = q @ keys.mT * scale
-        weights = tail.log_weights.to(q.dtype)
-        if weights.dim() == 4:
-            logits = logits + weights.repeat_interleave(block, -2)[..., :rows, :]
-        else:
-            logits = logits + weights.reshape(-1, 1, 1, weights.shape[-1])
+        weights = tail_weights(tail, scale=scale).to(q.dtype).expand(*plan.counts.shape, -1)
+        logits = logits + per_row(weights, rows, -2, block)
         routed = plan.mask().repeat_interleave(block, -2)[..., :rows, :]
         logits = logits.masked_fill(routed, float("-inf"))
         whole = torch.logaddexp(lse, logits.logsumexp(-1))[..., None]

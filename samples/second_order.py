@@ -5,6 +5,7 @@ python samples/second_order.py --density 0.1 --steps 3 9 15 --block 32 128 --key
 """
 
 import argparse
+from dataclasses import replace
 
 import check_prompts
 import torch
@@ -12,10 +13,10 @@ from dense_calls import look_at
 
 from dit_sparse import SparseConfig
 from dit_sparse.kernels.permute import permute
-from dit_sparse.kernels.reference import block_attention, correct, tail_weights
+from dit_sparse.kernels.reference import block_attention, correct
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import token_order
-from dit_sparse.plan import BlockPlan, Correction, Tail
+from dit_sparse.plan import BlockPlan, Correction, SecondOrder, Tail
 from dit_sparse.routing import pool, route
 
 KINDS = ("no tail", "first order", "of each row", "of the block")
@@ -29,21 +30,21 @@ def errors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid, config: Spar
     pooled = pool(q, k, v, layout, config)
     plan = route(pooled, layout, config, density=config.density, scale=scale).plan
     dense = (q @ k.mT * scale).softmax(-1) @ v
-    lengths, limit = pooled.lengths, config.second_order_limit
-    first = lengths.to(q.dtype).log()
-    of_block = tail_weights(pooled.q.mean, pooled.q.var, pooled.k.var, lengths, scale=scale, limit=limit)
-    of_row = tail_weights(q, torch.zeros_like(q), pooled.k.var, lengths, scale=scale, limit=limit)
+    limit = config.second_order_limit
+    first = Tail(pooled.k.mean, pooled.v.mean, pooled.lengths.to(q.dtype).log())
+    of_block = replace(first, second=SecondOrder(pooled.q.mean, pooled.q.var, pooled.k.var, limit))
+    of_row = replace(first, second=SecondOrder(q, torch.zeros_like(q), pooled.k.var, limit))
     # Each row as a query block of its own.
     rows = BlockPlan.from_mask(plan.mask().repeat_interleave(layout.block, 2)[:, :, : grid.tokens])
 
-    def with_tail(weights: torch.Tensor | None) -> torch.Tensor:
-        correction = None if weights is None else Correction(tail=Tail(pooled.k.mean, pooled.v.mean, weights))
-        if weights is not of_row:
+    def with_tail(tail: Tail | None) -> torch.Tensor:
+        correction = Correction(tail=tail)
+        if tail is not of_row:
             return block_attention(q, k, v, plan, correction, **sizes, scale=scale)[0]
         out, lse = block_attention(q, k, v, plan, None, **sizes, scale=scale)
         return correct(q, out, lse, rows, correction, 1, scale)
 
-    found = [float((with_tail(w) - dense).norm() / dense.norm()) for w in (None, first, of_row, of_block)]
+    found = [float((with_tail(tail) - dense).norm() / dense.norm()) for tail in (None, first, of_row, of_block)]
     return [*found, plan.density()]
 
 

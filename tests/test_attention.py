@@ -13,7 +13,7 @@ from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import token_order
 from dit_sparse.patterns import order_of, pattern_mask, pattern_plan, tile_of
-from dit_sparse.plan import Correction, Residual, Tail
+from dit_sparse.plan import Correction, Residual, SecondOrder, Tail
 from dit_sparse.residual import pack, unpack
 from dit_sparse.routing import pool, route
 from dit_sparse.state import Generation, Layer
@@ -106,8 +106,8 @@ def test_smaller_blocks_of_keys_are_the_formula(method, text):
     of_k, of_v = (reference.block_stats(x[:, :, : GRID.tokens], layout.key_lengths(CPU), 16) for x in (k, v))
     lengths, correction = layout.key_lengths(CPU), None
     if method == "tail":
-        weights = reference.tail_weights(of_q.mean, of_q.var, of_k.var, lengths, scale=0.25, limit=2.0)
-        correction = Correction(tail=Tail(of_k.mean, of_v.mean, weights))
+        second = SecondOrder(of_q.mean, of_q.var, of_k.var, limit=2.0)
+        correction = Correction(tail=Tail(of_k.mean, of_v.mean, lengths.double().log(), second))
     expected, _ = reference.block_attention(q, k, v, plan, correction, block=32, key_block=16, scale=0.25, text=text)
     close(out, expected)
     # As much work as the plan has keys for each row, and pooled ones.
@@ -395,7 +395,7 @@ def test_between_anchors_plan_and_residual_stay_and_the_rest_is_fresh(text):
         assert learned(g) is kept
         pooled = pool(q, k, v, Layout(GRID, text, 16), g.config)
         correction = Correction(
-            tail=pooled_tail(pooled, q.dtype, scale=0.25, second_order=True, limit=2.0), residual=kept.residual
+            tail=pooled_tail(pooled, q.dtype, second_order=True, limit=2.0), residual=kept.residual
         )
         close(out, block_attention(q, k, v, kept.plan, correction, block=16, text=text)[0])
     q, k, v = inputs(text)
@@ -664,11 +664,8 @@ def test_error_is_at_most_twice_pytorchs(method, dtype):
         wide = q.dtype
         stats = [reference.block_stats(x[:, :, : GRID.tokens], layout.lengths(CPU), 16) for x in (q, k, v)]
         if g.config.has_tail:
-            pooled = pool(q, k, v, layout, g.config)
-            weights = reference.tail_weights(
-                stats[0].mean, stats[0].var, stats[1].var, layout.lengths(CPU), scale=0.25, limit=2.0
-            )
-            tail = Tail(stats[1].mean, stats[2].mean, weights)
+            second = SecondOrder(stats[0].mean, stats[0].var, stats[1].var, limit=2.0)
+            tail = Tail(stats[1].mean, stats[2].mean, layout.lengths(CPU).to(wide).log(), second)
             correction = Correction(scale, residual, tail)
         if method == "rectify":
             pooled = pool(q, k, v, layout, g.config)
@@ -777,8 +774,8 @@ def test_the_kernel_gets_a_mask_of_text_keys(method, before, monkeypatch):
         return exact(*args, key_mask=key_mask, **options)
 
     monkeypatch.setattr(attention, "block_attention", spy)
-    monkeypatch.setattr(attention, "refused_8bit", lambda *args, **_: masks.append(args[5]))
-    monkeypatch.setattr(attention, "chosen_impl", lambda *args, **_: masks.append(args[6]) or "gluon")
+    monkeypatch.setattr(attention, "refused_8bit", lambda inputs: masks.append(inputs.key_mask))
+    monkeypatch.setattr(attention, "chosen_impl", lambda _, inputs, *__: masks.append(inputs.key_mask) or "gluon")
     g = at(method, density=0.3, precision="8bit")
     mask = torch.tensor([[True] * 3 + [False] * 6, [False, True, True] * 3])
     for step in range(3):

@@ -129,8 +129,7 @@ def test_rectify_at_full_density_is_dense(layout, text):
 
 def tail_of(q, k, v, layout, second_order, limit=math.inf):
     pooled = pool(q, k, v, layout, SparseConfig("tail", second_order=second_order))
-    scale = q.shape[-1] ** -0.5
-    return Correction(tail=pooled_tail(pooled, q.dtype, scale=scale, second_order=second_order, limit=limit))
+    return Correction(tail=pooled_tail(pooled, q.dtype, second_order=second_order, limit=limit))
 
 
 def some_plan(layout, density=0.3):
@@ -185,12 +184,14 @@ def test_the_tail_is_its_formula(layout, text, second_order, limit):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_tail_has_the_type_of_the_inputs_and_its_weights_as_many_bits_at_least(dtype):
+def test_a_tail_has_the_type_of_the_inputs_and_its_statistics_as_many_bits_at_least(dtype):
     for second_order in (False, True):
         tail = tail_of(*inputs(RAGGED).to(dtype), RAGGED, second_order).tail
         assert {tail.keys.dtype, tail.values.dtype} == {dtype}
-        half = second_order and dtype == torch.bfloat16
-        assert tail.log_weights.dtype == (torch.float16 if half else torch.float32)
+        assert tail.log_weights.dtype == torch.float32 and tail.log_weights.shape == (RAGGED.blocks,)
+        assert (tail.second is not None) == second_order
+        if second_order:
+            assert {tail.second.q_mean.dtype, tail.second.q_var.dtype, tail.second.variances.dtype} == {torch.float32}
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "int4"])

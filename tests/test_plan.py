@@ -71,6 +71,26 @@ def test_a_full_plan_visits_everything():
     assert plan.density() == 1
 
 
+def test_a_list_that_all_rows_share_is_in_memory_once():
+    plan = BlockPlan.full(2, 3, 4, 5, "cpu")
+    indices, step = plan.lists()
+    assert step == 0 and indices.untyped_storage().nbytes() == 4 * 5
+    # Whatever strides: each list begins `step` after the one before.
+    some = BlockPlan.from_mask(torch.rand(2, 3, 4, 5) < 2)
+    for each in (
+        some,
+        replace(some, indices=some.indices.mT.contiguous().mT),
+        replace(some, indices=some.indices[:1]),
+    ):
+        indices, step = each.lists()
+        assert step == 5 and indices.is_contiguous() and torch.equal(indices, each.indices)
+    one = BlockPlan(plan.counts[:1, :1, :1], some.indices[:1, :1, :1], 5)
+    assert one.lists()[1] == 0
+    for shared_by_heads in (some.indices[:, :1].expand(2, 3, 4, 5), some.indices[..., :1].expand(2, 3, 4, 5)):
+        indices, step = replace(some, indices=shared_by_heads).lists()
+        assert step == 5 and indices.is_contiguous() and torch.equal(indices, shared_by_heads)
+
+
 def change(name: str, at: tuple[int, ...], value: int):
     def changed(plan: BlockPlan) -> BlockPlan:
         tensor = getattr(plan, name).clone()

@@ -5,7 +5,7 @@ import math
 import torch
 
 from dit_sparse.kernels import reference
-from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
+from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
 from dit_sparse.residual import pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,15 +48,13 @@ def corrected(q, k, v, plan, block, text, parts, key_block=None):
         lengths = (columns - torch.arange(0, columns, size, device=DEVICE)).clamp(max=size)
         stats = reference.block_stats(k[:, :, :columns], lengths, size)
         values = reference.block_stats(v[:, :, :columns], lengths, size).mean
-        weights = lengths.double().log()
+        second = None
         if "second" in parts:
             real = (rows - torch.arange(0, rows, block, device=DEVICE)).clamp(max=block)
             queries = reference.block_stats(q[:, :, :rows], real, block)
             limit = 0.2 if "limit" in parts else math.inf
-            weights = reference.tail_weights(
-                queries.mean, queries.var, stats.var, lengths, scale=q.shape[-1] ** -0.5, limit=limit
-            )
-        tail = Tail(stats.mean, values, weights)
+            second = SecondOrder(queries.mean, queries.var, stats.var, limit)
+        tail = Tail(stats.mean, values, lengths.double().log(), second)
     leading = q.shape[:2]
     if "scale" in parts:
         scale = draw(*leading, rows).abs()
@@ -75,10 +73,10 @@ def corrected(q, k, v, plan, block, text, parts, key_block=None):
 def cast(correction, dtype):
     tail, residual, scale = correction.tail, correction.residual, correction.scale
     if tail is not None:
-        weights = tail.log_weights.float()
-        if weights.dim() == 4 and dtype in (torch.float16, torch.bfloat16):
-            weights = weights.half()
-        tail = Tail(tail.keys.to(dtype), tail.values.to(dtype), weights)
+        wide, second = torch.promote_types(dtype, torch.float32), tail.second
+        if second is not None:
+            second = SecondOrder(*(x.to(wide) for x in (second.q_mean, second.q_var, second.variances)), second.limit)
+        tail = Tail(tail.keys.to(dtype), tail.values.to(dtype), tail.log_weights.to(wide), second)
     if residual is not None and residual.kind == "full":
         residual = Residual(residual.codes.to(dtype))
     return Correction(None if scale is None else scale.float(), residual, tail)

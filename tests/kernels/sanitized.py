@@ -13,7 +13,8 @@ from dit_sparse.kernels.block_scores import block_scores
 from dit_sparse.kernels.block_select import block_select
 from dit_sparse.kernels.block_stats import block_stats
 from dit_sparse.kernels.permute import permute, permute_pooled
-from dit_sparse.kernels.tail_weights import tail_weights, unlisted
+from dit_sparse.kernels.tail_weights import unlisted_weights
+from dit_sparse.plan import SecondOrder, Tail
 from tests.kernels.attention_inputs import cast, corrected, inputs, random_plan, text_mask
 
 PARTS = ((), ("tail", "second", "scale", "residual"), ("tail", "int4"), ("block_scale", "fp8"))
@@ -56,9 +57,10 @@ def the_rest() -> None:
     block_select(scores, density=0.3, forced=forced)
     plan = block_select(scores, density=0.1, top_p=0.6, k_max=7)
     some = torch.randn(2, 3, 11, 40, device="cuda").square()
-    weights = tail_weights(some, some, some, ones[:11], scale=1, half=True)
-    for by_row in (False, True):
-        unlisted(weights, plan, width=128, by_row=by_row)
+    for second in (None, SecondOrder(some, some, some)):
+        for by_row in (False, True):
+            tail = Tail(some, some, lengths.log(), second)
+            unlisted_weights(tail, plan, torch.bfloat16, scale=1, width=128, by_row=by_row)
 
 
 if __name__ == "__main__":

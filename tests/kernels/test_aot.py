@@ -60,27 +60,27 @@ def select(
     return Build(block_select.block_select_fwd_kernel, signature, constexprs, capability, warps)
 
 
-def weights(capability: int, dtype: str = "fp16", dim: int = 128) -> Build:
+def weights(capability: int, dtype: str = "fp16", dim: int = 128, second: bool = True, by_row: bool = True) -> Build:
     signature = {
-        **dict.fromkeys(("q_mean", "q_var", "variances"), "*fp32:16"),
-        "lengths": "*i64:16",
-        "weights": f"*{dtype}:16",
+        "log_weights": "*fp32:16",
+        "out": f"*{dtype}:16",
         **dict.fromkeys(("factor", "limit"), "fp32"),
-        **dict.fromkeys(("Q", "N"), "i32"),
+        **dict.fromkeys(("w_sb", "H", "Q", "N"), "i32"),
+        "WIDTH": "i32:16",
     }
     tile = tail_weights.TILE
-    constexprs = {"D": dim, "BQ": tile, "BK": tile, "BD": tail_weights.CHANNELS}
+    constexprs = {"D": dim, "SECOND": second, "BY_ROW": by_row, "BQ": tile, "BK": tile, "BD": tail_weights.CHANNELS}
     constexprs["PRECISION"] = "tf32" if dtype == "fp16" else "ieee"
-    return Build(tail_weights.tail_weights_fwd_kernel, signature, constexprs, capability, 4)
+    for name in ("q_mean", "q_var", "variances"):
+        (signature if second else constexprs)[name] = "*fp32:16" if second else None
+    return Build(tail_weights.tail_weights_fwd_kernel, signature, constexprs, capability, 4 if dtype == "fp16" else 8)
 
 
-def rest(capability: int, by_row: bool = True) -> Build:
-    signature = {
-        **dict.fromkeys(("log_weights", "out"), "*fp16:16"),
-        **dict.fromkeys(("counts", "indices"), "*i32:16"),
-        **dict.fromkeys(("w_sb", "w_sh", "w_sq", "H", "Q", "N", "W", "WIDTH"), "i32"),
-    }
-    return Build(tail_weights.unlisted_fwd_kernel, signature, {"BN": 1024, "BW": 64, "BY_ROW": by_row}, capability, 4)
+def listed(capability: int, by_row: bool = True) -> Build:
+    signature = {"out": "*fp16:16", **dict.fromkeys(("counts", "indices"), "*i32:16")}
+    signature |= {"STEP": "i32", "WIDTH": "i32:16"}
+    constexprs = {"BY_ROW": by_row, "BW": tail_weights.PLACES}
+    return Build(tail_weights.listed_fwd_kernel, signature, constexprs, capability, 1)
 
 
 def gather(capability: int, dtype: str = "bf16", dim: int = 128, padded: int = 128) -> Build:
@@ -128,7 +128,7 @@ IN_8BIT = [
     *(in_8bit(quantise._keys_kernel, "p_k", "*i8:16", "VISION", "blocks", masked=m) for m in (False, True)),
     *(in_8bit(quantise._values_kernel, "p_v", "*fp8e4nv:16", "VISION", "blocks", masked=m) for m in (False, True)),
 ]
-MADE = (stats, scores, select, weights, rest, gather, pooled)
+MADE = (stats, scores, select, weights, listed, gather, pooled)
 USUAL = [make(capability) for capability in CAPABILITIES for make in MADE]
 USUAL += IN_8BIT
 # A tile of 8192 numbers in one warp is 256 a thread, and a thread has 255 registers.
@@ -197,6 +197,11 @@ def test_extreme_shapes_fit(capability: int) -> None:
         select(capability, 16, top_p=False, forced=False),
         select(capability, 256),
         select(capability, 8192),
+        weights(capability, "fp32", by_row=False),
+        weights(capability, "fp32", 40, by_row=False),
+        weights(capability, dim=256, by_row=False),
+        weights(capability, second=False),
+        listed(capability, by_row=False),
         gather(capability, "fp32"),
         gather(capability, "fp32", 256, 256),
         gather(capability, "fp16", 72, 128),

@@ -1,7 +1,9 @@
 """block_attention against kernels/reference.py in float64, for both implementations."""
 
 import itertools
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_attention import block_attention
-from dit_sparse.plan import BlockPlan, Correction, Residual, Tail
+from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
 from tests.close import assert_no_worse
 from tests.kernels.attention_inputs import DEVICE, cast, corrected, inputs, of_all_keys, random_plan, text_mask
 
@@ -175,14 +177,20 @@ def test_batch_rows_are_independent(impl):
     q, k, v, plan, correction, options = build("batch, strided", ("tail", "second", "scale", "int4"))
     correction = cast(correction, torch.float32)
     q, k, v = (x.float() for x in (q, k, v))
+    # Each of the batch weighs the pooled keys otherwise.
+    t, r = correction.tail, correction.residual
+    t = replace(t, log_weights=torch.stack([t.log_weights, t.log_weights.flip(0) / 2]))
+    correction = replace(correction, tail=t)
     both, _ = block_attention(q, k, v, plan, correction, impl=impl, block=16)
+    expected, _ = reference.block_attention(q, k, v, plan, correction, block=16, scale=0.25)
+    torch.testing.assert_close(both, expected, atol=2e-5, rtol=2e-5)
     for b in range(2):
         at = slice(b, b + 1)
-        t, r = correction.tail, correction.residual
+        second = SecondOrder(*(x[at] for x in (t.second.q_mean, t.second.q_var, t.second.variances)), t.second.limit)
         one = Correction(
             correction.scale[at],
             Residual(r.codes[at], r.scales[at], r.kind),
-            Tail(t.keys[at], t.values[at], t.log_weights[at]),
+            Tail(t.keys[at], t.values[at], t.log_weights[b], second),
         )
         alone, _ = block_attention(
             q[at],
@@ -208,6 +216,43 @@ def test_very_uneven_counts():
     torch.testing.assert_close(lse, expected[1])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_that_is_no_number_leaves_16_bits_of_other_rows_numbers(impl):
+    """With no limit of its own the second order has that of float16."""
+    q, k, v, plan, correction, options = build("ragged", ("tail", "second"))
+    q, k, v = (x.half() for x in (q, k, v))
+    correction = cast(correction, torch.float16)
+    correction.tail.second.q_var[:, :, 1] = float("nan")
+    out, lse = block_attention(q, k, v, plan, correction, impl=impl, **options)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+OPERANDS = (
+    "key_mask", "scatter", "tail_keys", "tail_values", "tail_log_weights", "tail_q_mean", "tail_q_var",
+    "tail_variances", "row_scale", "residual", "residual_scales",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("parts", [(), ("tail",), ("tail", "second", "scale", "int4")], ids="+".join)
+def test_sound_op(parts, impl):
+    q, k, v, plan, correction, options = build("text of several blocks", parts)
+    correction = cast(correction, torch.float32)
+    tail, residual = correction.tail, correction.residual
+    given = dict.fromkeys(OPERANDS) | {"row_scale": correction.scale, "tail_limit": math.inf, "residual_kind": "full"}
+    if tail is not None:
+        given |= {f"tail_{name}": getattr(tail, name) for name in ("keys", "values", "log_weights")}
+        if (second := tail.second) is not None:
+            given |= {f"tail_{name}": getattr(second, name) for name in ("q_mean", "q_var", "variances", "limit")}
+    if residual is not None:
+        given |= {"residual": residual.codes, "residual_scales": residual.scales, "residual_kind": residual.kind}
+    given |= {"block": 16, "key_block": 16, "scale": 0.3, "text": options["text"], "impl": impl, "precision": "full"}
+    operands = (x.float() for x in (q, k, v))
+    torch.library.opcheck(
+        torch.ops.dit_sparse.block_attention.default, (*operands, plan.counts, plan.indices, plan.key_blocks), given
+    )
+
+
 @pytest.mark.parametrize("parts", [(), ("tail", "second", "scale", "fp8")], ids="+".join)
 def test_custom_op_contract_and_compile(parts):
     q, k, v, plan, correction, options = build("ragged", parts)
@@ -220,6 +265,18 @@ def test_custom_op_contract_and_compile(parts):
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(q, k, v), call(q, k, v), strict=True):
         torch.testing.assert_close(a, b)
+
+
+OF_BLOCKS = torch.ones(1, 2, 5, 16)
+
+
+def tail_of(log_weights=None, second=None):
+    weights = torch.ones(5) if log_weights is None else log_weights
+    return dict(correction=Correction(tail=Tail(OF_BLOCKS, OF_BLOCKS, weights, second)))
+
+
+def second_of(q_mean=OF_BLOCKS, q_var=OF_BLOCKS, limit=1.0):
+    return tail_of(second=SecondOrder(q_mean, q_var, OF_BLOCKS, limit))
 
 
 @pytest.mark.parametrize(
@@ -246,6 +303,10 @@ def test_custom_op_contract_and_compile(parts):
             dict(correction=Correction(tail=Tail(torch.ones(1, 2, 4, 16), torch.ones(1, 2, 5, 16), torch.ones(5)))),
             "tail.keys must be",
         ),
+        (tail_of(log_weights=torch.ones(1, 2, 5, 5)), "log_weights must be one of ((5,), (1, 5)), not (1, 2, 5, 5)"),
+        (second_of(q_var=OF_BLOCKS[:, :, 1:]), "q_var must be (1, 2, 5, 16) torch.float32, not (1, 2, 4, 16)"),
+        (second_of(q_mean=OF_BLOCKS.double()), "q_mean must be (1, 2, 5, 16) torch.float32, not (1, 2, 5, 16) torch."),
+        (second_of(limit=0.0), "tail.second.limit is a positive number, or inf, not 0.0"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

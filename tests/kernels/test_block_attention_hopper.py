@@ -10,6 +10,7 @@ import torch
 
 from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.implementation import Inputs
 from dit_sparse.plan import BlockPlan
 from tests.close import assert_no_worse
 from tests.kernels.attention_inputs import DEVICE, cast, corrected, inputs, of_all_keys, random_plan, text_mask
@@ -335,11 +336,12 @@ def test_masks_of_text_are_taken_and_others_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     q, k, v = (x.bfloat16() for x in inputs(queries=300, dim=128))
     mask, plan = torch.ones(1, 300, dtype=torch.bool, device=DEVICE), random_plan(1, 2, 3, 3)
-    assert tiles.refusal(q, k, v, plan, BLOCK, BLOCK, mask[:, :40], (128,), (128,)) is None
-    refused = tiles.refusal(q, k, v, plan, BLOCK, BLOCK, mask, (128,), (128,))
+    assert tiles.refusal(Inputs(q, k, v, plan, BLOCK, BLOCK, mask[:, :40]), (128,), (128,)) is None
+    refused = tiles.refusal(Inputs(q, k, v, plan, BLOCK, BLOCK, mask), (128,), (128,))
     assert refused == "takes a mask of text keys, [B, text], not of all keys"
-    assert tiles.refusal(q, k, v, plan, BLOCK, 64, None, (128,), (64, 128)) is None
-    assert tiles.refusal(q, k, v, plan, BLOCK, 64, None, (128,), (128,)) == "takes key blocks of 128, not 64"
+    halves = Inputs(q, k, v, plan, BLOCK, 64)
+    assert tiles.refusal(halves, (128,), (64, 128)) is None
+    assert tiles.refusal(halves, (128,), (128,)) == "takes key blocks of 128, not 64"
 
 
 @pytest.mark.parametrize("text", [1, 128, 200])

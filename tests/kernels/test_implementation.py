@@ -18,21 +18,22 @@ def run_clean(program: str) -> None:
 
 CALLS = """
 import torch
+from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.kernels.block_scores import block_scores
 from dit_sparse.kernels.block_select import block_select
 from dit_sparse.kernels.block_stats import block_stats
 from dit_sparse.kernels.permute import permute
-from dit_sparse.kernels.tail_weights import tail_weights, unlisted
-from dit_sparse.plan import BlockPlan
+from dit_sparse.plan import BlockPlan, Correction, SecondOrder, Tail
 
 x = torch.rand(1, 1, 16, 8)
-plan = BlockPlan.full(1, 1, 2, 3, "cpu")
+of_blocks = torch.rand(1, 1, 1, 8)
+tail = Tail(of_blocks, of_blocks, torch.ones(1), SecondOrder(of_blocks, of_blocks, of_blocks))
+plan = BlockPlan.full(1, 1, 1, 1, "cpu")
 calls = {
     "block_stats": lambda impl: block_stats(x, torch.tensor([16]), block=16, impl=impl),
     "block_scores": lambda impl: block_scores(x, x, torch.ones(16), scale=1.0, impl=impl),
     "block_select": lambda impl: block_select(x, density=0.5, impl=impl),
-    "tail_weights": lambda impl: tail_weights(x, x, x, torch.ones(16, dtype=torch.int64), scale=1.0, impl=impl),
-    "unlisted": lambda impl: unlisted(torch.ones(3), plan, width=3, impl=impl),
+    "block_attention": lambda impl: block_attention(x, x, x, plan, Correction(tail=tail), block=16, impl=impl),
     "permute": lambda impl: permute([x], torch.arange(16), impl=impl),
 }
 for name, call in calls.items():

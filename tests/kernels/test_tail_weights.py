@@ -1,147 +1,143 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from dit_sparse.kernels import reference
-from dit_sparse.kernels.quantise import key_order
-from dit_sparse.kernels.tail_weights import HALF_LIMIT, tail_weights, unlisted
-from dit_sparse.plan import BlockPlan
+from dit_sparse.kernels.tail_weights import HALF_LIMIT, tail_weights
+from dit_sparse.plan import BlockPlan, SecondOrder, Tail
 from tests.close import assert_no_worse
 
-IMPLS = ["torch", "triton"]
 # Batch, heads, query blocks, key blocks, channels.
 SHAPES = [(1, 2, 3, 5, 16), (2, 3, 70, 131, 40), (1, 1, 1, 1, 8), (2, 1, 65, 64, 128)]
+ALL = (slice(None), slice(None), slice(None))
 
 
-def statistics(shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def a_tail(
+    shape: tuple[int, ...], device: str, *, per_batch: bool = False, second: bool = True, limit: float = math.inf
+) -> Tail:
+    """In float64."""
     b, h, rows, columns, dim = shape
     g = torch.Generator().manual_seed(3)
 
-    def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype).to(device)
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64).to(device)
 
-    return {
-        "q_mean": 3 * random(b, h, rows, dim),
-        "q_var": random(b, h, rows, dim).square(),
-        "variances": random(b, h, columns, dim).square(),
-        "lengths": torch.randint(1, 129, (columns,), generator=g).to(device),
-    }
+    of_keys = random(b, h, columns, dim)
+    lengths = torch.randint(1, 129, (b, columns) if per_batch else (columns,), generator=g).to(device)
+    statistics = 3 * random(b, h, rows, dim), random(b, h, rows, dim).square(), random(b, h, columns, dim).square()
+    return Tail(of_keys, of_keys, lengths.double().log(), SecondOrder(*statistics, limit) if second else None)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("limit", [math.inf, 0.7])
-def test_it_errs_no_more_than_pytorch(shape, limit, impl, device):
-    exact = statistics(shape, device)
-    given = {name: x if name == "lengths" else x.float() for name, x in exact.items()}
-    options = {"scale": shape[-1] ** -0.5, "limit": limit}
-    got = tail_weights(**given, **options, impl=impl)
-    assert got.dtype == torch.float32
-    wanted = reference.tail_weights(**exact, **options)
-    assert_no_worse(got, reference.tail_weights(**given, **options), wanted)
-    half = tail_weights(**given, **options, half=True, impl=impl)
-    assert half.dtype == torch.float16
-    # A step of float16, and what ten bits of each factor leave of a sum.
-    torch.testing.assert_close(half.double(), wanted, atol=2**-10, rtol=2**-9)
+def to(tail: Tail, dtype: torch.dtype) -> Tail:
+    second = tail.second
+    if second is not None:
+        statistics = (x.to(dtype) for x in (second.q_mean, second.q_var, second.variances))
+        second = SecondOrder(*statistics, second.limit)
+    return Tail(*(x.to(dtype) for x in (tail.keys, tail.values, tail.log_weights)), second)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_query_that_is_no_number_spoils_no_weight(impl, device):
-    given = statistics(SHAPES[0], device, torch.float32)
-    given["q_var"][0, 0, 1, 3] = float("nan")
-    got = tail_weights(**given, scale=0.3, limit=2.0, impl=impl)
-    torch.testing.assert_close(got[0, 0, 1], 2 + given["lengths"].log())
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_float16_holds_what_no_limit_keeps_low(impl, device):
-    given = statistics(SHAPES[0], device, torch.float32)
-    got = tail_weights(**given | {"variances": given["variances"] * 1e9}, scale=1.0, half=True, impl=impl)
-    assert got.isfinite().all() and got.max() <= HALF_LIMIT + 16
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("columns", [1, 11, 130])
-@pytest.mark.parametrize("dims", [1, 2, 4])
-def test_listed_blocks_weigh_nothing(dims, columns, dtype, impl, device):
-    mask = torch.rand(2, 3, 5, columns, device=device) < 0.4
+def a_plan(shape: tuple[int, ...], device: str) -> BlockPlan:
+    """What stands past the counts must not be read."""
+    columns = shape[3]
+    mask = torch.rand(shape[:4], device=device) < 0.4
     mask[..., -1] = True
     plan = BlockPlan.from_mask(mask)
-    # What stands past the counts must not be read.
     place = torch.arange(columns, device=device)
-    indices = torch.where(place < plan.counts[..., None], plan.indices, 1 << 30).to(torch.int32)
-    plan = BlockPlan(plan.counts, indices, columns)
-    shape = {1: (columns,), 2: (2, columns), 4: (2, 3, 5, columns)}[dims]
-    weights = torch.randn(shape, device=device).to(dtype)
-    wanted = weights if dims == 4 else weights.reshape(-1, 1, 1, columns).expand(2, 3, 5, columns)
-    wanted = wanted.masked_fill(mask, float("-inf"))
+    return replace(plan, indices=torch.where(place < plan.counts[..., None], plan.indices, 1 << 30).to(torch.int32))
+
+
+@pytest.fixture
+def unlisted_weights():
+    pytest.importorskip("triton")
+    from dit_sparse.kernels.tail_weights import unlisted_weights
+
+    return unlisted_weights
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("per_batch", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_the_reference_in_float64(shape, per_batch, second, device):
+    tail = a_tail(shape, device, per_batch=per_batch, second=second, limit=0.7)
+    wanted = reference.tail_weights(tail, scale=0.3).expand(shape[:4])
+    torch.testing.assert_close(tail_weights(tail, ALL, scale=0.3).expand(shape[:4]), wanted)
+    # Of some query blocks, and of some of one head.
+    some = (slice(None), slice(None), slice(0, 2))
+    torch.testing.assert_close(tail_weights(tail, some, scale=0.3).expand(wanted[some].shape), wanted[some])
+    some = (shape[0] - 1, 0, torch.tensor([shape[2] - 1, 0], device=device))
+    torch.testing.assert_close(tail_weights(tail, some, scale=0.3).expand(wanted[some].shape), wanted[some])
+
+
+@pytest.mark.parametrize("limit", [math.inf, 0.7])
+@pytest.mark.parametrize("per_batch", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_not_listed_errs_no_more_than_pytorch(shape, second, per_batch, limit, unlisted_weights, device):
+    exact, plan = a_tail(shape, device, per_batch=per_batch, second=second, limit=limit), a_plan(shape, device)
+    given, scale, listed = to(exact, torch.float32), shape[-1] ** -0.5, plan.mask()
+    got = unlisted_weights(given, plan, torch.float32, scale=scale, width=shape[3])
+    assert got.dtype == torch.float32 and got.is_contiguous() and got.shape == shape[:4]
+    wanted, by_torch = (
+        reference.tail_weights(tail, scale=scale).expand(shape[:4]).masked_fill(listed, float("-inf"))
+        for tail in (exact, given)
+    )
+    assert_no_worse(got, by_torch, wanted)
+    width = -(-shape[3] // 128) * 128
+    for dtype in (torch.float16, torch.bfloat16):
+        half = unlisted_weights(given, plan, dtype, scale=scale, width=width)
+        assert half.dtype == torch.float16 and half.is_contiguous() and half.shape == (*shape[:3], width)
+        assert half[..., shape[3] :].isneginf().all()
+        # A step of float16, and what ten bits of each factor leave of a sum.
+        torch.testing.assert_close(half[..., : shape[3]].double(), wanted, atol=2**-10, rtol=2**-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("columns", [1, 11, 130])
+def test_by_row_is_another_order_of_the_same(columns, second, dtype, unlisted_weights, device):
+    from dit_sparse.kernels.quantise import key_order
+
+    shape = (2, 3, 5, columns, 24)
+    tail, plan = to(a_tail(shape, device, second=second), torch.float32), a_plan(shape, device)
     width = -(-columns // 128) * 128
-    got = unlisted(weights, plan, width=width, impl=impl)
-    assert got.dtype == dtype and got.is_contiguous() and got.shape == (2, 3, 5, width)
-    assert torch.equal(got[..., :columns], wanted) and got[..., columns:].isneginf().all()
-    ordered = unlisted(weights, plan, width=width, by_row=True, impl=impl)
+    by_key, by_row = (
+        unlisted_weights(tail, plan, dtype, scale=0.3, width=width, by_row=order) for order in (False, True)
+    )
     there = torch.cat([first + key_order(device) for first in range(0, width, 128)])
-    assert torch.equal(ordered, got[..., there])
+    assert torch.equal(by_row, by_key[..., there])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_weights_may_lie_in_any_strides(impl, device):
-    plan = BlockPlan.full(2, 3, 5, 7, device)
-    plan = BlockPlan(plan.counts - 3, plan.indices, 7)
-    weights = torch.randn(7, 5, 3, 2, device=device).permute(3, 2, 1, 0)
-    got = unlisted(weights, plan, width=9, impl=impl)
-    assert torch.equal(got, unlisted(weights.contiguous(), plan, width=9, impl=impl))
+def test_weights_and_plans_may_lie_in_any_strides(unlisted_weights, device):
+    shape = (2, 3, 5, 7, 16)
+    tail, plan = to(a_tail(shape, device, per_batch=True), torch.float32), a_plan(shape, device)
+    options = {"scale": 0.3, "width": 9}
+    wanted = unlisted_weights(tail, plan, torch.float32, **options)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x.mT.contiguous().mT
+
+    second = tail.second
+    other = SecondOrder(turned(second.q_mean), turned(second.q_var), turned(second.variances))
+    tail = replace(tail, log_weights=turned(tail.log_weights), second=other)
+    plan = replace(plan, counts=turned(plan.counts), indices=turned(plan.indices))
+    assert torch.equal(unlisted_weights(tail, plan, torch.float32, **options), wanted)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_compile_and_sound_ops(impl, device):
-    given = statistics(SHAPES[0], device, torch.float32)
+def test_a_query_that_is_no_number_spoils_no_weight(unlisted_weights, device):
+    tail = to(a_tail(SHAPES[0], device, limit=2.0), torch.float32)
+    tail.second.q_var[0, 0, 1, 3] = float("nan")
+    at = (0, 0, slice(1, 2))
+    torch.testing.assert_close(tail_weights(tail, at, scale=0.3)[0], 2 + tail.log_weights)
     plan = BlockPlan.full(1, 2, 3, 5, device)
-    plan = BlockPlan(plan.counts - 2, plan.indices, 5)
-
-    def program(q_mean: Tensor) -> Tensor:
-        weights = tail_weights(**given | {"q_mean": q_mean * 2}, scale=0.3, half=True, impl=impl)
-        return unlisted(weights, plan, width=128, impl=impl) * 2
-
-    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(given["q_mean"]), program(given["q_mean"]))
-    ops = torch.ops.dit_sparse
-    torch.library.opcheck(ops.tail_weights.default, (*given.values(), 0.3, 2.0, True, impl))
-    weights = torch.randn(1, 2, 3, 5, device=device)
-    torch.library.opcheck(ops.unlisted.default, (weights, plan.counts, plan.indices, 5, 128, False, impl))
+    plan = replace(plan, counts=torch.ones_like(plan.counts))
+    got = unlisted_weights(tail, plan, torch.float32, scale=0.3, width=5)
+    torch.testing.assert_close(got[0, 0, 1, 1:], 2 + tail.log_weights[1:])
 
 
-GIVEN = statistics(SHAPES[0], "cpu", torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"q_mean": GIVEN["q_mean"].half()}, "must all be float32 or float64, not torch.float16"),
-        ({"q_var": GIVEN["variances"]}, r"must agree, but they are \(1, 2, 3, 16\), \(1, 2, 5, 16\)"),
-        ({"lengths": torch.ones(4, dtype=torch.int64)}, r"integers of shape \(5,\), not torch.int64 \(4,\)"),
-        ({"lengths": torch.ones(5)}, "integers"),
-        ({"limit": 0.0}, "limit is a positive number, or inf, not 0.0"),
-    ],
-)
-def test_what_does_not_fit_is_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        tail_weights(**GIVEN | {"scale": 1.0} | wrong)
-
-
-@pytest.mark.parametrize("shape", [(4,), (2, 5), (1, 1, 1, 5), (1, 5, 5)])
-def test_weights_of_another_plan_are_refused(shape):
-    plan = BlockPlan.full(1, 1, 2, 5, "cpu")
-    with pytest.raises(ValueError, match=r"log_weights must be one of \(\(5,\), \(1, 5\), \(1, 1, 2, 5\)\), not"):
-        unlisted(torch.zeros(shape), plan, width=128)
-
-
-def test_a_width_that_does_not_fit_is_refused():
-    plan = BlockPlan.full(1, 1, 1, 5, "cpu")
-    with pytest.raises(ValueError, match="width must be at least 5, not 4"):
-        unlisted(torch.zeros(5), plan, width=4)
-    with pytest.raises(ValueError, match="width must be a multiple of 128 by row, not 130"):
-        unlisted(torch.zeros(5), plan, width=130, by_row=True)
+def test_float16_holds_what_is_no_more_than_its_limit(unlisted_weights, device):
+    tail, plan = to(a_tail(SHAPES[0], device, limit=HALF_LIMIT), torch.float32), a_plan(SHAPES[0], device)
+    tail.second.variances.mul_(1e9)
+    got = unlisted_weights(tail, plan, torch.float16, scale=1.0, width=5)
+    assert got[~plan.mask()].isfinite().all() and got.max() > 0.9 * HALF_LIMIT
