@@ -3,7 +3,8 @@
 The data path is block_attention_hopper.py's: one warp copies, two groups of four attend to 64 rows each. A block's
 values are multiplied into registers of their own and added in float32, because Hopper's 8-bit products keep 14 bits of
 a sum. A step takes a block in two halves, because registers hold one more half's products: the exponentials of the
-second half run beside the values of the first and the next block's first products.
+second half run beside the values of the first and the next block's first products, and the maximum of the next block's
+first half beside the products of its second.
 """
 
 import torch
@@ -172,49 +173,86 @@ def _seen(s, p_seen, masked, KEYS: gl.constexpr, s_layout: gl.constexpr):
 
 
 @gluon.jit
+def _hidden(
+    s, start: gl.constexpr, left, p_seen, masked, MASKED: gl.constexpr, KEYS: gl.constexpr, s_layout: gl.constexpr
+):  # fmt: skip
+    """Sums of keys that begin at `start`: of those that do not count, less than any."""
+    t = _masked(s.to(gl.float32, bitcast=True), start, left, KEYS, s_layout)
+    if MASKED:
+        t = _seen(t, p_seen + start, masked, KEYS, s_layout)
+    return t.to(gl.int32, bitcast=True)
+
+
+@gluon.jit
+def _thread_maxima(s):
+    """[ROWS, N] sums as integers, which order as the numbers do -> [ROWS, 4], the largest of each thread: three are
+    compared at once."""
+    return gl.max(gl.max(s.reshape([s.shape[0], s.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _top(m, most, unit):
+    """The maximum of a row so far, from the largest sum of each thread."""
+    most = gl.convert_layout(gl.max(most, 1), m.type.layout).to(gl.float32, bitcast=True)
+    return gl.maximum(m, (most - MAGIC) * unit)
+
+
+@gluon.jit
 def _step(
-    s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left, p_seen, masked,
+    s, s2, most, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase,
+    left, p_seen, masked,
     SHORT: gl.constexpr, MASKED: gl.constexpr, LAST: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
     BLOCK: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """One block, its halves' products s and s2 in `unit` a row; also the next block's, unless this is the last.
+    """One block, its halves' products s and s2 in `unit` a row, `most` of the first; also the next block's, unless it
+    is the last.
 
     SHORT: its first `left` keys count. MASKED: if it is `masked`, of them those that are seen at p_seen, by row.
 
     The exponentials of the second half run beside the values of the first and the next block's first products, which
-    take the registers of this block's.
+    take the registers of this block's; each of its quarters' values are on their way before the next quarter's
+    exponentials. The next block's second products are queued behind them all, and the output is added up meanwhile.
     """
     q_ring, k_ring, unit_ring, v_ring, weight_ring = rings
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     HALF: gl.constexpr = BLOCK // 2
-    t, t2 = s.to(gl.float32, bitcast=True), s2.to(gl.float32, bitcast=True)
-    if SHORT:
-        t, t2 = _masked(t, 0, left, HALF, s_layout), _masked(t2, HALF, left, HALF, s_layout)
-    if MASKED:
-        t, t2 = _seen(t, p_seen, masked, HALF, s_layout), _seen(t2, p_seen + HALF, masked, HALF, s_layout)
-    top = gl.maximum(m, (gl.max(gl.maximum(t, t2), 1) - MAGIC) * unit)
-    shift = (MAGIC * unit + top - UP)[:, None]
-    shrink = gl.exp2(m - top)
-    e = gl.exp2(t * unit[:, None] - shift)
-    l = shrunk(l, shrink) + thread_sums(e)
-    p = _probabilities(e, ROWS, HALF, o_layout)
-    mbarrier.wait(v_full.index(v_slot), v_phase)
-    part = _values(p, gl.zeros([ROWS, D], gl.float32, o_layout), v_ring, v_slot, 0, HALF, False)
     if not LAST:
         mbarrier.wait(k_full.index(k_slot), k_phase)
-        s = _products(q, k_ring, k_slot, 0, HALF, ROWS, s_layout)
-    e = gl.exp2(t2 * unit[:, None] - shift)
-    l += thread_sums(e)
+    if SHORT:
+        s = _hidden(s, 0, left, p_seen, masked, MASKED, HALF, s_layout)
+        s2 = _hidden(s2, HALF, left, p_seen, masked, MASKED, HALF, s_layout)
+        most = _thread_maxima(s)
+    top = _top(m, gl.maximum(most, _thread_maxima(s2)), unit)
+    shift = (MAGIC * unit + top - UP)[:, None]
+    shrink = gl.exp2(m - top)
+    e = gl.exp2(s.to(gl.float32, bitcast=True) * unit[:, None] - shift)
+    l = shrunk(l, shrink) + thread_sums(e)
     p = _probabilities(e, ROWS, HALF, o_layout)
-    part = _values(p, part, v_ring, v_slot, HALF, HALF, True)
+    if not LAST:
+        s = _products(q, k_ring, k_slot, 0, HALF, ROWS, s_layout)
+    # Before the wait, which the assembler moves nothing past.
+    x2 = s2.to(gl.float32, bitcast=True) * unit[:, None] - shift
+    mbarrier.wait(v_full.index(v_slot), v_phase)
+    part = _values(p, gl.zeros([ROWS, D], gl.float32, o_layout), v_ring, v_slot, 0, HALF, False)
+    QUARTER: gl.constexpr = BLOCK // 4
+    quarter_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 32])
+    xa, xb = gl.split(x2.reshape([ROWS, 2, QUARTER]).permute((0, 2, 1)))
+    e = gl.exp2(gl.convert_layout(xa, quarter_layout, assert_trivial=True))
+    l += gl.convert_layout(thread_sums(e), l.type.layout)
+    p = _probabilities(e, ROWS, QUARTER, o_layout)
+    part = _values(p, part, v_ring, v_slot, HALF, QUARTER, True)
+    e = gl.exp2(gl.convert_layout(xb, quarter_layout, assert_trivial=True))
+    l += gl.convert_layout(thread_sums(e), l.type.layout)
+    p = _probabilities(e, ROWS, QUARTER, o_layout)
+    part = _values(p, part, v_ring, v_slot, HALF + QUARTER, QUARTER, True)
     if LAST:
         part = warpgroup_mma_wait(0, deps=[part])
     else:
-        s, part = warpgroup_mma_wait(0, deps=[s, part])
-        # Not before: registers do not hold the probabilities, the values of this block and all products of the next.
         s2 = _products(q, k_ring, k_slot, HALF, HALF, ROWS, s_layout)
+        s, part = warpgroup_mma_wait(1, deps=[s, part])
         unit = q_unit * _unit(unit_ring, k_slot)
+        most = _thread_maxima(s)
     mbarrier.arrive(v_empty.index(v_slot))
     v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
     o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None] + part
@@ -222,7 +260,7 @@ def _step(
         s2 = warpgroup_mma_wait(0, deps=[s2])
         mbarrier.arrive(k_empty.index(k_slot))
         k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
-    return s, s2, unit, o, top, l, k_slot, k_phase, v_slot, v_phase
+    return s, s2, most, unit, o, top, l, k_slot, k_phase, v_slot, v_phase
 
 
 @gluon.jit
@@ -311,10 +349,11 @@ def _consume(
         unit = q_unit * _unit(unit_ring, k_slot)
         mbarrier.arrive(k_empty.index(k_slot))
         k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
+        most = _thread_maxima(s)
         ahead = gl.minimum(whole, steps - 1)
         for _ in range(0, ahead):
-            s, s2, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
-                s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, BLOCK,
+            s, s2, most, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
+                s, s2, most, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, BLOCK,
                 p_text_mask, False, False, False, False, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
             )  # fmt: skip
         if TEXT:
@@ -323,9 +362,9 @@ def _consume(
                 p_seen = p_text_mask
                 if MASKED:
                     p_seen += (i_bh // H * gl.cdiv(LK - COLUMNS, BLOCK) + i - n) * BLOCK
-                s, s2, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
-                    s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
-                    p_seen, i >= n, True, MASKED, False, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
+                s, s2, most, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
+                    s, s2, most, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase,
+                    left, p_seen, i >= n, True, MASKED, False, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
                 )  # fmt: skip
         left = short
         if TEXT:
@@ -334,8 +373,8 @@ def _consume(
         if MASKED:
             # Text is what comes last.
             p_seen += (i_bh // H * gl.cdiv(LK - COLUMNS, BLOCK) + steps - 1 - n) * BLOCK
-        s, s2, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
-            s, s2, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
+        s, s2, most, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
+            s, s2, most, unit, q, q_unit, o, m, l, rings, k_bars, v_bars, k_slot, k_phase, v_slot, v_phase, left,
             p_seen, True, True, MASKED, True, D, SLOTS, BLOCK, ROWS, s_layout, o_layout,
         )  # fmt: skip
 
