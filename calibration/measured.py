@@ -163,7 +163,8 @@ class Measured:
 
     @property
     def _trials(self) -> list[dict[str, Any]]:
-        return [trial for trial in self.header.effects["trials"] if sum(trial["direct"]) > 0]
+        """Those that tell of errors: where frames are the same as dense ones, theirs were too small to be seen."""
+        return [trial for trial in self.header.effects["trials"] if sum(trial["direct"]) > 0 and trial["error"] > 0]
 
     @cached_property
     def _seen(self) -> tuple[float, float, float]:
@@ -189,7 +190,7 @@ class Measured:
     def _tried(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each trial: logarithm of the error as added up and as measured, and the number of its prompt."""
         x = np.log([(np.array(t["direct"]) * self.grown).sum() for t in self._trials])
-        y = np.log([max(t["error"], 1e-20) for t in self._trials])
+        y = np.log([t["error"] for t in self._trials])
         return x, y, np.array([t.get("prompt", -1 - number) for number, t in enumerate(self._trials)])
 
     @cached_property

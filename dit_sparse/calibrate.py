@@ -251,9 +251,10 @@ def verify(
                     report = session.report()
                     took[name] = [step.seconds for step in report.steps]
                     seconds[name] += sum(took[name])
-            quality.append(min(psnr(made["sparse"], made["dense"]), 200.0))
+            decibels = psnr(made["sparse"], made["dense"])
+            quality.append(min(decibels, 200.0))
             work.append(report.work)
-            found.append(Verified(prompt, 10 ** (-quality[-1] / 10), took["sparse"], sum(took["dense"])))
+            found.append(Verified(prompt, 10 ** (-decibels / 10), took["sparse"], sum(took["dense"])))
     measured = {
         "psnr_db": sum(quality) / len(quality),
         "speedup": seconds["dense"] / seconds["sparse"],

@@ -396,6 +396,15 @@ def test_a_later_fit_knows_what_was_verified(model, here, capsys):
     assert main([*again, *other]) == 0 and Profile.load("h.safetensors").header.seen == first.seen
 
 
+def test_frames_that_are_the_same_are_verified_as_200_db(model, here, monkeypatch):
+    made = generate.frames_of
+    monkeypatch.setattr(generate, "frames_of", lambda *arguments: np.zeros_like(made(*arguments)))
+    (here / "u.txt").write_text("a blue ball\n")
+    assert main(fitted("--target_work", "0.5", "--verify", "u.txt", "--model_id", str(model))) == 0
+    h = Profile.load("f.safetensors").header
+    assert h.measured["psnr_db"] == 200 and h.effects["trials"][-1]["error"] == 0
+
+
 def test_a_share_of_work_is_a_target(model, here, capsys):
     (here / "u.txt").write_text("a blue ball\n")
     assert main(fitted("--target_work", "0.6", "--verify", "u.txt", "--model_id", str(model))) == 0

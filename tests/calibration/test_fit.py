@@ -256,6 +256,14 @@ def test_what_was_verified_is_a_trial_of_another_prompt():
     assert third.header.effects["trials"][-1]["prompt"] == 3 and third.header.seen[-1] == "c"
 
 
+def test_frames_that_are_the_same_say_nothing_of_how_errors_grow():
+    made = fit(profiles.profile(), Targets(psnr=60.0, by="work"))
+    same = learned(made, [Verified("a", 0.0, [10.0] * 6, made.header.seconds["transformers"])])
+    assert sum(same.header.effects["trials"][-1]["direct"]) > 0
+    found, before = (fit(x, Targets(psnr=30.0, by="work")).header.predicted for x in (same, made))
+    assert all(found[name] == before[name] for name in ("psnr_db", "psnr_spread_db", "work"))
+
+
 def test_trials_far_apart_say_how_errors_add_up():
     """Where a hundredth of the error was measured as a tenth, some of that is believed."""
     made = profiles.profile()
