@@ -162,12 +162,14 @@ class Verified:
 
     error    mean squared error of the frames, 0 where they are the same
     seconds  of the transformers at each step; dense_seconds those of all steps of the dense run
+    alike    whether on such a device and in such a precision as was calibrated: if not, the seconds say nothing
     """
 
     prompt: str
     error: float
     seconds: Sequence[float]
     dense_seconds: float
+    alike: bool = True
 
 
 def learned(profile: Profile, made: Sequence[Verified]) -> Profile:
@@ -184,7 +186,7 @@ def learned(profile: Profile, made: Sequence[Verified]) -> Profile:
             "prompt": first + len(before) + number,
             "error": one.error,
             # The machine may have been busier or freer than in the calibration.
-            "seconds": sum(one.seconds[start:]) * whole / one.dense_seconds,
+            "seconds": sum(one.seconds[start:]) * whole / one.dense_seconds if one.alike else None,
             "found": [None] * problem.steps,
         }
         for number, one in enumerate(made)

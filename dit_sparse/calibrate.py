@@ -105,7 +105,8 @@ class FitOptions:
     """Which methods may be chosen; calibrated is Re-ttention with the profile's rho instead of refresh steps."""
     verify: Path | None = None
     """Prompts file; make these, dense and with the profile, and print what is measured beside what is predicted. A
-    later fit of output_file predicts by these prompts, too."""
+    later fit of output_file predicts by these prompts, too; of their seconds only if the device and the number format
+    are those that were calibrated with."""
     num_inference_steps: int | None = None
     """Steps to verify with; those of the profile if not given."""
     model_id: str | None = None
@@ -231,6 +232,7 @@ def verify(
     files = models.find(model_id)
     device, dtype = generate.placement(asked)
     request = generate.request_of(asked, files)
+    alike = (generate.device_name(device), str(dtype).removeprefix("torch.")) == (header.device, header.dtype)
     pipe = generate.load(asked, files, device, dtype)
     run = _runner(pipe, request, files, None)
     bar, tick = _bar()
@@ -254,7 +256,7 @@ def verify(
             decibels = psnr(made["sparse"], made["dense"])
             quality.append(min(decibels, 200.0))
             work.append(report.work)
-            found.append(Verified(prompt, 10 ** (-decibels / 10), took["sparse"], sum(took["dense"])))
+            found.append(Verified(prompt, 10 ** (-decibels / 10), took["sparse"], sum(took["dense"]), alike))
     measured = {
         "psnr_db": sum(quality) / len(quality),
         "speedup": seconds["dense"] / seconds["sparse"],

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -394,6 +395,21 @@ def test_a_later_fit_knows_what_was_verified(model, here, capsys):
     (here / "v.txt").write_text("a blue ball\n")
     other = ["--verify", "v.txt", "--num_inference_steps", "3", "--model_id", str(model)]
     assert main([*again, *other]) == 0 and Profile.load("h.safetensors").header.seen == first.seen
+
+
+@pytest.mark.parametrize("other", [{}, {"device": "another"}, {"dtype": "bfloat16"}])
+def test_only_the_machine_that_was_calibrated_on_says_how_long_choices_take(model, here, other):
+    made = Profile.load(FILE)
+    replace(made, header=replace(made.header, **{"device": generate.device_name(torch.device("cpu"))} | other)).save(
+        FILE
+    )
+    (here / "u.txt").write_text("a blue ball\n")
+    assert main(fitted("--target_work", "0.5", "--verify", "u.txt", "--model_id", str(model))) == 0
+    *_, tried = Profile.load("f.safetensors").header.effects["trials"]
+    assert tried["verified"] == "a blue ball" and (tried["seconds"] is None) == bool(other)
+    # A file that holds it is read as any other.
+    assert main(["profile", "show", "f.safetensors"]) == 0
+    assert main(["fit", "--profile", "f.safetensors", "--output_file", FILE, "--target_psnr", "30"]) == 0
 
 
 def test_frames_that_are_the_same_are_verified_as_200_db(model, here, monkeypatch):

@@ -264,6 +264,15 @@ def test_frames_that_are_the_same_say_nothing_of_how_errors_grow():
     assert all(found[name] == before[name] for name in ("psnr_db", "psnr_spread_db", "work"))
 
 
+def test_seconds_of_another_machine_do_not_count():
+    made = fit(profiles.profile(), Targets(work=0.5))
+    slow = Verified("a", 1e-3, [100.0] * 6, made.header.seconds["transformers"], alike=False)
+    known, alike = learned(made, [slow]), learned(made, [replace(slow, alike=True)])
+    assert known.header.effects["trials"][-1]["seconds"] is None and known.header.seen[-1] == "a"
+    assert Problem(alike).slower > Problem(known).slower == Problem(made).slower
+    assert Problem(known).chosen().psnr == Problem(alike).chosen().psnr
+
+
 def test_trials_far_apart_say_how_errors_add_up():
     """Where a hundredth of the error was measured as a tenth, some of that is believed."""
     made = profiles.profile()
