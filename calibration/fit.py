@@ -178,18 +178,22 @@ def learned(profile: Profile, made: Sequence[Verified]) -> Profile:
     problem = Problem(profile, by="work")
     expected, first = _expected(problem, problem.chosen()), len(profile.header.prompts)
     whole, start = problem.header.seconds["transformers"], expected["start"]
-    before = [trial["verified"] for trial in profile.header.effects["trials"] if "verified" in trial]
+    before = profile.header.seen[first:]
+    # A prompt made again, with other noise, is not one more.
+    numbers = {
+        prompt: first + number for number, prompt in enumerate(dict.fromkeys([*before, *(x.prompt for x in made)]))
+    }
     trials = [
         expected
         | {
             "verified": one.prompt,
-            "prompt": first + len(before) + number,
+            "prompt": numbers[one.prompt],
             "error": one.error,
             # The machine may have been busier or freer than in the calibration.
             "seconds": sum(one.seconds[start:]) * whole / one.dense_seconds if one.alike else None,
             "found": [None] * problem.steps,
         }
-        for number, one in enumerate(made)
+        for one in made
     ]
     effects = profile.header.effects | {"trials": [*profile.header.effects["trials"], *trials]}
     return replace(profile, header=replace(profile.header, effects=effects))

@@ -79,8 +79,8 @@ class Header:
     @property
     def seen(self) -> tuple[str, ...]:
         """The prompts that predictions come from: those calibrated on, and those verified on by a fit before."""
-        verified = (trial.get("verified") for trial in self.effects.get("trials", ()))
-        return (*self.prompts, *(prompt for prompt in verified if prompt is not None))
+        trials = self.effects.get("trials", ())
+        return (*self.prompts, *dict.fromkeys(trial["verified"] for trial in trials if "verified" in trial))
 
     @property
     def ladder(self) -> tuple[Rung, ...]:

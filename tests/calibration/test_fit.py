@@ -264,6 +264,15 @@ def test_frames_that_are_the_same_say_nothing_of_how_errors_grow():
     assert all(found[name] == before[name] for name in ("psnr_db", "psnr_spread_db", "work"))
 
 
+def test_a_prompt_verified_twice_is_one_prompt():
+    made = fit(profiles.profile(), Targets(work=0.5))
+    whole = made.header.seconds["transformers"]
+    known = learned(made, [Verified(name, 1e-3, [10.0] * 6, whole) for name in ("a", "b", "a")])
+    assert [t["prompt"] for t in known.header.effects["trials"][1:]] == [1, 2, 1]
+    more = learned(known, [Verified("c", 1e-3, [10.0] * 6, whole)])
+    assert more.header.effects["trials"][-1]["prompt"] == 3 and more.header.seen == ("a red ball", "a", "b", "c")
+
+
 def test_seconds_of_another_machine_do_not_count():
     made = fit(profiles.profile(), Targets(work=0.5))
     slow = Verified("a", 1e-3, [100.0] * 6, made.header.seconds["transformers"], alike=False)
