@@ -269,7 +269,7 @@ def verify(
 def sentence(profile: Profile) -> str:
     said = profile.header.predicted
     spread = said.get("psnr_spread_db")
-    # What is predicted is a mean over the prompts of the calibration, and no better known than that.
+    # What is predicted is a mean over the prompts that were calibrated and verified on, and no better known than that.
     differs = ""
     if spread is not None:
         doubt = spread / math.sqrt(max(1, len(profile.header.seen)))

@@ -121,11 +121,13 @@ def show(profile: Profile, branch: str | None) -> None:
 def facts(profile: Profile) -> dict[str, str]:
     h = profile.header
     height, width, frames = h.size
+    verified = len(h.seen) - len(h.prompts)
     told = {
         "model": f"{h.model_id} ({', '.join(f'{part} ' + said['class'] for part, said in h.weights.items())})",
         "made": f"{h.created} on {h.device}, {h.dtype}, kernel {h.kernel}",
         "run": f"{len(h.levels)} steps of {h.scheduler['class']}, {frames} x {height} x {width}, "
-        f"{' x '.join(map(str, h.grid))} tokens, guidance {h.guidance_scale:g}, {len(h.prompts)} prompts",
+        f"{' x '.join(map(str, h.grid))} tokens, guidance {h.guidance_scale:g}, {len(h.prompts)} prompts"
+        + (f" and {verified} verified" if verified else ""),
         "ladder": ", ".join(map(str, h.ladder)),
     }
     for name, said in (("targets", h.targets), ("predicted", h.predicted), ("measured", h.measured)):

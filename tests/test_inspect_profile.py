@@ -4,7 +4,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 
-from dit_sparse.calibration.fit import Targets, fit
+from dit_sparse.calibration.fit import Targets, Verified, fit, learned
 from dit_sparse.choices import DENSE, Choice, Rung
 from dit_sparse.cli import main
 from tests import profiles
@@ -35,6 +35,14 @@ def test_show_says_what_it_was_made_for_and_what_is_predicted(folder, capsys):
     assert "What each head does, branch cond" in out
     # The calibrated version of Re-ttention beside the online one.
     assert "calibrated" in out and "reshape, 1 on" in out
+
+
+def test_show_diff_and_plot_take_what_was_verified(folder, capsys):
+    made = fit(profiles.profile(), Targets(psnr=35.0))
+    learned(made, [Verified(name, 1e-4, [10.0] * 6, 58.0, alike=False) for name in ("b", "c")]).save("v.safetensors")
+    assert "guidance 4, 1 prompts and 2 verified" in " ".join(said(capsys, "show", "v.safetensors").split())
+    assert "2 verified" in said(capsys, "diff", "a.safetensors", "v.safetensors")
+    assert "v.rho.png" in said(capsys, "plot", "v.safetensors")
 
 
 def test_the_heat_map_is_what_was_chosen(folder, capsys):
