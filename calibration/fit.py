@@ -174,11 +174,12 @@ class Verified:
 
 def learned(profile: Profile, made: Sequence[Verified]) -> Profile:
     """The fitted profile with what its choices came to on more prompts, each a trial for the fits after it. What is
-    predicted of these choices stays as it was."""
+    predicted of these choices stays as it was. A prompt whose frames are the same as dense ones says nothing."""
     problem = Problem(profile, by="work")
     expected, first = _expected(problem, problem.chosen()), len(profile.header.prompts)
     whole, start = problem.header.seconds["transformers"], expected["start"]
     before = profile.header.seen[first:]
+    made = [one for one in made if one.error > 0]
     # A prompt made again, with other noise, is not one more.
     numbers = {
         prompt: first + number for number, prompt in enumerate(dict.fromkeys([*before, *(x.prompt for x in made)]))
