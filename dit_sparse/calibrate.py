@@ -237,16 +237,17 @@ def verify(
     run = _runner(pipe, request, files, None)
     bar, tick = _bar()
     # A GPU compiles kernels at first use, which no later run waits for.
-    warm = int(device.type == "cuda")
-    bar.update(bar.task_ids[0], total=(2 * len(unseen) + warm) * request.num_inference_steps)
+    warm = ("dense", "sparse") if device.type == "cuda" else ()
+    bar.update(bar.task_ids[0], total=(2 * len(unseen) + len(warm)) * request.num_inference_steps)
+    configs = {"dense": SparseConfig("dense"), "sparse": SparseConfig(profile=str(path))}
     quality, seconds, work, found = [], {"dense": 0.0, "sparse": 0.0}, [], []
     with bar:
-        if warm:
-            with sparsify(pipe, profile=str(path)):
+        for name in warm:
+            with sparsify(pipe, configs[name]):
                 run(unseen[0], options.seed, partial(_told, tick, "kernels"))
         for number, prompt in enumerate(unseen):
             made, took = {}, {}
-            for name, config in (("dense", SparseConfig("dense")), ("sparse", SparseConfig(profile=str(path)))):
+            for name, config in configs.items():
                 with sparsify(pipe, config) as session:
                     done = partial(_told, tick, f"prompt {number + 1}, {name}")
                     made[name] = run(prompt, options.seed + number, done)
