@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from dit_sparse import calibrate, generate, models, sparsify
-from dit_sparse.calibration.collect import Job, collect
+from dit_sparse.calibration.collect import collect
 from dit_sparse.calibration.effects import taken
 from dit_sparse.calibration.fit import Targets, fit
+from dit_sparse.calibration.job import Job
 from dit_sparse.calibration.record import Plan
 from dit_sparse.calibration.replay import Tape, forward_once, forwards
 from dit_sparse.calibration.values import sample_of
