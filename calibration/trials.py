@@ -79,7 +79,7 @@ def _play(job: Job, work: Path, number: int, fitted: Profile, told: dict[str, An
 
     with forwards(job.transformers, wrap), sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
         found.append(session)
-        clock = session.generation.dense = Clock()
+        clock = session.generation.dense = Clock(session.generation)
         latents = Latents(partial(job.tick, said, 1))
         frames = job.run(job.prompts[number], job.seed + number, latents)
         seconds = sum(step.seconds for step in session.report().steps if step.step >= start)
