@@ -8,7 +8,6 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,89 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dit_sparse.calibration import costs, effects
-from dit_sparse.calibration.fit import try_out
-from dit_sparse.calibration.metrics import psnr
+from dit_sparse.calibration import costs, effects, trials
+from dit_sparse.calibration.job import Job, Latents, weights_of
 from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
 from dit_sparse.choices import Choice
 from dit_sparse.pipelines.session import FAMILIES, Session, levels_of, sparsify
-from dit_sparse.profile import ERRORS, METHODS, Header, Profile, fingerprint
+from dit_sparse.profile import ERRORS, METHODS, Header, Profile
 from dit_sparse.video import whole, write_record
 
-Tick = Callable[[str, int], None]
-# Is called after each step with its latents, or with nothing by pipelines that do not tell them.
-Done = Callable[[Tensor | None], None]
 # (component, step, branch) -> what its blocks said in the dense run.
 Heard = dict[tuple[str, int, str], effects.Blocks]
-# Qualities in dB that the trials of a prompt aim at, one prompt after the other: what comes of them is right where
-# targets are. Two of one prompt say how quality grows with what is spent, whatever the prompt.
-TRIED = ((30.0, 36.0), (33.0, 27.0), (27.0, 33.0), (36.0, 30.0))
-# Into how many parts the steps of a run are cut, each of which is tried alone.
-BANDS = 5
-# Numbers of the latents that are looked at after each step.
-LATENTS = 1 << 16
-# Of what is kept to be resumed; of another format nothing can be.
-_FORMAT = 4
-
-
-@dataclass(frozen=True)
-class Job:
-    """One calibration.
-
-    run     (prompt, seed, done) -> frames [F, H, W, 3] from 0 to 1; done(latents) is called after each step
-    facts   what goes into the header as it is: model_id, size, guidance_scale, created, device, dtype, versions
-    """
-
-    pipe: Any
-    run: Callable[[str, int, Done], np.ndarray]
-    prompts: tuple[str, ...]
-    seed: int
-    steps: int
-    plan: Plan
-    facts: Mapping[str, Any]
-    tick: Tick
-
-    @property
-    def transformers(self) -> dict[str, nn.Module]:
-        parts = self.pipe.components
-        return {part: module for part, module in parts.items() if type(module).__name__ in FAMILIES}
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a calibration to be resumed."""
-        told = {
-            "format": _FORMAT,
-            "plan": asdict(self.plan),
-            "prompts": self.prompts,
-            "seed": self.seed,
-            "steps": self.steps,
-            "weights": weights_of(self.transformers),
-            "facts": {name: value for name, value in self.facts.items() if name != "created"},
-        }
-        return json.loads(json.dumps(told))
-
-    def forwards(self) -> int:
-        """Ticks of the whole calibration: a tick is a step of a run, or a probe."""
-        layers = sum(len(_layers(part, module)) for part, module in self.transformers.items())
-        runs = len(self.prompts) + len(self.trials()) + len(self.bands())
-        return runs * self.steps + layers * len(effects.probe_steps(self.steps))
-
-    def trials(self) -> list[tuple[int, float]]:
-        """Number of the prompt, and the quality to try. Of a single prompt once: how it differs from others, which is
-        not known then, is more than a second trial would tell."""
-        aims = [TRIED[number % len(TRIED)] for number in range(len(self.prompts))]
-        count = 1 if len(self.prompts) == 1 else 2
-        return [(number, aim) for turn in range(count) for number, aim in enumerate(each[turn] for each in aims)]
-
-    def bands(self) -> list[tuple[int, float, range]]:
-        """Number of the prompt, the quality to try, and the steps that are not dense: each prompt once in each band.
-        Of a single prompt none, for which they would take longer than all the rest."""
-        count = min(BANDS, self.steps)
-        if len(self.prompts) == 1 or count < 2:
-            return []
-        ends = [round(i * self.steps / count) for i in range(count + 1)]
-        spans = [range(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-        return [(number, TRIED[number % len(TRIED)][0], span) for number in range(len(self.prompts)) for span in spans]
 
 
 def collect(job: Job, work: Path) -> Profile:
@@ -113,15 +40,19 @@ def collect(job: Job, work: Path) -> Profile:
     _probes(job, work, heard)
     for place in range(len(job.prompts)):
         _trial(job, work, place)
-    for place in range(len(job.bands())):
+    for place in range(len(trials.bands(len(job.prompts), job.steps))):
         _band(job, work, place)
-    for place in range(len(job.prompts), len(job.trials())):
+    for place in range(len(job.prompts), len(trials.trials(len(job.prompts)))):
         _trial(job, work, place)
     return _profile(job, work)
 
 
-def weights_of(transformers: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
-    return {part: {"class": type(module).__name__} | fingerprint(module) for part, module in transformers.items()}
+def ticks(job: Job) -> int:
+    """Of the whole calibration: a tick is a step of a run, or a probe."""
+    layers = sum(len(_layers(part, module)) for part, module in job.transformers.items())
+    prompts = len(job.prompts)
+    runs = prompts + len(trials.trials(prompts)) + len(trials.bands(prompts, job.steps))
+    return runs * job.steps + layers * len(effects.probe_steps(job.steps))
 
 
 def _begin(job: Job, work: Path) -> None:
@@ -166,7 +97,7 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
         found.append(session)
         recorder = Recorder(job.plan, session.generation, job.steps, metric)
         session.generation.dense = recorder
-        latents = _Latents(partial(job.tick, f"prompt {number + 1}, dense", 1))
+        latents = Latents(partial(job.tick, f"prompt {number + 1}, dense", 1))
         frames = job.run(job.prompts[number], job.seed + number, latents)
         # Some pipelines tell nobody when a step is done.
         job.tick(f"prompt {number + 1}, dense", max(0, job.steps - latents.steps))
@@ -223,57 +154,21 @@ def _probes(job: Job, work: Path, heard: Heard) -> None:
 
 
 def _trial(job: Job, work: Path, place: int) -> None:
-    """What would be chosen by all that is known, on one prompt: how its error grows from step to step, and by how much
-    predictions are off."""
     _, known = _effects(work)
     if place < len(known["trials"]):
         job.tick(f"trial {place + 1}", job.steps)
         return
-    number, aim = job.trials()[place]
-    fitted, told = try_out(_profile(job, work, unseen=number), aim)
-    _keep(work, "trials", told | _tried(job, work, number, fitted, told, f"trial {place + 1}"))
+    number, _ = trials.trials(len(job.prompts))[place]
+    _keep(work, "trials", trials.trial(job, work, place, _profile(job, work, unseen=number)))
 
 
 def _band(job: Job, work: Path, place: int) -> None:
-    """The same where all but a few steps are dense: what the errors of these alone come to in the end."""
     _, known = _effects(work)
     if place < len(known["bands"]):
         job.tick("bands", job.steps)
         return
-    number, aim, band = job.bands()[place]
-    fitted, told = try_out(_profile(job, work, unseen=number), aim, band)
-    measured = _tried(job, work, number, fitted, told, "bands")
-    part = place % (len(job.bands()) // len(job.prompts))
-    _keep(work, "bands", {"prompt": number, "part": part, "direct": told["direct"], "error": measured["error"]})
-
-
-def _tried(job: Job, work: Path, number: int, fitted: Profile, told: dict[str, Any], said: str) -> dict[str, Any]:
-    """A prompt with a fitted profile that is dense before the step told as "start".
-
-    "error" is the mean square of the frames' error, "seconds" what passed from that step on, "found" the error of the
-    latents after each step."""
-    start = told["start"]
-    fitted.save(work / "trial.safetensors")
-    dense = load_file(work / f"dense-{number}.safetensors")
-    tape = Tape.from_tensors(load_file(work / f"tape-{number}.safetensors"))
-    found: list[Session] = []
-
-    def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return tape.play(found[0].generation, start)(part, original, *args, **kwargs)
-
-    with forwards(job.transformers, wrap), sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
-        found.append(session)
-        clock = session.generation.dense = costs.Clock()
-        latents = _Latents(partial(job.tick, said, 1))
-        frames = job.run(job.prompts[number], job.seed + number, latents)
-        seconds = sum(step.seconds for step in session.report().steps if step.step >= start)
-    if clock.per_head:
-        # The machine may have been busier or freer than in the dense run.
-        seconds *= fitted.header.costs["dense"] / clock.per_head
-    job.tick(said, job.steps - latents.steps)
-    error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
-    off = latents.off(dense["latents"], len(told["direct"]))
-    return {"prompt": number, "error": error, "seconds": seconds, "found": off}
+    number, _, _ = trials.bands(len(job.prompts), job.steps)[place]
+    _keep(work, "bands", trials.band(job, work, place, _profile(job, work, unseen=number)))
 
 
 def _keep(work: Path, kind: str, told: dict[str, Any]) -> None:
@@ -286,32 +181,6 @@ def _effects(work: Path) -> tuple[Path, dict[str, Any]]:
     file = work / "effects.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return file, {"probes": {}, "trials": [], "bands": []} | known
-
-
-class _Latents:
-    """Some numbers of the latents after each step of a run; calls `tick` after each."""
-
-    def __init__(self, tick: Callable[[], None]):
-        self.tick, self.steps = tick, 0
-        self._seen: list[Tensor] = []
-
-    def __call__(self, latents: Tensor | None) -> None:
-        if latents is not None:
-            flat = latents.detach().flatten()
-            self._seen.append(flat[:: max(1, flat.numel() // LATENTS)].float().cpu())
-        self.steps += 1
-        self.tick()
-
-    def seen(self) -> Tensor:
-        """[steps, numbers]; empty where the pipeline tells no latents."""
-        return torch.stack(self._seen) if self._seen else torch.zeros(0, 0)
-
-    def off(self, dense: Tensor, steps: int) -> list[float | None]:
-        """Mean squared error after each of the run's steps; None where it is not known."""
-        mine = self.seen()
-        if mine.shape != dense.shape or len(mine) != steps:
-            return [None] * steps
-        return [float(x) for x in (mine - dense).square().mean(-1)]
 
 
 def _profile(job: Job, work: Path, unseen: int | None = None) -> Profile:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_sparse.attention import attend_part
+from dit_sparse.attention import attend_part, fastest_dense
 from dit_sparse.choices import DENSE, LEARNING, Choice, ChoiceMethod, Phase, Rung
 from dit_sparse.config import SparseConfig
-from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.layout import TokenGrid
 from dit_sparse.report import Mark
 from dit_sparse.state import Generation, Layer, Part
@@ -59,13 +58,15 @@ def measure(
 
 @dataclass
 class Clock:
-    """Dense attention that is timed: to be put in a generation's place for it."""
+    """Dense attention that is timed: to be put in the generation's place for it."""
 
+    generation: Generation
     marks: list[tuple[int, Mark, Mark]] = field(default_factory=list)
 
-    def __call__(self, _layer: Layer, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        text_mask = None if key_mask is None else self.generation.text_of(layer, key_mask)
         start = Mark(q.device)
-        out = dense_attention(q, k, v, key_mask=key_mask)[0]
+        out = fastest_dense(q, k, v, layer, self.generation, text_mask)
         self.marks.append((q.shape[1], start, Mark(q.device)))
         return out
 

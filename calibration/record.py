@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dit_sparse.attention import fastest_dense
 from dit_sparse.choices import Choice, Rung, per_block
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import gain, pooled_tail
 from dit_sparse.kernels.block_stats import Want, block_stats
-from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.kernels.permute import permute
 from dit_sparse.kernels.tail_weights import tail_weights
 from dit_sparse.layout import Layout
@@ -113,17 +113,18 @@ class Recorder:
         return sum(a.until(b) for a, b, _ in self._marks), sum(b.until(c) for _, b, c in self._marks)
 
     def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        text_mask = None if key_mask is None else self.generation.text_of(layer, key_mask)
         start = Mark(q.device)
-        out = dense_attention(q, k, v, key_mask=key_mask)[0]
+        out = fastest_dense(q, k, v, layer, self.generation, text_mask)
         middle = Mark(q.device)
         moment = self.generation.moment
         if moment is not None:
-            self._look(layer, moment.step, moment.branch, q, k, v, key_mask)
+            self._look(layer, moment.step, moment.branch, q, k, v, text_mask)
         self._marks.append((start, middle, Mark(q.device)))
         return out
 
     def _look(
-        self, layer: Layer, step: int, branch: str, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
+        self, layer: Layer, step: int, branch: str, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None
     ) -> None:
         grid, base = self.generation.grid, self.plan.base
         assert grid is not None
@@ -136,7 +137,6 @@ class Recorder:
             self.inputs = (layer, q.clone(), k.clone(), v.clone())
         if not order.is_raster:
             q, k, v = permute((q, k, v), order.take)
-        text_mask = None if key_mask is None else self.generation.text_of(layer, key_mask)
         bank = Bank(self.plan, layout, q, k, v, text_mask)
         root = self.metric.get(layer.name)
         for head in range(q.shape[1]):

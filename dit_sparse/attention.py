@@ -113,18 +113,31 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, layer: Layer, generation: Generation
     """By the kernel that the user chose for the layer, else by the fastest; the tokens are in the model's order."""
     key_mask = None
     if text_mask is not None:
-        text = text_mask.shape[1]
-        before = min(generation.text[0], text) if layer.joint else 0
-        end = k.shape[2] - text + before
+        before, end = _vision(k, layer, generation, text_mask)
         vision = text_mask.new_ones(len(text_mask), end - before)
         key_mask = torch.cat([text_mask[:, :before], vision, text_mask[:, before:]], dim=1)
     chosen = generation.dense and generation.dense(layer, q, k, v, key_mask)
-    if chosen is not None:
-        return chosen
-    if text_mask is not None and before:
-        # It is all the same to a query where keys stand, and a mask of the last ones is faster.
-        k, v = (torch.cat([x[:, :, before:end], x[:, :, :before], x[:, :, end:]], dim=2) for x in (k, v))
+    return fastest_dense(q, k, v, layer, generation, text_mask) if chosen is None else chosen
+
+
+def fastest_dense(
+    q: Tensor, k: Tensor, v: Tensor, layer: Layer, generation: Generation, text_mask: Tensor | None
+) -> Tensor:
+    """What a dense step is where the user chose no kernel, and what a measurement of one times; the tokens are in the
+    model's order, and text_mask [B, text] bool is False for padding."""
+    if text_mask is not None:
+        before, end = _vision(k, layer, generation, text_mask)
+        if before:
+            # It is all the same to a query where keys stand, and a mask of the last ones is faster.
+            k, v = (torch.cat([x[:, :, before:end], x[:, :, :before], x[:, :, end:]], dim=2) for x in (k, v))
     return dense_attention(q, k, v, key_mask=text_mask)[0]
+
+
+def _vision(k: Tensor, layer: Layer, generation: Generation, text_mask: Tensor) -> tuple[int, int]:
+    """Where the vision tokens begin and end."""
+    text = text_mask.shape[1]
+    before = min(generation.text[0], text) if layer.joint else 0
+    return before, k.shape[2] - text + before
 
 
 def _account(call: "Call", layer: Layer, generation: Generation) -> None:

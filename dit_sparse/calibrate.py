@@ -145,7 +145,8 @@ def calibrate(options: CalibrateOptions) -> int:
     device, dtype = generate.placement(asked)
     request = generate.request_of(asked, files)
 
-    from dit_sparse.calibration.collect import Job, collect, finish
+    from dit_sparse.calibration.collect import collect, finish, ticks
+    from dit_sparse.calibration.job import Job
     from dit_sparse.calibration.record import Plan
     from dit_sparse.pipelines.session import FAMILIES
 
@@ -169,7 +170,7 @@ def calibrate(options: CalibrateOptions) -> int:
         request.num_inference_steps, plan, facts, tick,
     )  # fmt: skip
     work = output.with_name(f"{output.name}.parts")
-    bar.update(bar.task_ids[0], total=job.forwards())
+    bar.update(bar.task_ids[0], total=ticks(job))
     with bar:
         profile = collect(job, work)
     profile.save(output)

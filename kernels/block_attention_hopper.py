@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dit_sparse.kernels.hopper_copies import produce
 from dit_sparse.kernels.hopper_tiles import (
     BLOCK,
     ROWS,
@@ -21,14 +22,11 @@ from dit_sparse.kernels.hopper_tiles import (
     describe,
     fetch,
     filled_mask,
-    find_tile,
     hear,
-    load_tile,
     longest_first,
     next_slot,
     shrunk,
     store,
-    tell,
     thread_sums,
     weights_of,
     whole_blocks,
@@ -41,198 +39,6 @@ SHAPES = {64: dict(SLOTS=8, ROUND=3, AHEAD=True, HELD=True), 128: dict(SLOTS=5, 
 # The largest sum of exponentials relative to the first block's maximum that is taken for right: float32 and bfloat16
 # hold 2^127.
 LIMIT = gl.constexpr(2.0**100)
-
-_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-
-@gluon.jit
-def _fill(desc, b, h, row, to, bars, slot, phase, more: gl.constexpr):
-    """Copy a block to the slot's memory once it is empty; `more` bytes are to follow."""
-    full, empty = bars
-    mbarrier.wait(empty.index(slot), phase ^ 1)
-    mbarrier.expect(full.index(slot), desc.block_type.nbytes + more)
-    load_tile(desc, [b, h, row, 0], full.index(slot), to)
-
-
-@gluon.jit
-def _fill_both(desc, b, h, row, other, ring, bars, slot, phase):
-    """Copy two blocks of half as many keys to the slot's memory once it is empty.
-
-    A tile lies there 64 channels at a time, in rows of 128 bytes: first those of the one, then those of the other."""
-    full, empty = bars
-    HALF: gl.constexpr = desc.block_type.shape[2]
-    PARTS: gl.constexpr = ring.shape[2] // 64
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, 64], desc.dtype)
-    if _REINTERPRETS:
-        pieces = ring.reinterpret(desc.dtype, [ring.shape[0] * PARTS * 2, HALF, 64], layout)
-    else:
-        pieces = ring._reinterpret(desc.dtype, [ring.shape[0] * PARTS * 2, HALF, 64], layout)
-    mbarrier.wait(empty.index(slot), phase ^ 1)
-    mbarrier.expect(full.index(slot), desc.block_type.nbytes * PARTS * 2)
-    for i in gl.static_range(PARTS):
-        piece = (slot * PARTS + i) * 2
-        load_tile(desc, [b, h, row, i * 64], full.index(slot), pieces.index(piece))
-        load_tile(desc, [b, h, other, i * 64], full.index(slot), pieces.index(piece + 1))
-
-
-@gluon.jit
-def _fill_listed(desc, b, h, row, other, ring, bars, slot, phase, HALVES: gl.constexpr):
-    """Copy the keys or values of a step, of HALVES that begin at `row` and `other`, or all from `row` on."""
-    if HALVES:
-        _fill_both(desc, b, h, row, other, ring, bars, slot, phase)
-    else:
-        _fill(desc, b, h, row, ring.index(slot), bars, slot, phase, 0)
-
-
-@gluon.jit
-def _halved(p_list, blocks, steps, COLUMNS, BLOCK: gl.constexpr):
-    """Of two listed blocks a step: steps that these take, all steps, and keys that count in the last of the former."""
-    HALF: gl.constexpr = BLOCK // 2
-    n = gl.cdiv(blocks, 2)
-    short = (blocks - 1) % 2 * HALF + gl.minimum(COLUMNS - gl.load(p_list + (blocks - 1)) * HALF, HALF)
-    return n, steps + n - blocks, short
-
-
-@gluon.jit
-def _rows_of(p_list, i, n, blocks, COLUMNS, TEXT: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr):
-    """Where the keys of step i begin, and its second half where steps are of HALVES: an odd list ends in one twice."""
-    if HALVES:
-        HALF: gl.constexpr = BLOCK // 2
-        row = gl.load(p_list + 2 * i, mask=i < n, other=0) * HALF
-        other = gl.load(p_list + gl.minimum(2 * i + 1, blocks - 1), mask=i < n, other=0) * HALF
-        if TEXT:
-            row = gl.where(i < n, row, COLUMNS + (i - n) * BLOCK)
-            other = gl.where(i < n, other, row + HALF)
-    else:
-        row = gl.load(p_list + i, mask=i < n, other=0) * BLOCK
-        if TEXT:
-            row = gl.where(i < n, row, COLUMNS + (i - n) * BLOCK)
-        other = row
-    return row, other
-
-
-@gluon.jit
-def _produce(
-    descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded,
-    TEXT: gl.constexpr, TAIL: gl.constexpr, COPIED: gl.constexpr, FIXED: gl.constexpr,
-    HALVES: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """Every tile of this program, then those that a group could not hold, from each group's list."""
-    q_full, q_empty = q_bars
-    p_work = pointers[4]
-    slot = gl.to_tensor(0)
-    phase = gl.to_tensor(0)
-    q_phase = gl.to_tensor(0)
-    t = gl.program_id(0)
-    while t < tiles:
-        t, slot, phase, q_phase = _copy_tile(
-            t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
-            slot, phase, q_phase, TEXT, TAIL, COPIED, False, HALVES, SLOTS, BLOCK, ROWS,
-        )  # fmt: skip
-    _tell_end(facts, q_bars, q_phase)
-    if FIXED:
-        q_phase ^= 1
-        for group in gl.static_range(2):
-            mbarrier.wait(q_empty.index(group), q_phase ^ 1)
-        layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
-        t, other = gl.max(lost.index(0).load(layout), 0), gl.max(lost.index(1).load(layout), 0)
-        group = gl.where(t < 0, 1, 0)
-        t = gl.where(t < 0, other, t)
-        while t >= 0:
-            following = gl.load(p_work + 1 + 2 * t + group)
-            _, slot, phase, q_phase = _copy_tile(
-                t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
-                slot, phase, q_phase, TEXT, TAIL, COPIED, True, HALVES, SLOTS, BLOCK, ROWS,
-            )  # fmt: skip
-            ended = (following < 0) & (group == 0)
-            t = gl.where(ended, other, following)
-            group = gl.where(ended, 1, group)
-        _tell_end(facts, q_bars, q_phase)
-
-
-@gluon.jit
-def _copy_tile(
-    t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
-    slot, phase, q_phase,
-    TEXT: gl.constexpr, TAIL: gl.constexpr, COPIED: gl.constexpr, AGAIN: gl.constexpr,
-    HALVES: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """Keys of a step, then values of the step before: the order in which they are used. Returns the next tile, too."""
-    d_q, d_k, d_v = descs
-    q_ring, ring, weight_ring = rings
-    q_full, q_empty = q_bars
-    full, empty = bars
-    H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts = sizes
-    i_bh, i_list, row, is_text, p_list, n, steps = find_tile(t, pointers, sizes, TEXT, BLOCK)
-    b, h = i_bh // H, i_bh % H
-    blocks = n
-    # Lists ascend, so only the last listed block can be the short one.
-    if HALVES:
-        n, steps, short = _halved(p_list, blocks, steps, COLUMNS, BLOCK)
-        before, before_too = _rows_of(p_list, 0, n, blocks, COLUMNS, False, HALVES, BLOCK)
-    else:
-        before = gl.load(p_list) * BLOCK
-        before_too = before
-        short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
-    for group in gl.static_range(2):
-        mbarrier.wait(q_empty.index(group), q_phase ^ 1)
-    tell(facts, i_bh, row, n, steps, short, t)
-    for group in gl.static_range(2):
-        mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
-        load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
-    q_phase ^= 1
-    _fill_listed(d_k, b, h, before, before_too, ring, bars, slot, phase, HALVES)
-    slot, phase = next_slot(slot, phase, SLOTS)
-    if not AGAIN:
-        t = gl.num_programs(0) + gl.atomic_add(pointers[4], 1)
-    for i in range(1, steps):
-        row_k, row_k_too = _rows_of(p_list, i, n, blocks, COLUMNS, TEXT, HALVES, BLOCK)
-        _fill_listed(d_k, b, h, row_k, row_k_too, ring, bars, slot, phase, HALVES)
-        slot, phase = next_slot(slot, phase, SLOTS)
-        _fill_listed(d_v, b, h, before, before_too, ring, bars, slot, phase, HALVES)
-        slot, phase = next_slot(slot, phase, SLOTS)
-        before, before_too = row_k, row_k_too
-    if TAIL:
-        d_tail_k, d_tail_v, d_weights = tail_descs
-        tail_steps = gl.where(is_text, 0, padded // BLOCK)
-        for i in range(0, tail_steps):
-            _fill(d_tail_k, b, h, i * BLOCK, ring.index(slot), bars, slot, phase, d_weights.block_type.nbytes)
-            weights_at = (i_list * padded).to(gl.int32) + i * BLOCK
-            load_tile(d_weights, [weights_at], full.index(slot), weight_ring.index(slot))
-            slot, phase = next_slot(slot, phase, SLOTS)
-            if i == 0:
-                _fill_listed(d_v, b, h, before, before_too, ring, bars, slot, phase, HALVES)
-            else:
-                _fill(d_tail_v, b, h, (i - 1) * BLOCK, ring.index(slot), bars, slot, phase, 0)
-            slot, phase = next_slot(slot, phase, SLOTS)
-        if tail_steps == 0:
-            _fill_listed(d_v, b, h, before, before_too, ring, bars, slot, phase, HALVES)
-        else:
-            _fill(d_tail_v, b, h, (tail_steps - 1) * BLOCK, ring.index(slot), bars, slot, phase, 0)
-    else:
-        _fill_listed(d_v, b, h, before, before_too, ring, bars, slot, phase, HALVES)
-    slot, phase = next_slot(slot, phase, SLOTS)
-    if COPIED:
-        # Rows of text lie behind the last one, where the copy engine reads zeros. What ended the first pass came
-        # without codes.
-        d_codes, codes, codes_full, codes_empty = codes_parts
-        for group in gl.static_range(2):
-            mbarrier.wait(codes_empty.index(group), q_phase ^ AGAIN)
-            mbarrier.expect(codes_full.index(group), d_codes.block_type.nbytes)
-            at = [b, h, row + group * ROWS, 0]
-            load_tile(d_codes, at, codes_full.index(group), codes.index(group))
-    return t, slot, phase, q_phase
-
-
-@gluon.jit
-def _tell_end(facts, q_bars, q_phase):
-    """There is no tile left."""
-    q_full, q_empty = q_bars
-    for group in gl.static_range(2):
-        mbarrier.wait(q_empty.index(group), q_phase ^ 1)
-    tell(facts, 0, 0, 0, 0, 0, 0)
-    for group in gl.static_range(2):
-        mbarrier.arrive(q_full.index(group), count=1)
 
 
 @gluon.jit
@@ -569,7 +375,7 @@ def block_attention_hopper_kernel(
                 SCATTER, SCALE, SCALE_PER_ROW, RESIDUAL, PER_ROW, COPIED, SLOTS, ROUND, AHEAD, HELD, FIXED,
                 BLOCK, ROWS,
             )),
-            (_produce, (
+            (produce, (
                 descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded,
                 TEXT, TAIL, COPIED, FIXED, HALVES, SLOTS, BLOCK, ROWS,
             )),

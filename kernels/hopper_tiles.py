@@ -70,6 +70,40 @@ def tell(facts, i_bh, row, n, steps, short, tile):
 
 
 @gluon.jit
+def begin_tile(d_q, q_ring, q_bars, q_phase, facts, H, i_bh, row, n, steps, short, tile, ROWS: gl.constexpr):
+    """Tell both groups of a tile and copy their queries, once they are done with those before."""
+    q_full, q_empty = q_bars
+    b, h = i_bh // H, i_bh % H
+    for group in gl.static_range(2):
+        mbarrier.wait(q_empty.index(group), q_phase ^ 1)
+    tell(facts, i_bh, row, n, steps, short, tile)
+    for group in gl.static_range(2):
+        mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
+        load_tile(d_q, [b, h, row + group * ROWS, 0], q_full.index(group), q_ring.index(group))
+
+
+@gluon.jit
+def tell_end(facts, q_bars, q_phase):
+    """There is no tile left."""
+    q_full, q_empty = q_bars
+    for group in gl.static_range(2):
+        mbarrier.wait(q_empty.index(group), q_phase ^ 1)
+    tell(facts, 0, 0, 0, 0, 0, 0)
+    for group in gl.static_range(2):
+        mbarrier.arrive(q_full.index(group), count=1)
+
+
+@gluon.jit
+def copy_codes(codes_parts, b, h, row, phase, ROWS: gl.constexpr):
+    """Both groups' codes of the residual. Rows of text lie behind the last one, where the copy engine reads zeros."""
+    d_codes, codes, codes_full, codes_empty = codes_parts
+    for group in gl.static_range(2):
+        mbarrier.wait(codes_empty.index(group), phase)
+        mbarrier.expect(codes_full.index(group), d_codes.block_type.nbytes)
+        load_tile(d_codes, [b, h, row + group * ROWS, 0], codes_full.index(group), codes.index(group))
+
+
+@gluon.jit
 def hear(facts, q_full, group: gl.constexpr, q_phase):
     """Once the next tile's queries are here: head, first row, listed blocks, steps, keys in the last block, number."""
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])

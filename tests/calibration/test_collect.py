@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dit_sparse import generate
-from dit_sparse.calibration import collect, effects
+from dit_sparse.calibration import collect, effects, trials
 from dit_sparse.calibration.metrics import psnr
 from dit_sparse.calibration.replay import Tape, forward_once, forwards
 from dit_sparse.calibration.values import sample_of
@@ -108,8 +108,7 @@ def test_a_profile_holds_what_was_measured(calibrated):
 
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_prompts_are_tried_twice_where_there_are_several(count):
-    job = collect.Job(None, None, tuple("abcdefgh"[:count]), 0, 5, None, {}, None)
-    tried = job.trials()
+    tried = trials.trials(count)
     assert [number for number, _ in tried] == list(range(count)) * min(count, 2)
     if count > 1:
         # Far enough apart to tell how quality grows.
@@ -234,9 +233,8 @@ def test_the_metric_is_the_output_projection():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_bands_are_all_of_the_steps_once(count):
-    job = collect.Job(None, None, tuple("abc"[:count]), 0, 13, None, {}, None)
     found = {}
-    for number, _, span in job.bands():
+    for number, _, span in trials.bands(count, 13):
         found.setdefault(number, []).extend(span)
     assert found == ({} if count == 1 else {number: list(range(13)) for number in range(count)})
 
@@ -248,8 +246,8 @@ def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
     module, name = {
         "dense": (collect.costs, "measure"),
         "probe": (effects, "probe"),
-        "trial": (collect, "try_out"),
-        "band": (collect, "try_out"),
+        "trial": (trials, "try_out"),
+        "band": (trials, "try_out"),
     }[at]
     original, calls = getattr(module, name), []
 

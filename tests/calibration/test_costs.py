@@ -5,7 +5,7 @@ from dit_sparse.choices import Rung
 from dit_sparse.config import SparseConfig
 from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.layout import TokenGrid
-from dit_sparse.state import Layer
+from dit_sparse.state import Generation, Layer
 
 GRID, LAYER = TokenGrid(4, 16, 16), Layer("transformer.blocks.0.attn1", 0, 1, 2, 32)
 
@@ -25,7 +25,7 @@ def test_every_choice_has_a_cost_and_more_blocks_cost_more():
 
 def test_a_clock_answers_with_dense_attention_and_its_seconds():
     q, k, v = torch.randn(3, 1, 2, 64, 32)
-    clock = costs.Clock()
+    clock = costs.Clock(Generation(SparseConfig("dense"), [LAYER]))
     assert clock.per_head == 0
     for _ in range(2):
         assert torch.equal(clock(LAYER, q, k, v, None), dense_attention(q, k, v)[0])

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse import calibrate, generate, models, sparsify
-from dit_sparse.calibration.collect import Job, collect
+from dit_sparse import attention, calibrate, generate, models, sparsify
+from dit_sparse.calibration.collect import collect
+from dit_sparse.calibration.costs import Clock
 from dit_sparse.calibration.effects import taken
 from dit_sparse.calibration.fit import Targets, fit
-from dit_sparse.calibration.record import Plan
+from dit_sparse.calibration.job import Job
+from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forward_once, forwards
 from dit_sparse.calibration.values import sample_of
 from dit_sparse.choices import Rung
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 CPU = torch.device("cpu")
 STEPS = 3
+PLAN = Plan((Rung(0.1), Rung(0.3)), (1, 2), 4, 32, SparseConfig("tail", block=16))
 # Self-attention modules of all transformers of each.
 WAN = {"wan2.1": 2, "wan2.2": 4, "wan-vace": 5}
 MODULES = {name: family.modules for name, family in families.FAMILIES.items()} | WAN
@@ -180,6 +183,27 @@ def test_a_profile_is_measured_and_fitted_and_run(case, tmp_path):
     assert sparse.isfinite().all() and 0 < (sparse - dense).square().mean() < dense.square().mean()
 
 
+@pytest.mark.parametrize("case", [name for name, tiny in families.FAMILIES.items() if tiny.masked], indirect=True)
+@pytest.mark.parametrize("timed", [Clock, lambda g: Recorder(PLAN, g, STEPS)], ids=["clock", "recorder"])
+def test_dense_attention_is_timed_as_a_dense_step_has_it(case, timed, monkeypatch):
+    """With a mask of text alone, and text last: kernels take longer with a mask of all keys."""
+    dense, calls, made = attention.dense_attention, [], []
+
+    def spy(q, k, v, *, key_mask):
+        calls[-1].append((k, key_mask))
+        return dense(q, k, v, key_mask=key_mask)
+
+    monkeypatch.setattr(attention, "dense_attention", spy)
+    for kernel in (lambda _: None, timed):
+        calls.append([])
+        with sparsify(case.pipe, "dense") as session:
+            session.generation.dense = kernel(session.generation)
+            made.append(case.run())
+    assert torch.equal(*made) and same(*calls)
+    widths = {mask.shape[1] for _, mask in calls[1] if mask is not None}
+    assert widths == {sum(families.FAMILIES[case.name].text)}
+
+
 def job(case: Case) -> Job:
     def run(_prompt: str, seed: int, done: Callable[[Tensor | None], None]) -> np.ndarray:
         def step_done(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -196,12 +220,11 @@ def job(case: Case) -> Job:
             case.run(seed=seed, **told).detach().float().sigmoid().reshape(1, 1, -1, 1).expand(-1, -1, -1, 3).numpy()
         )
 
-    plan = Plan((Rung(0.1), Rung(0.3)), (1, 2), 4, 32, SparseConfig("tail", block=16))
     facts = dict(
         model_id=case.name, size=(1, 1, 1), guidance_scale=3.0, created="2026-01-01", device="cpu", dtype="float32",
         versions={},
     )  # fmt: skip
-    return Job(case.pipe, run, ("a red ball",), 0, STEPS, plan, facts, lambda _what, _steps: None)
+    return Job(case.pipe, run, ("a red ball",), 0, STEPS, PLAN, facts, lambda _what, _steps: None)
 
 
 def test_the_number_of_rows_goes_by_the_size_of_any_model(case):

@@ -391,7 +391,7 @@ def schedule(tiles, monkeypatch, *, heads, blocks, text, programs):
 @pytest.mark.parametrize("listed", [[0], [4], [0, 4], [1, 2, 3], [0, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 3]])
 @pytest.mark.parametrize("columns", [257, 290, 320])
 def test_steps_of_two_blocks_take_what_is_listed_once(columns, listed, text, monkeypatch):
-    kernel = pytest.importorskip("dit_sparse.kernels.block_attention_hopper")
+    copies = pytest.importorskip("dit_sparse.kernels.hopper_copies")
     language = SimpleNamespace(
         cdiv=lambda a, b: -(-a // b),
         where=lambda c, a, b: a if c else b,
@@ -399,14 +399,14 @@ def test_steps_of_two_blocks_take_what_is_listed_once(columns, listed, text, mon
         load=lambda p, mask=True, other=0: listed[p.offset] if mask else other,
         constexpr=int,
     )
-    monkeypatch.setattr(kernel, "gl", language)
+    monkeypatch.setattr(copies, "gl", language)
     pointer, blocks = _Pointer("list"), len(listed)
     all_steps = blocks + -(-text // BLOCK)
-    n, steps, short = kernel._halved.fn(pointer, blocks, all_steps, columns, BLOCK)
+    n, steps, short = copies._halved.fn(pointer, blocks, all_steps, columns, BLOCK)
     assert n == -(-blocks // 2) and steps == n + -(-text // BLOCK) and 0 < short <= BLOCK
     seen = []
     for i in range(steps):
-        row, other = kernel._rows_of.fn(pointer, i, n, blocks, columns, text > 0, True, BLOCK)
+        row, other = copies._rows_of.fn(pointer, i, n, blocks, columns, text > 0, True, BLOCK)
         counts = BLOCK if i + 1 < n else short if i + 1 == n else min(BLOCK, text - (i - n) * BLOCK)
         seen += [*range(row, row + 64), *range(other, other + 64)][:counts]
     tokens = [t for block in listed for t in range(block * 64, min(block * 64 + 64, columns))]

@@ -1,0 +1,92 @@
+"""Trials: what would be chosen by all that is known, played on a prompt, and what is kept of it.
+
+Some are of a whole run, and bands of a few steps, where all others are dense.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from dit_sparse.calibration.costs import Clock
+from dit_sparse.calibration.fit import try_out
+from dit_sparse.calibration.job import Job, Latents
+from dit_sparse.calibration.metrics import psnr
+from dit_sparse.calibration.replay import Tape, forwards
+from dit_sparse.pipelines.session import Session, sparsify
+from dit_sparse.profile import Profile
+
+# Qualities in dB that the trials of a prompt aim at, one prompt after the other: what comes of them is right where
+# targets are. Two of one prompt say how quality grows with what is spent, whatever the prompt.
+TRIED = ((30.0, 36.0), (33.0, 27.0), (27.0, 33.0), (36.0, 30.0))
+# Into how many parts the steps of a run are cut, each of which is tried alone.
+BANDS = 5
+
+
+def trials(prompts: int) -> list[tuple[int, float]]:
+    """Number of the prompt, and the quality to try. Of a single prompt once: how it differs from others, which is
+    not known then, is more than a second trial would tell."""
+    aims = [TRIED[number % len(TRIED)] for number in range(prompts)]
+    count = 1 if prompts == 1 else 2
+    return [(number, aim) for turn in range(count) for number, aim in enumerate(each[turn] for each in aims)]
+
+
+def bands(prompts: int, steps: int) -> list[tuple[int, float, range]]:
+    """Number of the prompt, the quality to try, and the steps that are not dense: each prompt once in each band.
+    Of a single prompt none, for which they would take longer than all the rest."""
+    count = min(BANDS, steps)
+    if prompts == 1 or count < 2:
+        return []
+    ends = [round(i * steps / count) for i in range(count + 1)]
+    spans = [range(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [(number, TRIED[number % len(TRIED)][0], span) for number in range(prompts) for span in spans]
+
+
+def trial(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
+    """The prompt of `trials` at this place with what the profile's measurements would choose: how its error grows from
+    step to step, and by how much predictions are off."""
+    number, aim = trials(len(job.prompts))[place]
+    fitted, told = try_out(profile, aim)
+    return told | _play(job, work, number, fitted, told, f"trial {place + 1}")
+
+
+def band(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
+    """The same where all but the steps of `bands` at this place are dense: what the errors of these alone come to in
+    the end."""
+    planned = bands(len(job.prompts), job.steps)
+    number, aim, span = planned[place]
+    fitted, told = try_out(profile, aim, span)
+    measured = _play(job, work, number, fitted, told, "bands")
+    part = place % (len(planned) // len(job.prompts))
+    return {"prompt": number, "part": part, "direct": told["direct"], "error": measured["error"]}
+
+
+def _play(job: Job, work: Path, number: int, fitted: Profile, told: dict[str, Any], said: str) -> dict[str, Any]:
+    """A prompt with a fitted profile that is dense before the step told as "start".
+
+    "error" is the mean square of the frames' error, "seconds" what passed from that step on, "found" the error of the
+    latents after each step."""
+    start = told["start"]
+    fitted.save(work / "trial.safetensors")
+    dense = load_file(work / f"dense-{number}.safetensors")
+    tape = Tape.from_tensors(load_file(work / f"tape-{number}.safetensors"))
+    found: list[Session] = []
+
+    def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return tape.play(found[0].generation, start)(part, original, *args, **kwargs)
+
+    with forwards(job.transformers, wrap), sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
+        found.append(session)
+        clock = session.generation.dense = Clock(session.generation)
+        latents = Latents(partial(job.tick, said, 1))
+        frames = job.run(job.prompts[number], job.seed + number, latents)
+        seconds = sum(step.seconds for step in session.report().steps if step.step >= start)
+    if clock.per_head:
+        # The machine may have been busier or freer than in the dense run.
+        seconds *= fitted.header.costs["dense"] / clock.per_head
+    job.tick(said, job.steps - latents.steps)
+    error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
+    off = latents.off(dense["latents"], len(told["direct"]))
+    return {"prompt": number, "error": error, "seconds": seconds, "found": off}
