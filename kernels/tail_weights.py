@@ -12,8 +12,12 @@ try:
 except ImportError:  # Triton has no wheel for macOS and Windows; `tail_weights` needs none.
     triton = None
 
-# Rows and columns of a program, and channels it multiplies at a time; places of a list that it reads at a time.
-TILE, CHANNELS, PLACES = 64, 64, 128
+# Rows and columns of a program; places of a list that one reads at a time.
+TILE, PLACES = 64, 128
+# Channels that a program multiplies at a time, warps and stages, by the bytes of a weight. float16 keeps as many bits
+# as tf32; whole float32 is multiplied in registers, more than four warps have, and with as many channels and stages it
+# would not fit the 99 KiB of shared memory that GPUs of capability 8.6, 8.9 and 12.0 have.
+CHANNELS, WARPS, STAGES = {2: 64, 4: 32}, {2: 4, 4: 8}, {2: 3, 4: 2}
 # What float16 holds with room to add to it.
 HALF_LIMIT = 30000.0
 
@@ -106,9 +110,9 @@ def unlisted_weights(
         given, *(x if x is None else x.contiguous() for x in statistics), out,
         0.5 * scale**2, 0.0 if second is None else second.limit,
         plan.key_blocks if given.dim() == 2 else 0, heads, rows, plan.key_blocks, width,
-        D=tail.keys.shape[-1], SECOND=second is not None, BY_ROW=by_row, BQ=TILE, BK=TILE, BD=CHANNELS,
-        # float16 keeps as many bits as tf32; whole float32 is multiplied in registers, more than four warps have.
-        PRECISION="tf32" if half else "ieee", num_warps=4 if half else 8,
+        D=tail.keys.shape[-1], SECOND=second is not None, BY_ROW=by_row,
+        BQ=TILE, BK=TILE, BD=CHANNELS[out.itemsize], PRECISION="tf32" if half else "ieee",
+        num_warps=WARPS[out.itemsize], num_stages=STAGES[out.itemsize],
     )  # fmt: skip
     listed_fwd_kernel[(counts.numel(),)](counts, indices, out, step, width, BY_ROW=by_row, BW=PLACES, num_warps=1)
     return out
