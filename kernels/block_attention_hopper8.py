@@ -12,10 +12,21 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_sparse.kernels.hopper8_copies import produce
+from dit_sparse.kernels.hopper8_sums import (
+    MAGIC,
+    UP,
+    hidden,
+    probabilities,
+    products,
+    thread_maxima,
+    top_of,
+    unit_of,
+    values,
+)
 from dit_sparse.kernels.hopper_tiles import (
     BLOCK,
     ROWS,
@@ -37,80 +48,6 @@ from dit_sparse.plan import BlockPlan, Correction, Tail
 
 # Blocks of keys and of values in their rings.
 SLOTS = 4
-
-# An int32 sum of products on top of these bits is, read as float32, that sum plus MAGIC: no conversion is needed.
-MAGIC_BITS = gl.constexpr(0x4B400000)
-MAGIC = gl.constexpr(12582912.0)
-# Probabilities are kept 2^UP times as large, so that e4m3 tells small ones from zero.
-UP = gl.constexpr(8.0)
-
-
-@gluon.jit
-def _products(q, ring, slot, start: gl.constexpr, KEYS: gl.constexpr, ROWS: gl.constexpr, s_layout: gl.constexpr):
-    """Start codes of queries times codes of KEYS keys, which as float32 read MAGIC too much."""
-    s = gl.full([ROWS, KEYS], MAGIC_BITS, gl.int32, s_layout)
-    return warpgroup_mma(q, ring.index(slot).slice(start, KEYS).permute((1, 0)), s, is_async=True)
-
-
-@gluon.jit
-def _values(p, part, ring, slot, start: gl.constexpr, KEYS: gl.constexpr, use_acc: gl.constexpr):
-    """Start the output of KEYS keys' values alone, or adding it to that of the keys before."""
-    v = ring.index(slot).slice(start, KEYS, dim=1).permute((1, 0))
-    return warpgroup_mma(p, v, part, use_acc=use_acc, is_async=True)
-
-
-@gluon.jit
-def _unit(unit_ring, slot):
-    """What the products of this block's codes and one more code stand for."""
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    return gl.max(unit_ring.index(slot).slice(0, 4).load(layout), 0)
-
-
-@gluon.jit
-def _probabilities(e, ROWS: gl.constexpr, KEYS: gl.constexpr, o_layout: gl.constexpr):
-    """Exponentials by row of the keys' tile -> e4m3 by key, where each thread holds them already."""
-    e = e.reshape([ROWS, KEYS // 32, 2, 2, 4, 2]).permute((0, 1, 2, 4, 3, 5)).reshape([ROWS, KEYS])
-    return gl.convert_layout(e, gl.DotOperandLayout(0, o_layout, 4)).to(gl.float8e4nv)
-
-
-@gluon.jit
-def _masked(s, start: gl.constexpr, left, KEYS: gl.constexpr, s_layout: gl.constexpr):
-    """The first `left` keys of the block count; these begin at `start`."""
-    row = start + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
-    key = (row & ~14) | ((row & 8) >> 2) | ((row & 6) << 1)
-    return gl.where((key < left)[None, :], s, float("-inf"))
-
-
-@gluon.jit
-def _seen(s, p_seen, masked, KEYS: gl.constexpr, s_layout: gl.constexpr):
-    """If they are `masked`, the keys that are seen count."""
-    seen = gl.load(p_seen + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout)), mask=masked, other=1)
-    return gl.where((seen != 0)[None, :], s, float("-inf"))
-
-
-@gluon.jit
-def _hidden(
-    s, start: gl.constexpr, left, p_seen, masked, MASKED: gl.constexpr, KEYS: gl.constexpr, s_layout: gl.constexpr
-):  # fmt: skip
-    """Sums of keys that begin at `start`: of those that do not count, less than any."""
-    t = _masked(s.to(gl.float32, bitcast=True), start, left, KEYS, s_layout)
-    if MASKED:
-        t = _seen(t, p_seen + start, masked, KEYS, s_layout)
-    return t.to(gl.int32, bitcast=True)
-
-
-@gluon.jit
-def _thread_maxima(s):
-    """[ROWS, N] sums as integers, which order as the numbers do -> [ROWS, 4], the largest of each thread: three are
-    compared at once."""
-    return gl.max(gl.max(s.reshape([s.shape[0], s.shape[1] // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _top(m, most, unit):
-    """The maximum of a row so far, from the largest sum of each thread."""
-    most = gl.convert_layout(gl.max(most, 1), m.type.layout).to(gl.float32, bitcast=True)
-    return gl.maximum(m, (most - MAGIC) * unit)
 
 
 @gluon.jit
@@ -136,39 +73,39 @@ def _step(
     if not LAST:
         mbarrier.wait(k_full.index(k_slot), k_phase)
     if SHORT:
-        s = _hidden(s, 0, left, p_seen, masked, MASKED, HALF, s_layout)
-        s2 = _hidden(s2, HALF, left, p_seen, masked, MASKED, HALF, s_layout)
-        most = _thread_maxima(s)
-    top = _top(m, gl.maximum(most, _thread_maxima(s2)), unit)
+        s = hidden(s, 0, left, p_seen, masked, MASKED, HALF, s_layout)
+        s2 = hidden(s2, HALF, left, p_seen, masked, MASKED, HALF, s_layout)
+        most = thread_maxima(s)
+    top = top_of(m, gl.maximum(most, thread_maxima(s2)), unit)
     shift = (MAGIC * unit + top - UP)[:, None]
     shrink = gl.exp2(m - top)
     e = gl.exp2(s.to(gl.float32, bitcast=True) * unit[:, None] - shift)
     l = shrunk(l, shrink) + thread_sums(e)
-    p = _probabilities(e, ROWS, HALF, o_layout)
+    p = probabilities(e, ROWS, HALF, o_layout)
     if not LAST:
-        s = _products(q, k_ring, k_slot, 0, HALF, ROWS, s_layout)
+        s = products(q, k_ring, k_slot, 0, HALF, ROWS, s_layout)
     # Before the wait, which the assembler moves nothing past.
     x2 = s2.to(gl.float32, bitcast=True) * unit[:, None] - shift
     mbarrier.wait(v_full.index(v_slot), v_phase)
-    part = _values(p, gl.zeros([ROWS, D], gl.float32, o_layout), v_ring, v_slot, 0, HALF, False)
+    part = values(p, gl.zeros([ROWS, D], gl.float32, o_layout), v_ring, v_slot, 0, HALF, False)
     QUARTER: gl.constexpr = BLOCK // 4
     quarter_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 32])
     xa, xb = gl.split(x2.reshape([ROWS, 2, QUARTER]).permute((0, 2, 1)))
     e = gl.exp2(gl.convert_layout(xa, quarter_layout, assert_trivial=True))
     l += gl.convert_layout(thread_sums(e), l.type.layout)
-    p = _probabilities(e, ROWS, QUARTER, o_layout)
-    part = _values(p, part, v_ring, v_slot, HALF, QUARTER, True)
+    p = probabilities(e, ROWS, QUARTER, o_layout)
+    part = values(p, part, v_ring, v_slot, HALF, QUARTER, True)
     e = gl.exp2(gl.convert_layout(xb, quarter_layout, assert_trivial=True))
     l += gl.convert_layout(thread_sums(e), l.type.layout)
-    p = _probabilities(e, ROWS, QUARTER, o_layout)
-    part = _values(p, part, v_ring, v_slot, HALF + QUARTER, QUARTER, True)
+    p = probabilities(e, ROWS, QUARTER, o_layout)
+    part = values(p, part, v_ring, v_slot, HALF + QUARTER, QUARTER, True)
     if LAST:
         part = warpgroup_mma_wait(0, deps=[part])
     else:
-        s2 = _products(q, k_ring, k_slot, HALF, HALF, ROWS, s_layout)
+        s2 = products(q, k_ring, k_slot, HALF, HALF, ROWS, s_layout)
         s, part = warpgroup_mma_wait(1, deps=[s, part])
-        unit = q_unit * _unit(unit_ring, k_slot)
-        most = _thread_maxima(s)
+        unit = q_unit * unit_of(unit_ring, k_slot)
+        most = thread_maxima(s)
     mbarrier.arrive(v_empty.index(v_slot))
     v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
     o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None] + part
@@ -192,9 +129,9 @@ def _tail_step(
     HALF: gl.constexpr = BLOCK // 2
     column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     mbarrier.wait(k_full.index(k_slot), k_phase)
-    unit = q_unit * _unit(unit_ring, k_slot)
+    unit = q_unit * unit_of(unit_ring, k_slot)
     for half in gl.static_range(2):
-        s = _products(q, k_ring, k_slot, half * HALF, HALF, ROWS, s_layout)
+        s = products(q, k_ring, k_slot, half * HALF, HALF, ROWS, s_layout)
         weight = weight_ring.index(k_slot).slice(half * HALF, HALF).load(column_layout).to(gl.float32) * LOG2E
         s = warpgroup_mma_wait(0, deps=[s])
         if half == 1:
@@ -205,13 +142,13 @@ def _tail_step(
         shrink = gl.exp2(m - top)
         m = top
         l = shrunk(l, shrink) + thread_sums(e)
-        p = _probabilities(e, ROWS, HALF, o_layout)
+        p = probabilities(e, ROWS, HALF, o_layout)
         if half == 0:
             mbarrier.wait(v_full.index(v_slot), v_phase)
         # Into the output at once: of so few steps 14 bits of a sum are enough, and registers of their own for what
         # these add would leave the loop over listed blocks too few to have two products under way.
         o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-        o = warpgroup_mma_wait(0, deps=[_values(p, o, v_ring, v_slot, half * HALF, HALF, True)])
+        o = warpgroup_mma_wait(0, deps=[values(p, o, v_ring, v_slot, half * HALF, HALF, True)])
     k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
     mbarrier.arrive(v_empty.index(v_slot))
     v_slot, v_phase = next_slot(v_slot, v_phase, SLOTS)
@@ -258,14 +195,14 @@ def _consume(
         o = gl.zeros([ROWS, D], gl.float32, o_layout)
         mbarrier.wait(k_full.index(k_slot), k_phase)
         # One after the other: under way together, they would make every product of the loop wait.
-        s = _products(q, k_ring, k_slot, 0, BLOCK // 2, ROWS, s_layout)
+        s = products(q, k_ring, k_slot, 0, BLOCK // 2, ROWS, s_layout)
         s = warpgroup_mma_wait(0, deps=[s])
-        s2 = _products(q, k_ring, k_slot, BLOCK // 2, BLOCK // 2, ROWS, s_layout)
+        s2 = products(q, k_ring, k_slot, BLOCK // 2, BLOCK // 2, ROWS, s_layout)
         s2 = warpgroup_mma_wait(0, deps=[s2])
-        unit = q_unit * _unit(unit_ring, k_slot)
+        unit = q_unit * unit_of(unit_ring, k_slot)
         mbarrier.arrive(k_empty.index(k_slot))
         k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
-        most = _thread_maxima(s)
+        most = thread_maxima(s)
         ahead = gl.minimum(whole, steps - 1)
         for _ in range(0, ahead):
             s, s2, most, unit, o, m, l, k_slot, k_phase, v_slot, v_phase = _step(
@@ -435,11 +372,11 @@ def _pooled(
 ) -> list[TensorDescriptor]:
     """The pooled keys in 8 bits like the keys, and what they weigh."""
     keys, unit = quantise_keys(tail.keys, mean, 0)
-    values = quantise_values(tail.values, v_unit, 0)
+    means = quantise_values(tail.values, v_unit, 0)
     return [
         _tile_descriptor(keys, BLOCK, keys.shape[-1]),
         _units(unit),
-        _tile_descriptor(values, values.shape[2], BLOCK),
+        _tile_descriptor(means, means.shape[2], BLOCK),
         weights_of(tail, plan, dtype, scale, by_row=True),
     ]
 
