@@ -252,7 +252,7 @@ class Measured:
 
     def _work(self, method: ChoiceMethod) -> np.ndarray:
         """[x, t, k]: in units of one head's dense attention; what is pooled counts as a key for each block."""
-        pooled = 1 / SparseConfig.from_dict(self.header.config).block_size(TokenGrid(*self.header.grid).tokens)
+        pooled = 1 / SparseConfig.from_dict(self.header.config).layout(TokenGrid(*self.header.grid)).key_size
         return (self._kept(method) + (pooled if method in ("tail", "calibrated", "anchor") else 0.0)).sum(1)
 
     def _seconds(self, name: str, method: ChoiceMethod) -> np.ndarray:

@@ -16,7 +16,7 @@ from dit_sparse.kernels.block_attention import block_attention, refused_8bit
 from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.kernels.implementation import Inputs
 from dit_sparse.kernels.permute import permute, permute_pooled
-from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.layout import TokenGrid
 from dit_sparse.order import token_order
 from dit_sparse.plan import Correction
 from dit_sparse.residual import pack
@@ -41,7 +41,7 @@ def _operator_of(
     layer = Layer("layer", 0, 1, case.heads, case.head_dim)
     sizes: dict[str, Any] = {"block": case.block, "key_block": case.keys}
     config = SparseConfig(density=density, **sizes, dense_steps=0, residual="fp8")
-    layout = Layout(grid, case.text, case.block, case.keys)
+    layout = config.layout(grid, case.text)
     order = token_order(config.order, grid, config.tile, bench.device)
     q, k, v = permute(qkv, order.take)
     texts = dict(text_keys=k[:, :, grid.tokens :]) if case.text else {}

@@ -12,7 +12,7 @@ from dense_calls import look_at
 
 from dit_sparse import SparseConfig
 from dit_sparse.kernels.permute import permute
-from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.layout import TokenGrid
 from dit_sparse.order import token_order
 from dit_sparse.routing import pool, route
 
@@ -26,7 +26,7 @@ ORDERS = {
 
 def recall(q: torch.Tensor, k: torch.Tensor, grid, config: SparseConfig) -> float:
     """Mean share of each row's softmax that lies in its routed blocks; q and k [B, H, L, D] in raster order."""
-    layout = Layout(grid, block=config.block_size(grid.tokens))
+    layout = config.layout(grid)
     q, k = permute((q, k), token_order(config.order, grid, config.tile, q.device).take)
     scale = q.shape[-1] ** -0.5
     mask = route(pool(q, k, k, layout, config), layout, config, density=config.density, scale=scale).plan.mask()

@@ -14,7 +14,7 @@ from dense_calls import look_at
 from dit_sparse import SparseConfig
 from dit_sparse.kernels.permute import permute
 from dit_sparse.kernels.reference import block_attention, correct
-from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.layout import TokenGrid
 from dit_sparse.order import token_order
 from dit_sparse.plan import BlockPlan, Correction, SecondOrder, Tail
 from dit_sparse.routing import pool, route
@@ -24,8 +24,8 @@ KINDS = ("no tail", "first order", "of each row", "of the block")
 
 def errors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid, config: SparseConfig) -> list[float]:
     """Relative error of the output by kind, and the share of blocks kept; q, k, v [B, H, L, D] in raster order."""
-    sizes = {"block": config.block_size(grid.tokens), "key_block": config.key_block_size(grid.tokens)}
-    layout, scale = Layout(grid, **sizes), q.shape[-1] ** -0.5
+    layout, scale = config.layout(grid), q.shape[-1] ** -0.5
+    sizes = {"block": layout.block, "key_block": layout.key_size}
     q, k, v = permute((q, k, v), token_order(config.order, grid, config.tile, q.device).take)
     pooled = pool(q, k, v, layout, config)
     plan = route(pooled, layout, config, density=config.density, scale=scale).plan
