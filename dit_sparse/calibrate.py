@@ -210,6 +210,8 @@ def fit(options: FitOptions) -> int:
         for name, value in measured.items():
             before = found.header.predicted.get(name)
             print(f"{name:10} predicted {'-' if before is None else f'{before:.2f}':>8}  measured {value:8.2f}")
+        if made is None:
+            print("Of steps other than those calibrated, so later fits do not predict by these prompts.")
     return 0
 
 

@@ -393,6 +393,7 @@ def test_a_later_fit_knows_what_was_verified(model, here, capsys):
     (here / "v.txt").write_text("a blue ball\n")
     other = ["--verify", "v.txt", "--num_inference_steps", "3", "--model_id", str(model)]
     assert main([*again, *other]) == 0 and Profile.load("h.safetensors").header.seen == first.seen
+    assert "so later fits do not predict by these prompts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", [{}, {"device": "another"}, {"dtype": "bfloat16"}])
