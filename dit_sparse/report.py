@@ -50,7 +50,7 @@ class Mark:
         self.event = None
         if device.type == "cuda":
             self.event = torch.cuda.Event(enable_timing=True)
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(device))
         else:
             self.seconds = time.perf_counter()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels import block_attention_torch
-from dit_sparse.kernels.implementation import Impl, Inputs, resolve
+from dit_sparse.kernels.implementation import Impl, Inputs, on_device, resolve
 from dit_sparse.kernels.tail_weights import HALF_LIMIT
 from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
 
@@ -275,13 +275,14 @@ def _block_attention(
         )
     every = _every(key_blocks, q.device)
     scatter = None if scatter is None else scatter.contiguous()
-    if chosen == "gluon, 8bit":
-        return hopper8.attend(q, k, v, plan, correction, scale, key_mask, text, every, scatter)
-    if chosen == "gluon":
-        return hopper.attend(q, k, v, plan, correction, key_block, scale, key_mask, text, every, scatter)
-    return block_attention_triton.attend(
-        q, k, v, plan, correction, block, key_block, scale, key_mask, text, every, scatter
-    )
+    with on_device(q):
+        if chosen == "gluon, 8bit":
+            return hopper8.attend(q, k, v, plan, correction, scale, key_mask, text, every, scatter)
+        if chosen == "gluon":
+            return hopper.attend(q, k, v, plan, correction, key_block, scale, key_mask, text, every, scatter)
+        return block_attention_triton.attend(
+            q, k, v, plan, correction, block, key_block, scale, key_mask, text, every, scatter
+        )
 
 
 @_block_attention.register_fake

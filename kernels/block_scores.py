@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.implementation import Impl, check_device, resolve
+from dit_sparse.kernels.implementation import Impl, check_device, on_device, resolve
 
 try:
     import triton
@@ -75,7 +75,8 @@ def _block_scores(
     impl: str,
 ) -> Tensor:
     score = _block_scores_triton if impl == "triton" else _block_scores_torch
-    return score(q, k, lengths, scale, variances, deviations, text)
+    with on_device(q):
+        return score(q, k, lengths, scale, variances, deviations, text)
 
 
 @_block_scores.register_fake

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.implementation import Impl, check_device, resolve
+from dit_sparse.kernels.implementation import Impl, check_device, on_device, resolve
 from dit_sparse.plan import BlockPlan
 
 try:
@@ -87,7 +87,8 @@ def _block_select(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     select = _block_select_triton if impl == "triton" else _block_select_torch
-    return select(scores, forced, least, most, top_p, width, logarithms)
+    with on_device(scores):
+        return select(scores, forced, least, most, top_p, width, logarithms)
 
 
 @_block_select.register_fake

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.implementation import Impl, check_device, resolve
+from dit_sparse.kernels.implementation import Impl, check_device, on_device, resolve
 from dit_sparse.kernels.reference import BlockStats
 
 try:
@@ -59,7 +59,8 @@ def block_stats(x: Tensor, lengths: Tensor, *, block: int, want: Want = "all", i
 # The fields in the order they are computed, so that fewer of them are a prefix: mean, var, mad.
 @torch.library.custom_op("dit_sparse::block_stats", mutates_args=())
 def _block_stats(x: Tensor, lengths: Tensor, block: int, want: str, impl: str) -> list[Tensor]:
-    return (_block_stats_triton if impl == "triton" else _block_stats_torch)(x, lengths, block, want)
+    with on_device(x):
+        return (_block_stats_triton if impl == "triton" else _block_stats_torch)(x, lengths, block, want)
 
 
 @_block_stats.register_fake

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.implementation import on_device
 from dit_sparse.plan import BlockPlan
 
 Backend = Literal["fa4", "cudnn", "flash", "cpu", "block"]
@@ -98,7 +99,10 @@ def dense_attention(
         case "fa4":
             from flash_attn.cute import flash_attn_func
 
-            out, lse = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, return_lse=True)
+            with on_device(q):
+                out, lse = flash_attn_func(
+                    *(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, return_lse=True
+                )
             return out.transpose(1, 2), lse
         case _:
             size, text = 128, 0

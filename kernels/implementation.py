@@ -1,5 +1,6 @@
 """Which implementation of an op runs."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -45,6 +46,11 @@ def resolve(impl: Impl, x: Tensor) -> Literal["torch", "triton"]:
     if triton is None:
         raise ValueError(f"impl {impl!r} on {x.device} tensors needs the triton package; impl 'torch' needs none.")
     return "triton"
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Where kernels for tensors like x are to be launched: Triton takes the current device, not its tensors' one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def check_device(kernel: object, x: Tensor) -> None:

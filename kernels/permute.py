@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_stats import Want, block_stats
-from dit_sparse.kernels.implementation import Impl, check_device, resolve
+from dit_sparse.kernels.implementation import Impl, check_device, on_device, resolve
 from dit_sparse.kernels.reference import BlockStats
 
 try:
@@ -102,7 +102,8 @@ def _check(tensors: list[Tensor], index: Tensor) -> None:
 
 @torch.library.custom_op("dit_sparse::permute", mutates_args=())
 def _permute(tensors: list[Tensor], index: Tensor, impl: str) -> list[Tensor]:
-    return (_permute_triton if impl == "triton" else _permute_torch)(tensors, index)
+    with on_device(index):
+        return (_permute_triton if impl == "triton" else _permute_torch)(tensors, index)
 
 
 @_permute.register_fake
@@ -194,24 +195,25 @@ def _permute_pooled(
     batch, heads, tokens, dim = tensors[0].shape
     channels = min(triton.next_power_of_2(dim), TILE // block)
     tiles = triton.cdiv(tokens, block) * triton.cdiv(dim, channels)
-    permute_pooled_fwd_kernel[(batch * heads * len(tensors) * tiles,)](
-        tuple(tensors),
-        tuple(moved),
-        stats,
-        tuple(x.stride()[:3] for x in tensors),
-        tuple(y.stride()[:3] for y in moved),
-        index.contiguous(),
-        lengths.contiguous(),
-        index.numel(),
-        tokens,
-        heads,
-        lengths.shape[0],
-        D=dim,
-        BT=block,
-        BD=channels,
-        FIELDS=tuple(fields),
-        num_warps=WARPS,
-    )
+    with on_device(index):
+        permute_pooled_fwd_kernel[(batch * heads * len(tensors) * tiles,)](
+            tuple(tensors),
+            tuple(moved),
+            stats,
+            tuple(x.stride()[:3] for x in tensors),
+            tuple(y.stride()[:3] for y in moved),
+            index.contiguous(),
+            lengths.contiguous(),
+            index.numel(),
+            tokens,
+            heads,
+            lengths.shape[0],
+            D=dim,
+            BT=block,
+            BD=channels,
+            FIELDS=tuple(fields),
+            num_warps=WARPS,
+        )
     return found
 
 
