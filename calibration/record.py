@@ -65,6 +65,7 @@ class Plan:
             "kept": (len(ROUTINGS), k),
             "error": (len(METHODS), k),
             "stale": (len(LEARNERS), d, k),
+            "fade": (d, k),
             "coarse": (len(LEARNERS), len(STORAGES)),
             "drift": (d,),
             "together": (len(ERRORS), k),
@@ -329,22 +330,26 @@ class Bank:
         return torch.stack([((unpack(x) - residual).square().sum() / whole).sqrt() for x in stored])
 
     def _aged(self, memory, step: int, dense: Tensor, exact, with_tail, square) -> tuple[dict[str, Tensor], Tensor]:
-        """Errors of following a memory, and how far rho of its plan has moved, for each distance there is; and the
-        errors [n, K, r, D] of all learners at the second distance and then at the first, NaN where there is none."""
+        """Errors of following a memory, how much of an anchor's residual is to be added then, and how far rho of its
+        plan has moved, for each distance there is; and the errors [n, K, r, D] of all learners at the second distance
+        and then at the first, NaN where there is none."""
         shape = (len(LEARNERS), len(self.plan.distances), len(self.plan.ladder))
-        stale, drift = dense.new_full(shape, float("nan")), dense.new_full(shape[1:2], float("nan"))
+        stale, fade, drift = (dense.new_full(s, float("nan")) for s in (shape, shape[1:], shape[1:2]))
         old = [(at, memory[step - back]) for at, back in enumerate(self.plan.distances) if step - back in memory]
         learned = dense.new_full((2, len(LEARNERS), dense.shape[0], shape[2], *dense.shape[2:]), float("nan"))
         if not old:
-            return {"stale": stale, "drift": drift}, learned.flatten(0, 1)
+            return {"stale": stale, "fade": fade, "drift": drift}, learned.flatten(0, 1)
         k, middle = len(self.plan.ladder), self.plan.middle
         tails = with_tail(torch.cat([m.by_error for _, m in old], 1)).split(k, 1)
         held, out = (x.split(k, 1) for x in exact(torch.cat([m.by_mass for _, m in old], 1)))
         for i, (at, m) in enumerate(old):
             scaled = out[i] * (m.rho / held[i].clamp(min=1e-20))[..., None]
-            errors = torch.stack([tails[i] + m.anchor.float() - dense, scaled + m.reshape.float() - dense])
+            lacks, had = dense - tails[i], m.anchor.float()
+            # Least squares: what was lacking then and is no longer would be wrong in one direction for steps on end.
+            fade[at] = ((lacks * had).sum((0, 2, 3)) / had.square().sum((0, 2, 3)).clamp(min=1e-30)).clamp(0, 1)
+            errors = torch.stack([fade[at][:, None, None] * had - lacks, scaled + m.reshape.float() - dense])
             stale[:, at] = torch.stack([square(error) for error in errors])
             if at <= 1:
                 learned[1 - at] = errors
             drift[at] = (held[i][:, middle] - m.rho[:, middle]).abs().mean()
-        return {"stale": stale, "drift": drift}, learned.flatten(0, 1)
+        return {"stale": stale, "fade": fade, "drift": drift}, learned.flatten(0, 1)

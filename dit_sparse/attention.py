@@ -18,6 +18,7 @@ from dit_sparse.layout import Layout
 from dit_sparse.order import TokenOrder, token_order, vision_first
 from dit_sparse.patterns import Pattern, order_of, pattern_plan, tile_of
 from dit_sparse.plan import BlockPlan, Correction
+from dit_sparse.residual import weighed
 from dit_sparse.routing import Pooled, Routing, pool, pooled_of, route, wanted
 from dit_sparse.state import Generation, Layer, Part
 
@@ -101,7 +102,7 @@ def attend_part(
         routed = learned.visited
     else:
         assert isinstance(learned, Learned)
-        out, routed = _between(call, learned, moment.step), learned.visited
+        out, routed = _between(call, learned, moment.step, part.fade), learned.visited
     possible = q.shape[0] * q.shape[1] * layout.blocks * layout.key_blocks
     visited = torch.stack(call.listed).sum() * (layout.block * layout.key_size)
     _account(call, layer, generation)
@@ -247,15 +248,16 @@ def _refresh(call: "Call", step: int, storage: Storage | None, *, soft: bool) ->
     return out, Learned(plan, residual, rho, step, routed)
 
 
-def _between(call: "Call", learned: Learned, step: int) -> Tensor:
-    """Between refreshes: the plan and what it lacked, with fresh q, k and v."""
+def _between(call: "Call", learned: Learned, step: int, fade: Tensor | None) -> Tensor:
+    """Between refreshes: the plan and what it lacked, or as much of it as `fade` says, with fresh q, k and v."""
     config = call.config
     if config.method == "reshape":
         # A layer that runs again in the forward it learned from, as under checkpointing, is at its first step.
         nth = max(step - learned.step, 1)
         correction = reshape(learned, nth, ramp=config.ramp, clamp=config.clamp, keep_mass=config.keep_mass)
     else:
-        correction = replace(call.tail, residual=learned.residual)
+        whole = learned.residual
+        correction = replace(call.tail, residual=whole if fade is None else weighed(whole, fade[None, :, None]))
     return call.over(learned.plan, learned.visited, correction)[0]
 
 

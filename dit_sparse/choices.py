@@ -80,7 +80,9 @@ class Group:
     name    tells the group's memory from that of other groups of its layer; one name from an anchor to its last step
     phase   "anchor" where it learns, "sparse" where it does not or uses what it learned
     config  the uniform setting that does the same
+    since   the step that its memory begins at, this one where it has none
     rho     [heads, bins] float32, the calibrated share of softmax mass along the routing order; None elsewhere
+    fade    [heads] float32, how much of the anchor's residual is added after it; None elsewhere
     """
 
     heads: tuple[int, ...]
@@ -88,7 +90,9 @@ class Group:
     phase: Phase
     choice: Choice
     config: SparseConfig
+    since: int
     rho: Tensor | None = None
+    fade: Tensor | None = None
 
 
 Groups = tuple[Group, ...]
@@ -182,7 +186,7 @@ def grouped(layer: str, heads: Sequence[list[tuple[Choice, int]]], base: SparseC
             if choice.method == "dense" or (choice.learns and since == step):
                 phase = "dense" if choice.method == "dense" else "anchor"
             name = f"{layer}[{','.join(map(str, members))}]@{since}-{last}" if choice.learns else layer
-            groups.append(Group(tuple(members), name, phase, choice, configs[choice]))
+            groups.append(Group(tuple(members), name, phase, choice, configs[choice], since))
         yield tuple(groups)
 
 

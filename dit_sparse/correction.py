@@ -9,7 +9,7 @@ from torch import Tensor
 from dit_sparse.config import Storage
 from dit_sparse.kernels.tail_weights import tail_weights
 from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
-from dit_sparse.residual import pack
+from dit_sparse.residual import pack, weighed
 from dit_sparse.routing import Pooled, Routing
 
 # Softmax mass outside the plan below which keep_mass leaves the residual as it is: a step of bfloat16 at 1.
@@ -117,10 +117,7 @@ def reshape(learned: Learned, nth: int, *, ramp: float, clamp: bool, keep_mass: 
         rest = 1 - learned.rho
         # A residual of next to no mass is mostly rounding, which a ratio of two small numbers would blow up.
         weight = torch.where(rest > LEAST_REST, (1 - ramped) / rest, 1)
-        if residual.scales is None:
-            residual = Residual(residual.codes * weight[..., None])
-        else:
-            residual = Residual(residual.codes, residual.scales * weight, residual.kind)
+        residual = weighed(residual, weight)
     return Correction(scale=ramped, residual=residual)
 
 

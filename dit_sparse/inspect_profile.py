@@ -104,6 +104,7 @@ def show(profile: Profile, branch: str | None) -> None:
         table.add_row(name, value)
     console.print(table)
     console.print(_statistics(profile))
+    console.print(_fading(profile))
     if profile.fitted:
         console.print(
             f"[bold]What each head does, branch {h.branches[b]}[/]: rows are layers and heads, columns steps"
@@ -146,6 +147,18 @@ def _statistics(profile: Profile) -> Table:
     for k, rung in enumerate(profile.header.ladder):
         rho, recall = t["rho"][..., k, :].nanmean(), t["recall"][..., k].nanmean()
         table.add_row(str(rung), *(f"{x:.3f}" for x in (rho, recall, *error[:-1, k], *stale[:, k])))
+    return table
+
+
+def _fading(profile: Profile) -> Table:
+    table = Table(
+        title="share of an anchor's residual that is added, by steps since: means over heads, branches and steps"
+    )
+    for name in ("density", *map(str, profile.header.distances)):
+        table.add_column(name, justify="right")
+    fade = profile.tensors["fade"].float().nanmean((0, 1, 2))
+    for k, rung in enumerate(profile.header.ladder):
+        table.add_row(str(rung), *(f"{x:.3f}" for x in fade[:, k]))
     return table
 
 

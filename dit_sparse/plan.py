@@ -110,7 +110,7 @@ class Residual:
     """What is added to the output, per row ([B, H, L, ...]) or per query block ([B, H, Nq, ...]).
 
     kind   codes                            scales
-    full   [..., D] any float type          None
+    full   [..., D] any float type          None, or [...] float32
     fp8    [..., D] uint8, bits of e4m3     [...] float32, one a row
     int4   [..., D/2] uint8, two a byte     [...] float32, one a row
     """

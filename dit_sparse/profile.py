@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dit_sparse.choices import Choice, Groups, Rung, Table, bracket, grouped, laid_out, nearest
+from dit_sparse.choices import Choice, Group, Groups, Rung, Table, bracket, grouped, laid_out, nearest
 from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenGrid
 from dit_sparse.video import whole
 
-SCHEMA = 2
+SCHEMA = 3
 # Noise levels this close are the same step: rounding of a scheduler in another precision.
 SAME_LEVEL = 1e-3
 # Numbers of each weight that identify a model.
@@ -95,6 +95,7 @@ AXES = {
     "kept": "hbtrk",
     "error": "hbtmk",
     "stale": "hbtldk",
+    "fade": "hbtdk",
     "coarse": "hbtls",
     "drift": "hbtd",
     "together": "hbtek",
@@ -120,6 +121,7 @@ class Profile:
     kept    share of key blocks in the plan, by routing
     error   relative L2 error of the output, by method
     stale   the same for a method that learns, by the distance to its last anchor
+    fade    how much of an anchor's residual is added at that distance, 0 to 1: what has the least error
     coarse  relative L2 error of the stored residual, by method and storage
     drift   mean change of rho, of the plan kept from an anchor, by distance, at the middle rung
     together  cosine between the errors of this branch and of the first one, which guidance subtracts
@@ -224,7 +226,7 @@ class Profile:
         device: torch.device,
         held: Mapping[str, Sequence[int]] | None = None,
     ) -> Table:
-        """The choices for a run with these noise levels: the nearest step's, and rho interpolated between two steps.
+        """The choices for a run with these noise levels: the nearest step's, rho and what fades between two steps'.
         layers is name -> heads; raises ValueError for others. held is name -> those of its heads that the table is
         for, which it numbers from 0; all if None."""
         header = self.header
@@ -238,7 +240,9 @@ class Profile:
         known = {part: {step: header.levels[step] for step in steps} for part, steps in header.ran.items()}
         source = {part: nearest(levels, at) for part, at in known.items()}
         groups: dict[tuple[str, str], tuple[Groups, ...]] = {}
-        picked: list[Tensor] = []
+        rhos: list[Tensor] = []
+        fades: list[Tensor] = []
+        fading = self._fading()
         for name, rows in header.rows_of.items():
             part = name.partition(".")[0]
             origin = source[part]
@@ -252,29 +256,57 @@ class Profile:
                 steps = []
                 for step, found in enumerate(grouped(name, told, base)):
                     for group in found:
-                        if group.choice.method == "calibrated":
-                            assert group.choice.rung is not None
-                            k = ladder.index(group.choice.rung)
-                            at = [here[head] for head in group.heads]
-                            first, second, share = bracket(levels[step], known[part])
+                        if not (_has_rho(group) or _fades(group)):
+                            continue
+                        assert group.choice.rung is not None
+                        k = ladder.index(group.choice.rung)
+                        at = [here[head] for head in group.heads]
+                        first, second, share = bracket(levels[step], known[part])
+                        if _has_rho(group):
                             pair = self.tensors["rho"][at, b][:, [first, second], k].float()
-                            picked.append(torch.lerp(pair[:, 0], pair[:, 1], share))
+                            rhos.append(torch.lerp(pair[:, 0], pair[:, 1], share))
+                        else:
+                            age = min(origin[step] - origin[group.since], fading.shape[3] - 1)
+                            pair = fading[at, b][:, [first, second], age, k]
+                            fades.append(torch.lerp(pair[:, 0], pair[:, 1], share))
                     steps.append(found)
                 groups[name, branch] = tuple(steps)
-        if not picked:
-            return Table(groups)
         # One copy to the device, not one for each group.
-        sizes = [len(rho) for rho in picked]
-        rhos = iter(torch.cat(picked).to(device).split(sizes))
-        return Table(
-            {
-                key: tuple(
-                    tuple(replace(g, rho=next(rhos)) if g.choice.method == "calibrated" else g for g in found)
-                    for found in steps
-                )
-                for key, steps in groups.items()
-            }
-        )
+        rho, fade = (iter(_together(x, device)) for x in (rhos, fades))
+
+        def with_numbers(group: Group) -> Group:
+            if _has_rho(group):
+                return replace(group, rho=next(rho))
+            return replace(group, fade=next(fade)) if _fades(group) else group
+
+        return Table({key: tuple(tuple(map(with_numbers, found)) for found in steps) for key, steps in groups.items()})
+
+    def _fading(self) -> Tensor:
+        """[h, b, t, age, k] float32 from age 0 on: all of a residual is added to the step it is of, and between the
+        distances that were measured it is linear. Early in a run nothing is as old as the next distance."""
+        told, distances = self.tensors["fade"].float(), self.header.distances
+        ages = torch.arange(distances[-1] + 1, dtype=torch.float32)
+        found = [told.new_ones(*told.shape[:3], told.shape[-1])]
+        for i, distance in enumerate(distances):
+            further = 1 - (1 - found[-1]) * (distance / distances[i - 1] if i else 1.0)
+            found.append(torch.where(told[..., i, :].isnan(), further.clamp(min=0), told[..., i, :]))
+        known = torch.tensor([0, *distances], dtype=torch.float32)
+        above = torch.searchsorted(known, ages).clamp(min=1)
+        share = (ages - known[above - 1]) / (known[above] - known[above - 1])
+        low, high = (torch.stack([found[i] for i in at], dim=3) for at in ((above - 1).tolist(), above.tolist()))
+        return torch.lerp(low, high, share[:, None])
+
+
+def _has_rho(group: Group) -> bool:
+    return group.choice.method == "calibrated"
+
+
+def _fades(group: Group) -> bool:
+    return group.choice.method == "anchor" and group.phase == "sparse"
+
+
+def _together(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    return torch.cat(list(parts)).to(device).split([len(part) for part in parts]) if parts else ()
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:

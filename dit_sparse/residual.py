@@ -24,6 +24,12 @@ def pack(x: Tensor, storage: Storage) -> Residual:
     return Residual(low | (high << 4), scales, "int4")
 
 
+def weighed(residual: Residual, weight: Tensor) -> Residual:
+    """The residual times a weight [...] a row; nothing of its own size is made."""
+    scales = weight.float() if residual.scales is None else residual.scales * weight
+    return Residual(residual.codes, scales.expand(residual.codes.shape[:-1]).contiguous(), residual.kind)
+
+
 def bytes_per_row(head_dim: int, storage: Storage) -> float:
     """Bytes that one row of one head takes."""
     return {"bf16": 2.0 * head_dim, "fp8": head_dim + 4.0, "int4": head_dim / 2 + 4.0}[storage]
@@ -32,7 +38,7 @@ def bytes_per_row(head_dim: int, storage: Storage) -> float:
 def unpack(residual: Residual) -> Tensor:
     """The residual as numbers, [..., D]."""
     if residual.kind == "full":
-        return residual.codes
+        return residual.codes if residual.scales is None else residual.codes * residual.scales[..., None]
     assert residual.scales is not None
     if residual.kind == "fp8":
         values = residual.codes.view(torch.float8_e4m3fn).float()

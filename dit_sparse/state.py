@@ -64,6 +64,7 @@ class Part:
 
     heads  which of the layer's, None for all
     rho    [heads, query blocks] float32, a profile's share of softmax mass in the routed blocks; None elsewhere
+    fade   [heads] float32, how much of an anchor's residual a profile has added after it; None is all of it
     """
 
     layer: Layer
@@ -72,6 +73,7 @@ class Part:
     config: SparseConfig
     storage: Storage | None
     rho: Tensor | None = None
+    fade: Tensor | None = None
 
 
 @dataclass
@@ -310,6 +312,7 @@ class Generation:
                     group.config,
                     group.choice.residual,
                     rho,
+                    group.fade,
                 )
             )
         return tuple(parts)

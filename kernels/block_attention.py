@@ -212,7 +212,8 @@ def _check(
             raise ValueError(
                 f"A {residual.kind} residual must be one of {per_row} by {width}, not {tuple(residual.codes.shape)}."
             )
-        if residual.kind != "full" and (residual.scales is None or residual.scales.shape != residual.codes.shape[:-1]):
+        needed = residual.kind != "full" or residual.scales is not None
+        if needed and (residual.scales is None or residual.scales.shape != residual.codes.shape[:-1]):
             raise ValueError(f"A {residual.kind} residual needs one scale a row, shape {residual.codes.shape[:-1]}.")
     if (tail := correction.tail) is not None:
         for name, x in (("keys", tail.keys), ("values", tail.values)):

@@ -31,6 +31,7 @@ from dit_sparse.kernels.hopper_tiles import (
     weights_of,
     whole_blocks,
 )
+from dit_sparse.kernels.implementation import residual_kind
 from dit_sparse.plan import BlockPlan, Correction, Tail
 
 # By channels: blocks in the ring (with the queries and the tail's weights, what 227 KiB of shared memory hold at 128
@@ -442,7 +443,7 @@ def attend(
         D=dim, TEXT=text > 0, MASKED=text_mask is not None,
         TAIL=tail is not None, SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
-        RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
+        RESIDUAL=residual_kind(residual),
         PER_ROW=per_row, COPIED=copied, HALVES=key_block < BLOCK, **SHAPES[dim], FIXED=fixed, BLOCK=BLOCK, ROWS=ROWS,
         num_warps=4,
     )  # fmt: skip

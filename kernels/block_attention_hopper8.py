@@ -43,6 +43,7 @@ from dit_sparse.kernels.hopper_tiles import (
     weights_of,
     whole_blocks,
 )
+from dit_sparse.kernels.implementation import residual_kind
 from dit_sparse.kernels.quantise import key_order, quantise, quantise_keys, quantise_values
 from dit_sparse.plan import BlockPlan, Correction, Tail
 
@@ -429,7 +430,7 @@ def attend(
         D=dim, TEXT=text > 0, MASKED=text_mask is not None,
         TAIL=tail is not None, SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
-        RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
+        RESIDUAL=residual_kind(residual),
         PER_ROW=per_row, COPIED=copied, SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_sparse.kernels.implementation import check_device
+from dit_sparse.kernels.implementation import check_device, residual_kind
 from dit_sparse.kernels.tail_weights import unlisted_weights
 from dit_sparse.kernels.tuning import attention_tile
 from dit_sparse.plan import BlockPlan, Correction
@@ -177,7 +177,7 @@ def block_attention_fwd_kernel(
         o_r = (o_m if PER_ROW else o_m // BLOCK).to(tl.int64)
         p_res += i_b * r_sb + i_h * r_sh
         m_rd = m_r[:, None] & m_d
-        if RESIDUAL == 1:
+        if RESIDUAL == 1 or RESIDUAL == 4:
             # [BM, BD]
             b_r = tl.load(p_res + o_r[:, None] * r_st + o_d, mask=m_rd, other=0.0).to(tl.float32)
         elif RESIDUAL == 2:
@@ -255,7 +255,7 @@ def attend(
         TAIL=tail is not None,
         SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
-        RESIDUAL={None: 0, "full": 1, "fp8": 2, "int4": 3}[residual and residual.kind],
+        RESIDUAL=residual_kind(residual),
         PER_ROW=residual is not None and residual.codes.shape[2] == rows,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,

@@ -192,6 +192,8 @@ def store(
         mbarrier.arrive(codes_empty.index(group))
     if RESIDUAL == 1:
         o += codes.to(gl.float32)
+    elif RESIDUAL == 4:
+        o += codes.to(gl.float32) * unit[:, None]
     elif RESIDUAL == 2:
         o += codes.to(gl.float8e4nv, bitcast=True).to(gl.float32) * unit[:, None]
     elif RESIDUAL == 3:

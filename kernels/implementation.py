@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dit_sparse.plan import BlockPlan
+from dit_sparse.plan import BlockPlan, Residual
 
 try:
     import triton
@@ -46,6 +46,17 @@ def resolve(impl: Impl, x: Tensor) -> Literal["torch", "triton"]:
     if triton is None:
         raise ValueError(f"impl {impl!r} on {x.device} tensors needs the triton package; impl 'torch' needs none.")
     return "triton"
+
+
+def residual_kind(residual: Residual | None) -> int:
+    """What kernels call it: 0 none, 1 full, 2 fp8, 3 int4, 4 full with one scale a row."""
+    if residual is None:
+        return 0
+    return (
+        4
+        if residual.kind == "full" and residual.scales is not None
+        else ("full", "fp8", "int4").index(residual.kind) + 1
+    )
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -29,6 +29,7 @@ def statistics(heads: int, branches: int, steps: int, plan: Plan, seed: int = 0)
         "kept": density.expand(*shape, 2, k).half().contiguous(),
         "error": (0.2 * each[..., None, None] * by_method[:, None] * by_rung).half(),
         "stale": (0.2 * each[..., None, None, None] * by_learner * by_age[:, None] * by_rung).half(),
+        "fade": torch.ones(*shape, d, k).half(),
         "coarse": torch.tensor([0.03, 0.12]).expand(*shape, 2, 2).half().contiguous(),
         "drift": by_age.expand(*shape, d).half().contiguous(),
         "persist": torch.full((*shape, 7, k), 0.5).half(),

@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 
 import imageio.v3 as iio
 import pytest
@@ -35,6 +36,16 @@ def test_show_says_what_it_was_made_for_and_what_is_predicted(folder, capsys):
     assert "What each head does, branch cond" in out
     # The calibrated version of Re-ttention beside the online one.
     assert "calibrated" in out and "reshape, 1 on" in out
+
+
+def test_show_says_how_much_of_a_residual_is_added(folder, capsys):
+    made = profiles.profile()
+    fade = torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.5, 0.4], [0.3, 0.2, torch.nan]]).expand(4, 2, 6, 3, 3).clone()
+    fade[0, 0, 0] = torch.nan
+    fade[1, :, :, 2, 2] = 0.1
+    replace(made, tensors=made.tensors | {"fade": fade}).save("f.safetensors")
+    lines = [" ".join(line.split()) for line in said(capsys, "show", "f.safetensors").splitlines()]
+    assert "│ 0.1 │ 0.900 │ 0.600 │ 0.300 │" in lines and "│ 0.3 │ 0.700 │ 0.400 │ 0.100 │" in lines
 
 
 def test_show_diff_and_plot_take_what_was_verified(folder, capsys):

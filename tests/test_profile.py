@@ -1,6 +1,6 @@
 import errno
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_a_changed_header_is_found(saved):
 
 def test_another_schema_is_refused(saved):
     rewritten(saved, lambda told: json.dumps(told | {"schema": 99}))
-    with pytest.raises(ValueError, match="has schema 99, and this version of dit-sparse reads 2."):
+    with pytest.raises(ValueError, match="has schema 99, and this version of dit-sparse reads 3."):
         Profile.load(saved)
 
 
@@ -176,6 +176,33 @@ def test_a_table_follows_the_choices_by_noise_level():
         table.at(name, "cond", 4)
 
 
+def test_what_fades_goes_by_age_and_noise_level():
+    levels, steps = (1.0, 0.8, 0.6, 0.4, 0.2), torch.arange(5)
+    made = profiles.profile(steps=5, levels=levels)
+    fade = torch.rand(4, 2, 5, 3, 3)
+    fade[:, :, 1, 1:] = fade[:, :, 2, 2] = fade[:, :, 3, 2] = fade[:, :, 0] = torch.nan
+    made = replace(made, tensors=made.tensors | {"fade": fade})
+    one = profiles.chosen(
+        made, [Choice("anchor", Rung(0.3), "fp8")], torch.zeros(4, 2, 5, dtype=torch.long), steps == 0
+    )
+    layers, name = {name: heads for name, heads, _ in one.header.layers}, one.header.layers[1][0]
+
+    def at(run, step):
+        [group] = one.table(run, layers, CPU).at(name, "uncond", step)
+        return group.fade
+
+    own = fade[2:, 1, ..., 2]
+    assert at(levels, 0) is None
+    torch.testing.assert_close(at(levels, 1), own[:, 1, 0])
+    torch.testing.assert_close(at(levels, 2), own[:, 2, 1])
+    # Age 3 lies between 2 and 4; of what is not known of 4 it is told by how fast it went until 2.
+    further = (1 - 2 * (1 - own[:, 3, 1])).clamp(min=0)
+    torch.testing.assert_close(at(levels, 3), (own[:, 3, 1] + further) / 2)
+    torch.testing.assert_close(at(levels, 4), own[:, 4, 2])
+    # 0.26 is nearest to the fifth level, so as old as that, and lies seven tenths of the way to it.
+    torch.testing.assert_close(at((1.0, 0.8, 0.6, 0.26, 0.2), 3), torch.lerp(further, own[:, 4, 2], 0.7))
+
+
 def test_a_table_for_some_of_the_heads():
     """They do what they do in the whole table, in the order asked for."""
     heads, steps = 8, 5
@@ -190,7 +217,7 @@ def test_a_table_for_some_of_the_heads():
 
     def by_head(groups):
         return {
-            head: (group.choice, group.phase, None if group.rho is None else group.rho[i].tolist())
+            head: (group.choice, group.phase, *(None if x is None else x[i].tolist() for x in (group.rho, group.fade)))
             for group in groups
             for i, head in enumerate(group.heads)
         }

@@ -13,6 +13,7 @@ from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.kernels.reference import per_row
 from dit_sparse.layout import Layout, TokenGrid
+from dit_sparse.residual import unpack
 from dit_sparse.state import GIB, Generation, Layer, StateTooLarge
 from tests import profiles
 
@@ -63,6 +64,27 @@ def test_one_choice_for_all_is_the_uniform_config(method, text):
         q, k, v = inputs(text=text)
         assert torch.equal(run(one, step, q, k, v), run(other, step, q, k, v))
     assert one.tally.work() == other.tally.work() and one.peak_state_bytes == other.peak_state_bytes
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "int4"])
+def test_an_anchors_residual_fades_as_the_profile_says(kind):
+    g = generation([Choice("anchor", RUNG, kind)], 0, [1, 0, 0, 0, 0], order="raster")
+    fade = torch.rand_like(g.profile.tensors["fade"].float())
+    g.profile = replace(g.profile, tensors=g.profile.tensors | {"fade": fade})
+    options = {"density": RUNG.density, "block": 16, "dense_steps": 0, "refresh_every": 5, "residual": kind}
+    other = Generation(SparseConfig("anchor", order="raster", **options), [layer()])
+    for step in range(5):
+        q, k, v = inputs()
+        out, whole = run(g, step, q, k, v), run(other, step, q, k, v)
+        if step == 0:
+            assert torch.equal(out, whole)
+            continue
+        [learned] = g.learned.values()
+        # Distances are 1, 2 and 4: three lies in the middle of the last two.
+        known = fade[:, 0, step, :, 0]
+        share = {1: known[:, 0], 2: known[:, 1], 3: (known[:, 1] + known[:, 2]) / 2, 4: known[:, 2]}[step]
+        expected = whole - (1 - share[:, None, None]) * unpack(learned.residual)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_soft_anchor_is_its_denser_plan_from_the_first_on():

@@ -97,7 +97,7 @@ def test_a_profile_holds_what_was_measured(calibrated):
         assert all(own[0] == pytest.approx(1.0) and 0 <= own[1] <= 1 for own in agree.values())
     for name, x in made.tensors.items():
         assert x.shape[:3] == (4, 2, 5), name
-        assert name in ("stale", "drift", "together", "persist") or not x.isnan().any(), name
+        assert name in ("stale", "fade", "drift", "together", "persist") or not x.isnan().any(), name
     assert made.tensors["together"][:, :, 2:].isnan().sum() == 0
     assert made.tensors["stale"][:, :, 2:, :, 0].isnan().sum() == 0
     error = made.tensors["error"].float()

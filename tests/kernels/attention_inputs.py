@@ -6,7 +6,7 @@ import torch
 
 from dit_sparse.kernels import reference
 from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
-from dit_sparse.residual import pack
+from dit_sparse.residual import pack, weighed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -62,6 +62,8 @@ def corrected(q, k, v, plan, block, text, parts, key_block=None):
         scale = draw(*leading, plan.counts.shape[-1]).abs()
     if "residual" in parts:
         residual = Residual(draw(*leading, rows, q.shape[-1]))
+    if "weighed" in parts:
+        residual = weighed(Residual(draw(*leading, rows, q.shape[-1])), draw(*leading, rows))
     if "block_residual" in parts:
         residual = Residual(draw(*leading, plan.counts.shape[-1], q.shape[-1]))
     for kind in ("fp8", "int4"):
@@ -78,5 +80,5 @@ def cast(correction, dtype):
             second = SecondOrder(*(x.to(wide) for x in (second.q_mean, second.q_var, second.variances)), second.limit)
         tail = Tail(tail.keys.to(dtype), tail.values.to(dtype), tail.log_weights.to(wide), second)
     if residual is not None and residual.kind == "full":
-        residual = Residual(residual.codes.to(dtype))
+        residual = Residual(residual.codes.to(dtype), residual.scales)
     return Correction(None if scale is None else scale.float(), residual, tail)

@@ -36,7 +36,8 @@ CASES = {
 }
 PARTS = [
     (), ("tail",), ("tail", "second"), ("tail", "second", "limit"), ("scale",), ("block_scale",), ("residual",),
-    ("block_residual",), ("fp8",), ("int4",), ("tail", "second", "scale", "residual"), ("tail", "block_scale", "int4"),
+    ("block_residual",), ("weighed",), ("fp8",), ("int4",), ("tail", "second", "scale", "residual"),
+    ("tail", "block_scale", "int4"),
 ]  # fmt: skip
 
 
