@@ -17,7 +17,7 @@ from dit_sparse.kernels.tail_weights import unlisted_weights
 from dit_sparse.plan import SecondOrder, Tail
 from tests.kernels.attention_inputs import cast, corrected, inputs, random_plan, text_mask
 
-PARTS = ((), ("tail", "second", "scale", "residual"), ("tail", "int4"), ("block_scale", "fp8"))
+PARTS = ((), ("tail", "second", "scale", "weighed"), ("tail", "int4"), ("block_scale", "fp8"))
 
 
 def attention(impl: str, dim: int, block: int, text: int) -> None:
