@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_sparse.plan import Residual
-from dit_sparse.residual import bytes_per_row, pack, unpack
+from dit_sparse.residual import bytes_per_row, pack, unpack, weighed
 
 TINY = torch.finfo(torch.float32).tiny
 SCALES = [1e-44, 1e-38, 1e-30, 1e-3, 1.0, 1e4, 1e30, 3e38]
@@ -97,3 +97,16 @@ def test_bytes_per_row(kind):
     stored = pack(torch.randn(3, 5, 64), kind)
     tensors = [x for x in (stored.codes, stored.scales) if x is not None]
     assert sum(x.numel() * x.element_size() for x in tensors) == 15 * bytes_per_row(64, kind)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp8", "int4"])
+def test_a_weight_a_row_is_a_factor_of_what_is_stored(storage):
+    stored = pack(torch.randn(2, 3, 5, 8), storage)
+    weight = torch.rand(3, 1)
+    by_head = weighed(stored, weight)
+    torch.testing.assert_close(unpack(by_head), unpack(stored).float() * weight[..., None])
+    assert by_head.codes is stored.codes and by_head.kind == stored.kind
+    assert by_head.scales.shape == (2, 3, 5) and by_head.scales.is_contiguous()
+    # Once more, as reshape may.
+    twice = weighed(by_head, torch.full((2, 3, 5), 0.5))
+    torch.testing.assert_close(unpack(twice), unpack(by_head) / 2)
