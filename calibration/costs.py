@@ -37,10 +37,18 @@ def measure(
     generation = Generation(SparseConfig("dense"), [alone])
 
     def timed(choice: Choice, at_anchor: bool = False) -> float:
-        rho = torch.full((heads, base.layout(grid).blocks), 0.5, device=q.device)
         phase: Phase = "dense" if choice is DENSE else "anchor" if at_anchor else "sparse"
+        # Numbers that cost what any would.
+        rho = torch.full((heads, base.layout(grid).blocks), 0.5, device=q.device)
+        fade = torch.full((heads,), 0.5, device=q.device)
         part = Part(
-            alone, None, phase, choice.config(base), choice.residual, rho if choice.method == "calibrated" else None
+            alone,
+            None,
+            phase,
+            choice.config(base),
+            choice.residual,
+            rho if choice.method == "calibrated" else None,
+            fade if choice.method == "anchor" and not at_anchor else None,
         )
         return _least(lambda: attend_part(q, k, v, part, generation, None), repeats, q.device) / heads
 

@@ -39,12 +39,15 @@ SLOPE_WIDTH, PROMPTS_DIFFER, TRIALS_DIFFER = 0.35, 1.0, 0.35
 
 @dataclass(frozen=True)
 class Followed:
-    """The options that learn, q, without the weight of steps. aged [age from 1, x, t, q]: squared error; lost [x, t of
-    the anchor, q]: what storage adds to it; begun, likewise: what the anchor itself got wrong; steady [x, q]: cosine
-    between errors at one step and the next. seconds and work [x, t, q], at the anchor seconds_at and work_at; size [q]
-    in bytes, of all branches."""
+    """The options that learn, q, without the weight of steps. aged [age from 1, x, t, q]: squared error; fade,
+    likewise: how much of what the anchor remembered is added; lost [x, t of the anchor, q]: what storage adds to
+    the squared error of all of it; begun, likewise: what the anchor itself got wrong; steady [x, q]: cosine
+    between errors at one step and the next. seconds and work [x, t, q], at the anchor seconds_at and work_at; size
+    [q] in bytes, of all branches.
+    """
 
     aged: np.ndarray
+    fade: np.ndarray
     lost: np.ndarray
     begun: np.ndarray
     steady: np.ndarray
@@ -278,7 +281,7 @@ class Measured:
         ]
         if not parts:
             none = np.zeros((*self.ran.shape, 0))
-            return Followed(none[None], none, none, none[:, 0], none, none, none, none, np.zeros(0))
+            return Followed(none[None], none[None], none, none, none[:, 0], none, none, none, none, np.zeros(0))
         size = np.array([self._bytes(choice) for choice in self.options[self.singles :]])
         told = {name: np.concatenate([part[name] for part in parts], -1) for name in parts[0]}
         return Followed(size=size, **told)
@@ -288,6 +291,9 @@ class Measured:
         m, ladder = LEARNERS.index(method), self.header.ladder
         below = [k for k, rung in enumerate(ladder) if soft is None or rung.density < soft]
         aged = np.stack([self._joint(self._aged(m, age), method) for age in range(1, self.longest + 1)])
+        fade = np.ones_like(aged)
+        if method == "anchor":
+            fade = self._fade.transpose(2, 0, 1, 3)[1 : self.longest + 1]
         lacking = self.stats["error"][..., METHODS.index("tail" if method == "anchor" else "remainder"), :]
         lacks = np.square(np.nan_to_num(lacking) * self.felt[..., None])
         stored = [np.zeros((*self.ran.shape, self.rungs))]
@@ -309,6 +315,7 @@ class Measured:
 
         return {
             "aged": each(aged),
+            "fade": each(fade),
             "lost": lost,
             "begun": np.repeat(at_error, lost.shape[-1], -1),
             "steady": each(self._steady(method)),
@@ -332,6 +339,11 @@ class Measured:
             # Early in a run nothing is as old as the next distance.
             high = np.where(np.isnan(high), low * distances[above] / distances[above - 1], high)
         return low + share * (high - low)
+
+    @cached_property
+    def _fade(self) -> np.ndarray:
+        """[x, t, age, k]: the mean over branches, of which one may not have run."""
+        return self.profile.fading().mean(1).numpy()
 
     def _bytes(self, choice: Choice) -> float:
         assert choice.residual is not None

@@ -96,7 +96,7 @@ class Problem(Measured):
                 spent = price * at[:, t] + rent[t] * f.size
                 for age in range(1, min(self.longest, steps - 1 - t) + 1):
                     now = t + age
-                    memory.follow(f.aged[age - 1][:, now], root[:, now])
+                    memory.follow(f.aged[age - 1][:, now], f.fade[age - 1][:, now], root[:, now])
                     spent = spent + (price * after[:, now] + rent[now] * f.size)
                     # A component that does not run at a step can neither learn nor use anything there.
                     total = np.where(
@@ -198,13 +198,14 @@ class Problem(Measured):
             lost = np.where(new, f.lost[rows, t, now], lost)
             begun = np.where(new, f.begun[rows, t, now], begun)
             steady = np.where(new, f.steady[rows, now], steady)
-            wrong = np.where(new, 0.0, np.sqrt(f.aged[np.minimum(age, len(f.aged)) - 1, rows, t, now]) * root[:, t])
+            at = (np.minimum(age, len(f.aged)) - 1, rows, t, now)
+            wrong, fade = np.where(new, 0.0, np.sqrt(f.aged[at]) * root[:, t]), np.where(new, 1.0, f.fade[at])
             chance = np.where(new, 0.0, chance) + wrong**2
             straight = np.where(new, 0.0, straight) + wrong
-            since = np.where(new, 0.0, since + root[:, t])
+            since = np.where(new, 0.0, since + fade * root[:, t])
             whole = (1 - steady) * chance + steady * straight**2 + lost * since**2
             found[:, t] = whole - np.where(new, 0.0, before)
-            biases[:, t] = np.sqrt(begun) * root[:, t]
+            biases[:, t] = np.sqrt(begun) * fade * root[:, t]
             before = whole
         return found, biases
 
@@ -217,7 +218,7 @@ class Problem(Measured):
         return self.account(chosen, anchor, begin)
 
     def uniform(self, config: SparseConfig, k: int) -> Solution:
-        """What a uniform config at rung k would do, staggering aside."""
+        """What a uniform config at rung k would do, staggering aside; but that it would have anchors fade, too."""
         x, steps = self.ran.shape
         phases = [Generation(config).phase_at(step, steps) for step in range(steps)]
         storage: Storage = "bf16" if config.residual == "auto" else config.residual
@@ -239,17 +240,18 @@ class _Memory:
     def __init__(self, followed: Followed, t: int, root: np.ndarray):
         self.lost, self.begun, self.steady = followed.lost[:, t], followed.begun[:, t], followed.steady
         self.chance, self.straight = np.zeros_like(self.lost), np.zeros_like(self.lost)
-        self.since, self.grown = np.zeros_like(root), root
+        self.since, self.grown = np.zeros_like(self.lost), np.broadcast_to(root[:, None], self.lost.shape)
 
-    def follow(self, aged: np.ndarray, root: np.ndarray) -> None:
+    def follow(self, aged: np.ndarray, fade: np.ndarray, root: np.ndarray) -> None:
         """One step, at which errors weigh root squared."""
         wrong = np.sqrt(aged) * root[:, None]
         self.chance, self.straight = self.chance + wrong**2, self.straight + wrong
-        self.since, self.grown = self.since + root, self.grown + root
+        added = fade * root[:, None]
+        self.since, self.grown = self.since + added, self.grown + added
 
     def error(self, fresh: np.ndarray, slope: np.ndarray) -> np.ndarray:
         """What an anchor got wrong is a bias like that of what learns nothing: fresh is how much of it is not, slope
         what one more step of the rest adds."""
-        own = (1 - self.steady) * self.chance + self.steady * self.straight**2 + self.lost * self.since[:, None] ** 2
-        all_along = np.sqrt(self.begun) * self.grown[:, None]
+        own = (1 - self.steady) * self.chance + self.steady * self.straight**2 + self.lost * self.since**2
+        all_along = np.sqrt(self.begun) * self.grown
         return own + fresh * all_along**2 + slope * all_along

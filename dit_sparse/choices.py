@@ -82,7 +82,8 @@ class Group:
     config  the uniform setting that does the same
     since   the step that its memory begins at, this one where it has none
     rho     [heads, bins] float32, the calibrated share of softmax mass along the routing order; None elsewhere
-    fade    [heads] float32, how much of the anchor's residual is added after it; None elsewhere
+    fade    [steps since, heads] float32, how much of an anchor's residual is added if it was learned at `since`, at
+            the step after it, and so on; None elsewhere
     """
 
     heads: tuple[int, ...]
@@ -128,7 +129,11 @@ def nearest(levels: Sequence[float], known: Mapping[int, float]) -> list[int]:
     return [min(known, key=lambda step: (abs(known[step] - level), step)) for level in levels]
 
 
-def bracket(level: float, known: Mapping[int, float]) -> tuple[int, int, float]:
+# Two steps, and how far a noise level is from the first to the second.
+Place = tuple[int, int, float]
+
+
+def bracket(level: float, known: Mapping[int, float]) -> Place:
     """The two steps among `known` between whose noise levels `level` lies, and how far it is from the first to the
     second, from 0 to 1; beyond the outermost, that one twice."""
     above = min((step for step in known if known[step] >= level), key=lambda step: known[step], default=None)

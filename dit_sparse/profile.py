@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dit_sparse.choices import Choice, Group, Groups, Rung, Table, bracket, grouped, laid_out, nearest
+from dit_sparse.choices import Choice, Group, Groups, Place, Rung, Table, bracket, grouped, laid_out, nearest
 from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenGrid
 from dit_sparse.video import whole
@@ -120,7 +120,7 @@ class Profile:
     recall  the same over what the best blocks of that number hold
     kept    share of key blocks in the plan, by routing
     error   relative L2 error of the output, by method
-    stale   the same for a method that learns, by the distance to its last anchor
+    stale   the same for a method that learns, by the distance to its last anchor; of anchor as it fades
     fade    how much of an anchor's residual is added at that distance, 0 to 1: what has the least error
     coarse  relative L2 error of the stored residual, by method and storage
     drift   mean change of rho, of the plan kept from an anchor, by distance, at the middle rung
@@ -226,7 +226,7 @@ class Profile:
         device: torch.device,
         held: Mapping[str, Sequence[int]] | None = None,
     ) -> Table:
-        """The choices for a run with these noise levels: the nearest step's, rho and what fades between two steps'.
+        """The choices for a run with these noise levels: the nearest step's; rho and fade are between two steps'.
         layers is name -> heads; raises ValueError for others. held is name -> those of its heads that the table is
         for, which it numbers from 0; all if None."""
         header = self.header
@@ -242,11 +242,12 @@ class Profile:
         groups: dict[tuple[str, str], tuple[Groups, ...]] = {}
         rhos: list[Tensor] = []
         fades: list[Tensor] = []
-        fading = self._fading()
+        fading = self.fading() if any(choice.method == "anchor" for choice in choices) else None
         for name, rows in header.rows_of.items():
             part = name.partition(".")[0]
             origin = source[part]
             here = [rows.start + head for head in (range(own[name]) if held is None else held[name])]
+            places = [bracket(level, known[part]) for level in levels]
             for b, branch in enumerate(header.branches):
                 chosen, anchor = (self.tensors[key][here, b].tolist() for key in ("choice", "anchor"))
                 told = [
@@ -261,18 +262,17 @@ class Profile:
                         assert group.choice.rung is not None
                         k = ladder.index(group.choice.rung)
                         at = [here[head] for head in group.heads]
-                        first, second, share = bracket(levels[step], known[part])
+                        first, second, share = places[step]
                         if _has_rho(group):
                             pair = self.tensors["rho"][at, b][:, [first, second], k].float()
                             rhos.append(torch.lerp(pair[:, 0], pair[:, 1], share))
                         else:
-                            age = min(origin[step] - origin[group.since], fading.shape[3] - 1)
-                            pair = fading[at, b][:, [first, second], age, k]
-                            fades.append(torch.lerp(pair[:, 0], pair[:, 1], share))
+                            pair = fading[at, b, :, :, k][:, [first, second]]
+                            own_age = torch.lerp(pair[:, 0], pair[:, 1], share)
+                            fades.append(_at_ages(own_age, places[step], places[group.since : step]))
                     steps.append(found)
                 groups[name, branch] = tuple(steps)
-        # One copy to the device, not one for each group.
-        rho, fade = (iter(_together(x, device)) for x in (rhos, fades))
+        rho, fade = (iter(_split_on(device, x)) for x in (rhos, fades))
 
         def with_numbers(group: Group) -> Group:
             if _has_rho(group):
@@ -281,7 +281,7 @@ class Profile:
 
         return Table({key: tuple(tuple(map(with_numbers, found)) for found in steps) for key, steps in groups.items()})
 
-    def _fading(self) -> Tensor:
+    def fading(self) -> Tensor:
         """[h, b, t, age, k] float32 from age 0 on: all of a residual is added to the step it is of, and between the
         distances that were measured it is linear. Early in a run nothing is as old as the next distance."""
         told, distances = self.tensors["fade"].float(), self.header.distances
@@ -305,8 +305,26 @@ def _fades(group: Group) -> bool:
     return group.choice.method == "anchor" and group.phase == "sparse"
 
 
-def _together(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    return torch.cat(list(parts)).to(device).split([len(part) for part in parts]) if parts else ()
+def _at_ages(told: Tensor, now: Place, before: Sequence[Place]) -> Tensor:
+    """[before, heads] of what is told [heads, age] of ages 0, 1, ... in calibrated steps, between which and beyond
+    which a run's own steps may lie."""
+    ages = [min(max(_number(now) - _number(place), 0.0), told.shape[1] - 1) for place in before]
+    low = [min(int(age), told.shape[1] - 2) for age in ages]
+    share = torch.tensor([age - floor for age, floor in zip(ages, low, strict=True)])
+    return torch.lerp(told[:, low], told[:, [i + 1 for i in low]], share).T
+
+
+def _number(place: Place) -> float:
+    first, second, share = place
+    return first + (second - first) * share
+
+
+def _split_on(device: torch.device, parts: Sequence[Tensor]) -> list[Tensor]:
+    """The parts on the device, by one copy."""
+    if not parts:
+        return []
+    flat = torch.cat([part.flatten() for part in parts]).to(device)
+    return [x.view(part.shape) for x, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:

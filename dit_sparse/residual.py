@@ -26,8 +26,8 @@ def pack(x: Tensor, storage: Storage) -> Residual:
 
 def weighed(residual: Residual, weight: Tensor) -> Residual:
     """The residual times a weight [...] a row; nothing of its own size is made."""
-    scales = weight.float() if residual.scales is None else residual.scales * weight
-    return Residual(residual.codes, scales.expand(residual.codes.shape[:-1]).contiguous(), residual.kind)
+    scales = weight if residual.scales is None else residual.scales * weight
+    return Residual(residual.codes, scales.float().expand(residual.codes.shape[:-1]).contiguous(), residual.kind)
 
 
 def bytes_per_row(head_dim: int, storage: Storage) -> float:

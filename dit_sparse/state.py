@@ -297,10 +297,12 @@ class Generation:
         parts = []
         for group in groups:
             heads, phase = _apart(group.heads), group.phase
-            known = (group.name, branch) in self.learned
+            known, fade = self.learned.get((group.name, branch)), None
             if group.choice.learns:
                 # The anchor itself was skipped, or runs for a second time in one forward.
-                phase = "sparse" if known else "anchor"
+                phase = "anchor" if known is None else "sparse"
+            if known is not None and group.fade is not None and known.step < self.moment.step:
+                fade = group.fade[known.step - group.since]
             rho = group.rho
             if rho is not None:
                 rho = per_block(rho, group.config.layout(self.grid).blocks)
@@ -312,7 +314,7 @@ class Generation:
                     group.config,
                     group.choice.residual,
                     rho,
-                    group.fade,
+                    fade,
                 )
             )
         return tuple(parts)

@@ -214,7 +214,11 @@ def _check(
             )
         needed = residual.kind != "full" or residual.scales is not None
         if needed and (residual.scales is None or residual.scales.shape != residual.codes.shape[:-1]):
-            raise ValueError(f"A {residual.kind} residual needs one scale a row, shape {residual.codes.shape[:-1]}.")
+            told, rows_of = residual.scales, tuple(residual.codes.shape[:-1])
+            raise ValueError(
+                f"A {residual.kind} residual needs one scale a row, {rows_of}, not "
+                f"{None if told is None else tuple(told.shape)}."
+            )
     if (tail := correction.tail) is not None:
         for name, x in (("keys", tail.keys), ("values", tail.values)):
             if x.shape != (batch, heads, key_blocks, dim):

@@ -52,11 +52,8 @@ def residual_kind(residual: Residual | None) -> int:
     """What kernels call it: 0 none, 1 full, 2 fp8, 3 int4, 4 full with one scale a row."""
     if residual is None:
         return 0
-    return (
-        4
-        if residual.kind == "full" and residual.scales is not None
-        else ("full", "fp8", "int4").index(residual.kind) + 1
-    )
+    weighed = residual.kind == "full" and residual.scales is not None
+    return 4 if weighed else {"full": 1, "fp8": 2, "int4": 3}[residual.kind]
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -187,9 +187,9 @@ def test_what_fades_goes_by_age_and_noise_level():
     )
     layers, name = {name: heads for name, heads, _ in one.header.layers}, one.header.layers[1][0]
 
-    def at(run, step):
+    def at(run, step, since=0):
         [group] = one.table(run, layers, CPU).at(name, "uncond", step)
-        return group.fade
+        return group.fade if group.fade is None or since is None else group.fade[since]
 
     own = fade[2:, 1, ..., 2]
     assert at(levels, 0) is None
@@ -199,8 +199,15 @@ def test_what_fades_goes_by_age_and_noise_level():
     further = (1 - 2 * (1 - own[:, 3, 1])).clamp(min=0)
     torch.testing.assert_close(at(levels, 3), (own[:, 3, 1] + further) / 2)
     torch.testing.assert_close(at(levels, 4), own[:, 4, 2])
-    # 0.26 is nearest to the fifth level, so as old as that, and lies seven tenths of the way to it.
-    torch.testing.assert_close(at((1.0, 0.8, 0.6, 0.26, 0.2), 3), torch.lerp(further, own[:, 4, 2], 0.7))
+    # What was learned later is younger.
+    assert at(levels, 4, None).shape == (4, 2)
+    torch.testing.assert_close(at(levels, 4, 3), own[:, 4, 0])
+    torch.testing.assert_close(at(levels, 4, 1), (own[:, 4, 1] + own[:, 4, 2]) / 2)
+    # 0.26 lies seven tenths of the way from the fourth level to the fifth, 3.7 steps from the first.
+    three, four = (own[:, 3, 1] + further) / 2, further
+    early = torch.lerp(three, four, 0.7)
+    late = torch.lerp((own[:, 4, 1] + own[:, 4, 2]) / 2, own[:, 4, 2], 0.7)
+    torch.testing.assert_close(at((1.0, 0.8, 0.6, 0.26, 0.2), 3), torch.lerp(early, late, 0.7))
 
 
 def test_a_table_for_some_of_the_heads():
@@ -217,7 +224,14 @@ def test_a_table_for_some_of_the_heads():
 
     def by_head(groups):
         return {
-            head: (group.choice, group.phase, *(None if x is None else x[i].tolist() for x in (group.rho, group.fade)))
+            head: (
+                group.choice,
+                group.phase,
+                *(
+                    None if x is None else x[i].tolist()
+                    for x in (group.rho, None if group.fade is None else group.fade.T)
+                ),
+            )
             for group in groups
             for i, head in enumerate(group.heads)
         }

@@ -87,6 +87,28 @@ def test_an_anchors_residual_fades_as_the_profile_says(kind):
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_what_was_learned_later_than_planned_fades_by_its_own_age():
+    g = generation([Choice("anchor", RUNG, "bf16")], 0, [1, 0, 0, 0, 0], order="raster")
+    fade = torch.rand_like(g.profile.tensors["fade"].float())
+    g.profile = replace(g.profile, tensors=g.profile.tensors | {"fade": fade})
+    options = {"density": RUNG.density, "block": 16, "dense_steps": 0, "refresh_every": 9, "residual": "bf16"}
+    other = Generation(SparseConfig("anchor", order="raster", **options), [layer()])
+    # As under a cache of whole steps: the anchor's step is skipped, and the next one learns.
+    for step in (2, 3, 4):
+        q, k, v = inputs()
+        out, whole = run(g, step, q, k, v), run(other, step, q, k, v)
+        share = None if step == 2 else fade[:, 0, step, step - 3, 0, None, None]
+        [learned] = g.learned.values()
+        expected = whole if share is None else whole - (1 - share) * unpack(learned.residual)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    # A second look at the step that learned is at all of it.
+    g.learned.clear()
+    q, k, v = inputs()
+    run(g, 2, q, k, v)
+    [part] = g.parts(g.layers[0])
+    assert part.phase == "sparse" and part.fade is None
+
+
 def test_a_soft_anchor_is_its_denser_plan_from_the_first_on():
     choice = Choice("anchor", RUNG, "bf16", 0.5)
     g = generation([choice], 0, [1, 0, 0, 1, 0])

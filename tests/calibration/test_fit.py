@@ -49,9 +49,10 @@ def everything(problem: Problem):
 def test_each_head_takes_the_cheapest_of_all_ways(methods, price, rent, by, steady):
     made = profiles.profile(*ONE_HEAD, steps=4)
     made.tensors["persist"].fill_(steady)
+    made.tensors["fade"].uniform_(0.3, 1)
     header = replace(made.header, rungs=made.header.rungs[:1])
     keep = {name: x[..., :1, :] if name == "rho" else x[..., :1] for name, x in made.tensors.items() if name in
-            ("rho", "recall", "kept", "error", "stale", "together", "persist")}  # fmt: skip
+            ("rho", "recall", "kept", "error", "stale", "fade", "together", "persist")}  # fmt: skip
     problem = Problem(replace(made, header=header, tensors=made.tensors | keep), methods, by)
     rent = np.array([0.0, 3.0, 1.0, 0.5]) * rent
 
@@ -340,9 +341,11 @@ def test_how_prompts_differ_is_told():
     assert found == Problem(made).spread == pytest.approx(expected)
 
 
-def test_a_soft_anchor_is_as_wrong_as_its_tail_and_stays_so():
+@pytest.mark.parametrize("fade", [1.0, 0.5])
+def test_a_soft_anchor_is_as_wrong_as_its_tail_and_stays_so(fade):
     made = profiles.profile()
     made.tensors["persist"].zero_()
+    made.tensors["fade"].fill_(fade)
     problem = Problem(made, ("anchor", "tail"), "work")
     soft, hard = (problem.options.index(Choice("anchor", made.header.ladder[0], "bf16", x)) for x in (0.3, None))
     tail = problem.options.index(Choice("tail", made.header.ladder[2]))
@@ -351,15 +354,19 @@ def test_a_soft_anchor_is_as_wrong_as_its_tail_and_stays_so():
     assert (f.begun[..., one] == 0).all() and (f.lost[..., (one, q)] == 0).all()
     assert np.allclose(f.work_at[..., one] - f.work_at[..., q], 2 - problem.single[2][..., tail])
     assert np.array_equal(f.aged[..., q], f.aged[..., one]) and np.array_equal(f.work[..., q], f.work[..., one])
-    # Followed for two steps, the same error is there three times, and adds up as it is.
+    coarse = problem.options.index(Choice("anchor", made.header.ladder[0], "int4"))
+    # Followed for two steps, the same error is there three times, as much of it as is added, and adds up as it is.
     ways = {}
-    for option in (soft, hard):
+    for option in (soft, hard, coarse):
         chosen = np.where((np.arange(6) >= t) & (np.arange(6) < t + 3), option, 0)[None].repeat(4, 0)
         ways[option] = problem.account(
             chosen, (np.arange(6) == t) & (chosen > 0), np.where(chosen > 0, t, np.arange(6))
         )
-    more = f.begun[:, t, q] * np.sqrt(problem.weight[:, t : t + 3]).sum(1) ** 2
-    assert ways[soft].added - ways[hard].added == pytest.approx(more.sum())
+    root = np.sqrt(problem.weight[:, t : t + 3]) * [1, fade, fade]
+    assert ways[soft].added - ways[hard].added == pytest.approx((f.begun[:, t, q] * root.sum(1) ** 2).sum())
+    # What storage loses is not in the anchor's own output.
+    lost = f.lost[:, t, coarse - problem.singles] * root[:, 1:].sum(1) ** 2
+    assert ways[coarse].added - ways[hard].added == pytest.approx(lost.sum())
 
 
 @pytest.mark.parametrize(

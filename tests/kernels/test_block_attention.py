@@ -298,7 +298,11 @@ def second_of(q_mean=OF_BLOCKS, q_var=OF_BLOCKS, limit=1.0):
         (dict(correction=Correction(residual=Residual(torch.ones(1, 2, 80, 15)))), "residual must be one of"),
         (
             dict(correction=Correction(residual=Residual(torch.ones(1, 2, 80, 16, dtype=torch.uint8), kind="fp8"))),
-            "needs one scale a row",
+            "A fp8 residual needs one scale a row, (1, 2, 80), not None.",
+        ),
+        (
+            dict(correction=Correction(residual=Residual(torch.ones(1, 2, 80, 16), torch.ones(1, 2, 1)))),
+            "A full residual needs one scale a row, (1, 2, 80), not (1, 2, 1).",
         ),
         (
             dict(correction=Correction(tail=Tail(torch.ones(1, 2, 4, 16), torch.ones(1, 2, 5, 16), torch.ones(5)))),
