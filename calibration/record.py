@@ -149,9 +149,11 @@ class Recorder:
                     del memory[old]
                 found, memory[step], sketch = bank.look(b, head, None if root is None else root[head], memory, step)
                 told.append((found, sketch))
-            for name, whole in self.found[branch].items():
-                if name not in ("together", "persist"):
-                    whole[self._rows[layer.name] + head, step] = torch.stack([t[0][name] for t in told]).mean(0)
+            mean = {name: torch.stack([t[0][name] for t in told]).mean(0) for name in told[0][0]}
+            # A run adds the same share in every row of a batch.
+            mean["fade"], mean["stale"][0] = faded(*mean.pop("sums"))
+            for name, x in mean.items():
+                self.found[branch][name][self._rows[layer.name] + head, step] = x
             self._compare(layer, head, step, branch, told[0][1])
 
     def _compare(self, layer: Layer, head: int, step: int, branch: str, sketch: Tensor) -> None:
@@ -180,6 +182,16 @@ class Recorder:
             name: torch.full((heads, steps, *axes), float("nan"), device=device)
             for name, axes in self.plan.axes().items()
         }
+
+
+def faded(lacks: Tensor, both: Tensor, had: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of an anchor's residual is best added later, from 0 to 1, and the squared error that leaves.
+
+    lacks, had: mean squares of what a later step lacks and of what the anchor did; both: of their products. Least
+    squares: what was lacking then and is no longer would be wrong in one direction for steps on end.
+    """
+    fade = (both / had.clamp(min=1e-30)).clamp(0, 1)
+    return fade, (lacks - fade * (2 * both - fade * had)).clamp(min=0)
 
 
 class Bank:
@@ -330,26 +342,27 @@ class Bank:
         return torch.stack([((unpack(x) - residual).square().sum() / whole).sqrt() for x in stored])
 
     def _aged(self, memory, step: int, dense: Tensor, exact, with_tail, square) -> tuple[dict[str, Tensor], Tensor]:
-        """Errors of following a memory, how much of an anchor's residual is to be added then, and how far rho of its
+        """Errors of following a memory but an anchor's, of which there is what `faded` takes, and how far rho of its
         plan has moved, for each distance there is; and the errors [n, K, r, D] of all learners at the second distance
         and then at the first, NaN where there is none."""
         shape = (len(LEARNERS), len(self.plan.distances), len(self.plan.ladder))
-        stale, fade, drift = (dense.new_full(s, float("nan")) for s in (shape, shape[1:], shape[1:2]))
+        stale, drift = dense.new_full(shape, float("nan")), dense.new_full(shape[1:2], float("nan"))
+        sums = dense.new_full((3, *shape[1:]), float("nan"))
         old = [(at, memory[step - back]) for at, back in enumerate(self.plan.distances) if step - back in memory]
         learned = dense.new_full((2, len(LEARNERS), dense.shape[0], shape[2], *dense.shape[2:]), float("nan"))
         if not old:
-            return {"stale": stale, "fade": fade, "drift": drift}, learned.flatten(0, 1)
+            return {"stale": stale, "sums": sums, "drift": drift}, learned.flatten(0, 1)
         k, middle = len(self.plan.ladder), self.plan.middle
         tails = with_tail(torch.cat([m.by_error for _, m in old], 1)).split(k, 1)
         held, out = (x.split(k, 1) for x in exact(torch.cat([m.by_mass for _, m in old], 1)))
         for i, (at, m) in enumerate(old):
             scaled = out[i] * (m.rho / held[i].clamp(min=1e-20))[..., None]
             lacks, had = dense - tails[i], m.anchor.float()
-            # Least squares: what was lacking then and is no longer would be wrong in one direction for steps on end.
-            fade[at] = ((lacks * had).sum((0, 2, 3)) / had.square().sum((0, 2, 3)).clamp(min=1e-30)).clamp(0, 1)
-            errors = torch.stack([fade[at][:, None, None] * had - lacks, scaled + m.reshape.float() - dense])
-            stale[:, at] = torch.stack([square(error) for error in errors])
+            sums[:, at] = torch.stack([square(lacks), (lacks * had).sum(-1).mean((0, 2)), square(had)])
+            fade, _ = faded(*sums[:, at])
+            errors = torch.stack([fade[:, None, None] * had - lacks, scaled + m.reshape.float() - dense])
+            stale[1, at] = square(errors[1])
             if at <= 1:
                 learned[1 - at] = errors
             drift[at] = (held[i][:, middle] - m.rho[:, middle]).abs().mean()
-        return {"stale": stale, "fade": fade, "drift": drift}, learned.flatten(0, 1)
+        return {"stale": stale, "sums": sums, "drift": drift}, learned.flatten(0, 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_sparse.attention import sparse_attention
-from dit_sparse.calibration.record import Plan, Recorder
+from dit_sparse.calibration.record import Plan, Recorder, faded
 from dit_sparse.choices import Choice, Rung
 from dit_sparse.config import SparseConfig
 from dit_sparse.kernels.block_attention import block_attention
@@ -221,7 +221,12 @@ def test_rows_of_a_batch_are_looked_at_each_with_its_own_memory():
     both = [[torch.cat(pair) for pair in zip(*step, strict=True)] for step in zip(first, second, strict=True)]
     alone = [recorded(inputs, plan()).found["cond"] for inputs in (first, second)]
     for name, x in recorded(both, plan()).found["cond"].items():
-        if name not in ("together", "persist"):
+        if name == "stale":
+            # Each row alone would have what is best for it.
+            own = torch.stack([found[name][:, :, 0] for found in alone]).mean(0)
+            assert (x[:, :, 0] >= 0.999 * own).logical_or(own.isnan()).all() and (x[:, :, 0] > 1.01 * own).any()
+            x, alone = x[:, :, 1], [found | {name: found[name][:, :, 1]} for found in alone]
+        if name not in ("together", "persist", "fade"):
             mean = torch.stack([found[name] for found in alone]).mean(0)
             torch.testing.assert_close(x, mean, rtol=1e-4, atol=1e-6, equal_nan=True)
 
@@ -253,3 +258,17 @@ def test_text_counts_as_kept_wherever_it_stands(place):
     error = sparse_attention(q, k, v, LAYER, other, text_mask=mask) - dense
     got = recorder.found["cond"]["error"][:, 0, METHODS.index("tail"), 2]
     torch.testing.assert_close(got, square(seen(error[:, :, place[0] : place[0] + GRID.tokens])), atol=1e-6, rtol=1e-3)
+
+
+def test_rows_of_a_batch_share_what_is_best_for_both():
+    lacks, had = torch.randn(2, 50, 3), torch.randn(2, 50, 3)
+    lacks[0] += had[0]
+    sums = [torch.stack([x.square().sum(-1).mean(), (x * y).sum(-1).mean(), y.square().sum(-1).mean()])
+            for x, y in zip(lacks, had, strict=True)]  # fmt: skip
+    fade, error = faded(*torch.stack(sums).mean(0))
+    for share in torch.linspace(0, 1, 11):
+        assert (share * had - lacks).square().sum(-1).mean() >= error * (1 - 1e-6)
+    torch.testing.assert_close((fade * had - lacks).square().sum(-1).mean(), error)
+    assert faded(torch.tensor(2.0), torch.tensor(-0.1), torch.tensor(1.0)) == (0.0, 2.0)
+    assert faded(torch.tensor(2.0), torch.tensor(1.5), torch.tensor(1.0)) == (1.0, 0.0)
+    assert faded(torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0.0)) == (0.0, 0.0)
