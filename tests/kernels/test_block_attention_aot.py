@@ -54,7 +54,7 @@ def build(kind: str, dim: int, block: int, flags: dict, capability: int, key_blo
     types = {
         "p_lse": "*fp32", "p_counts": "*i32", "p_indices": "*i32", "p_every": "*i32", "p_key_mask": "*u8",
         "p_scatter": "*i64", "p_weights": "*fp16", "p_scale": "*fp32",
-        "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}",
+        "p_res": "*u8" if flags["RESIDUAL"] in (2, 3) else f"*{kind}",
         "p_res_scale": "*fp32", "scale": "fp32",
     }  # fmt: skip
     constexprs = dict(

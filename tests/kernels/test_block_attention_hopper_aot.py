@@ -42,7 +42,7 @@ def build(kind: str, dim: int, flags: dict, key_block: int = BLOCK) -> Build:
         "d_q": tile(ROWS), "d_codes": bytes_("u8", ROWS, dim if flags["RESIDUAL"] == 2 else dim // 2),
         "d_weights": line("fp16", 16),
         "p_out": f"*{kind}", "p_lse": "*fp32", "p_text_mask": "*u8", "p_scatter": "*i64", "p_scale": "*fp32",
-        "p_res_scale": "*fp32", "p_res": "*u8" if flags["RESIDUAL"] > 1 else f"*{kind}", "scale": "fp32",
+        "p_res_scale": "*fp32", "p_res": "*u8" if flags["RESIDUAL"] in (2, 3) else f"*{kind}", "scale": "fp32",
     }  # fmt: skip
     halves = key_block < BLOCK
     types |= dict.fromkeys(("d_k", "d_v"), tile(key_block, 64 if halves else dim))
@@ -75,7 +75,7 @@ def build_8bit(flags: dict) -> Build:
         "d_q": tile("i8", ROWS, 128), "d_k": keys, "d_tail_k": keys, "d_v": values, "d_tail_v": values,
         "d_unit": unit, "d_tail_unit": unit, "d_weights": line("fp16", 16, BLOCK),
         "d_codes": tile("u8", ROWS, 128 if flags["RESIDUAL"] == 2 else 64),
-        "p_out": "*bf16", "p_text_mask": "*u8", "p_res": "*u8" if flags["RESIDUAL"] > 1 else "*bf16",
+        "p_out": "*bf16", "p_text_mask": "*u8", "p_res": "*u8" if flags["RESIDUAL"] in (2, 3) else "*bf16",
         "p_scatter": "*i64", "scale": "fp32",
     }  # fmt: skip
     floats = ("p_lse", "p_q_unit", "p_q_shift", "p_v_unit", "p_scale", "p_res_scale")
@@ -101,7 +101,7 @@ def built() -> dict[str, Resources]:
         "bare": build("bf16", 128, BARE),
         "bare, 64 channels": build("fp16", 64, BARE),
         "everything": build("bf16", 128, EVERYTHING),
-        "fp16": build("fp16", 128, BARE),
+        "fp16": build("fp16", 128, BARE | dict(RESIDUAL=4, PER_ROW=True)),
         "halves": build("bf16", 128, EVERYTHING, 64),
         "halves, 64 channels": build("fp16", 64, BARE | dict(TEXT=True), 64),
     }
