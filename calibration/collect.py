@@ -116,13 +116,14 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
                 "attention": dense,
                 "recording": recording,
             },
-            "kernel": f"{report.kernel}, dense {report.dense_backend}",
+            "kernel": None,
             "costs": None,
         }
         if number == 0:
             layer, q, k, v = recorder.inputs
             with torch.no_grad():
                 told["costs"] = costs.measure(layer, (q, k, v), grid, job.plan.ladder, job.plan.base)
+            told["kernel"] = f"{told['costs'].pop('kernel')}, dense {report.dense_backend}"
     stats = {f"{branch}/{name}": x.cpu() for branch, named in recorder.found.items() for name, x in named.items()} | {
         "frames": torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)),
         "latents": latents.seen(),

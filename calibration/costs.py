@@ -27,7 +27,8 @@ def measure(
     repeats: int = 2,
 ) -> dict[str, Any]:
     """Seconds per head: "dense", and for each other method a list by rung. For methods that learn the list under
-    "METHOD" is of the steps that follow an anchor, and under "METHOD at anchor" of the anchor. Least of `repeats`."""
+    "METHOD" is of the steps that follow an anchor, and under "METHOD at anchor" of the anchor. Least of `repeats`.
+    And as "kernel" what block attention ran on."""
     q, k, v = qkv
     if q.device.type == "cpu":
         # The CPU computes one head after the other, so one tells as much as all.
@@ -61,7 +62,7 @@ def measure(
                 found.setdefault(f"{method} at anchor", []).append(timed(choice, at_anchor=True))
             found.setdefault(method, []).append(timed(choice))
     generation.reset()
-    return found
+    return found | {"kernel": generation.kernel}
 
 
 @dataclass

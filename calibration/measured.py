@@ -301,12 +301,14 @@ class Measured:
             stored.append((lacks * np.square(np.nan_to_num(self.stats["coarse"][..., m, s]))[..., None]).sum(1))
         coarse = np.stack(stored, -1)
         seconds_at, work, dense = self._seconds(f"{method} at anchor", method), self._work(method), self.single
-        work_at, at_error = work + dense[2][..., :1], np.zeros((*self.ran.shape, 1))
+        # What an anchor visits besides its output's: its plan, but where each pair is visited once.
+        own = work - self._kept(method).sum(1) if self.header.visits_once else work
+        work_at, at_error = own + dense[2][..., :1], np.zeros((*self.ran.shape, 1))
         if soft is not None:
             top = next(k for k, rung in enumerate(ladder) if rung.density == soft and not rung.top_p)
             at_error = self._joint(self.stats["error"][..., METHODS.index("tail"), :], "tail")[..., top, None]
             seconds_at = seconds_at - self.slower * dense[1][..., :1] + self._seconds("tail", "tail")[..., top, None]
-            work_at = work + self._work("tail")[..., top, None]
+            work_at = own + self._work("tail")[..., top, None]
         lost = coarse[..., below, :].reshape(*self.ran.shape, -1)
 
         def each(x: np.ndarray) -> np.ndarray:

@@ -11,8 +11,10 @@ from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned, calibrated, learn_anchor, learn_reshape, pooled_tail, rectify, reshape
 from dit_sparse.head_kinds import KINDS, HeadKinds, head_kinds
 from dit_sparse.kernels.block_attention import Precision, block_attention, chosen_impl, refused_8bit
+from dit_sparse.kernels.block_select import marked
 from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
 from dit_sparse.kernels.implementation import Inputs
+from dit_sparse.kernels.merge import merge_into, with_tail
 from dit_sparse.kernels.permute import permute, permute_pooled
 from dit_sparse.layout import Layout
 from dit_sparse.order import TokenOrder, token_order, vision_first
@@ -232,12 +234,12 @@ def _refresh(call: "Call", step: int, storage: Storage | None, *, soft: bool) ->
     config, vision = call.config, slice(0, call.layout.grid.tokens)
     plan = call.plan(config.density)
     routed = plan.counts.sum()
-    part, part_lse = call.over(plan, routed, call.tail)
-    if soft and config.anchor_density is not None:
-        denser = call.route(config.anchor_density).plan
-        out, lse = call.over(denser, denser.counts.sum(), call.tail)
+    denser = call.route(config.anchor_density).plan if soft and config.anchor_density is not None else None
+    if call.visits_once(plan):
+        (part, part_lse), (out, lse) = call.both(plan, routed, denser)
     else:
-        out, lse = call.dense()
+        part, part_lse = call.over(plan, routed, call.tail)
+        out, lse = call.dense() if denser is None else call.over(denser, denser.counts.sum(), call.tail)
     rho = None
     if config.method == "reshape":
         residual, rho = learn_reshape(
@@ -346,7 +348,7 @@ class Call:
         self.known += rows * (text * layout.tokens + vision * text)
         if correction.tail is not None:
             self.known += rows * vision * layout.key_blocks
-        inputs = Inputs(self.q, self.k, self.v, plan, layout.block, layout.key_block, self.text_mask)
+        inputs = self._inputs(plan)
         if self.precision == "8bit":
             self.refused = refused_8bit(inputs)
         precision: Precision = "full" if self.refused else self.precision
@@ -365,6 +367,46 @@ class Call:
             scatter=self.scatter,
             precision=precision,
         )
+
+    def _inputs(self, plan: BlockPlan) -> Inputs:
+        return Inputs(self.q, self.k, self.v, plan, self.layout.block, self.layout.key_block, self.text_mask)
+
+    def visits_once(self, plan: BlockPlan) -> bool:
+        """Whether an anchor is to make its two outputs of the same pairs: where block attention is as fast as dense
+        attention, and not in 8 bits, the error of which a residual is to hold, too."""
+        return self.precision == "full" and chosen_impl("auto", self._inputs(plan)) == "gluon"
+
+    def both(
+        self, plan: BlockPlan, listed: Tensor, denser: BlockPlan | None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(out, lse) of the plan with its tail, for vision rows, and of all keys, or of a denser plan with its tail,
+        for all rows; lse are of what is exact. Each pair of blocks is visited once."""
+        layout, tail = self.layout, self.tail.tail
+        vision = slice(0, layout.grid.tokens)
+        exact, lse = self.over(plan, listed, Correction())
+        known = plan.mask()
+        missing = ~known if denser is None else denser.mask() & ~known
+        q, k, v = (x[:, :, vision] for x in (self.q, self.k, self.v))
+        other, other_lse = block_attention(q, k, v, marked(missing), block=layout.block, key_block=layout.key_block)
+        self.listed.append(missing.sum())
+        # Where nothing was missing, a block was visited because a plan has no empty rows.
+        whole = ~missing.any(-1).repeat_interleave(layout.block, -1)[..., vision]
+        other_lse.masked_fill_(whole, float("-inf"))
+
+        def tailed(out: Tensor, lse: Tensor, plan: BlockPlan) -> Tensor:
+            assert tail is not None
+            self.known += q.shape[0] * q.shape[1] * q.shape[2] * layout.key_blocks
+            return with_tail(q, out[:, :, vision], lse[..., vision], plan, tail, block=layout.block)
+
+        if tail is None:
+            part, out = exact[:, :, vision], exact.clone()
+        else:
+            part, out = tailed(exact, lse, plan), exact
+        part_lse, lse = lse[..., vision], lse.clone()
+        merge_into(out[:, :, vision], lse[..., vision], other, other_lse)
+        if denser is not None and tail is not None:
+            out[:, :, vision] = tailed(out, lse, marked(known | missing))
+        return (part, part_lse), (out, lse)
 
     def error_of_8bit(self, plan: BlockPlan) -> Tensor:
         """() float32: what 8 bits make wrong in the exact part of the first head, over that part."""

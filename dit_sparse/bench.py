@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dit_sparse.kernels import reference
 from dit_sparse.kernels.block_attention import Precision, block_attention, chosen_impl, refused_8bit
-from dit_sparse.kernels.dense_attention import Backend, dense_attention, dense_backend
+from dit_sparse.kernels.dense_attention import Backend, dense_attention, dense_library
 from dit_sparse.kernels.implementation import Inputs
 from dit_sparse.layout import TokenGrid
 from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
@@ -351,7 +351,7 @@ def calls(
         found = {"gluon": partial(kernel, impl="gluon"), **found}
     if refused_8bit(inputs) is None:
         found["gluon, 8bit"] = partial(kernel, precision="8bit")
-    if case.text == 0 and case.block == case.keys == 128 and dense_backend(q.device, q.dtype, case.head_dim) == "fa4":
+    if case.text == 0 and case.block == case.keys == 128 and dense_library(q.device, q.dtype, case.head_dim) == "fa4":
         found["fa4"] = _fa4(q, k, v, plan, case.block)
     return found
 
@@ -373,8 +373,8 @@ def _fa4(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, block: int) -> Callab
 
 
 def dense_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Backend]:
-    """The dense kernels that can run here, the chosen one first."""
-    first = dense_backend(device, dtype, head_dim)
+    """The dense kernels that can run here, the fastest of others first."""
+    first = dense_library(device, dtype, head_dim)
     if device.type == "cpu" or first == "block":
         return [first]
     order: list[Backend] = ["fa4", "cudnn", "flash"]

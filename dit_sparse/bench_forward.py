@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_sparse.bench import Bench
-from dit_sparse.kernels.dense_attention import Backend, dense_backend
+from dit_sparse.kernels.dense_attention import Backend, dense_library
 from dit_sparse.models import published
 
 # Every third step is an anchor, so that a few forwards time both kinds.
@@ -118,7 +118,7 @@ def _forward_of(bench: Bench, name: str, case: ForwardCase) -> None:
 
     transformer = _random(case, bench.device, bench.dtype)
     inputs = INPUTS[case.class_name](transformer, case, bench.device, bench.dtype)
-    backend = dense_backend(bench.device, bench.dtype, case.transformer["attention_head_dim"])
+    backend = dense_library(bench.device, bench.dtype, case.transformer["attention_head_dim"])
     repeats = bench.options.repeats
     compiled = {"no": "", "blocks": ", compiled by blocks", "whole": ", compiled"}[bench.options.compile]
 

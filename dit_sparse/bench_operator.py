@@ -13,7 +13,7 @@ from dit_sparse.bench import DENSITIES, Bench, Case, right_ones, verify
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import Learned, pooled_tail
 from dit_sparse.kernels.block_attention import block_attention, refused_8bit
-from dit_sparse.kernels.dense_attention import dense_attention
+from dit_sparse.kernels.dense_attention import dense_attention, dense_library
 from dit_sparse.kernels.implementation import Inputs
 from dit_sparse.kernels.permute import permute, permute_pooled
 from dit_sparse.layout import TokenGrid
@@ -28,8 +28,17 @@ def operator(bench: Bench) -> None:
     """The whole sparse step of a layer and its parts: statistics, routing, permutation, kernel, tail, residual."""
     for name, case in bench.cases().items():
         q, k, v = bench.qkv(case)
-        [dense_ms] = bench.milliseconds(partial(dense_attention, q, k, v))
-        bench.add(case=name, what="dense", density=1.0, ms=dense_ms, error=None, share_of_dense=1.0, over_bare=None)
+        library = dense_library(bench.device, bench.dtype, case.head_dim)
+        [dense_ms] = bench.milliseconds(partial(dense_attention, q, k, v, backend=library))
+        bench.add(
+            case=name,
+            what=f"dense, {library}",
+            density=1.0,
+            ms=dense_ms,
+            error=None,
+            share_of_dense=1.0,
+            over_bare=None,
+        )
         for density in bench.densities(*DENSITIES):
             _operator_of(bench, name, case, (q, k, v), dense_ms, density)
 
@@ -58,7 +67,8 @@ def _operator_of(
     tails = Generation(SparseConfig("tail", density=density, **sizes, dense_steps=0), [layer])
     anchors = Generation(config, [layer])
     low = Generation(replace(config, precision="8bit"), [layer])
-    for generation, step in ((tails, 0), (anchors, 1), (low, 1)):
+    learning = Generation(config, [layer])
+    for generation, step in ((tails, 0), (anchors, 1), (low, 1), (learning, 0)):
         generation.enter(grid, batch=1, device=bench.device, timestep=0.0, step=step, total=100)
     for generation in (anchors, low):
         generation.record(layer, Learned(plan, residual, None, 0, plan.counts.sum()))
@@ -70,6 +80,11 @@ def _operator_of(
             "bare block attention, 8bit": partial(kernel, precision="8bit"),
             "whole, between anchors, 8bit": partial(sparse_attention, *qkv, layer, low),
         }
+
+    def at_anchor() -> Tensor:
+        learning.reset()
+        learning.enter(grid, batch=1, device=bench.device, timestep=0.0, step=0, total=100)
+        return sparse_attention(*qkv, layer, learning)
 
     calls: dict[str, Callable[[], Any]] = {
         "permute q, k, v": partial(permute, qkv, order.take),
@@ -90,6 +105,7 @@ def _operator_of(
         "permute out": partial(permute, (q,), order.place),
         "whole, tail": partial(sparse_attention, *qkv, layer, tails),
         "whole, between anchors": partial(sparse_attention, *qkv, layer, anchors),
+        "whole, at an anchor": at_anchor,
         **in_8bit,
     }
     times = right_ones(bench, calls, dict.fromkeys(calls, error))

@@ -83,6 +83,11 @@ class Header:
         return (*self.prompts, *dict.fromkeys(trial["verified"] for trial in trials if "verified" in trial))
 
     @property
+    def visits_once(self) -> bool:
+        """Whether anchors, on the device that was calibrated on, visit each pair of blocks once."""
+        return self.kernel.startswith("gluon, dense")
+
+    @property
     def ladder(self) -> tuple[Rung, ...]:
         return tuple(Rung(*rung) for rung in self.rungs)
 

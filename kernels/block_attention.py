@@ -118,6 +118,16 @@ def block_attention(
     )
 
 
+# Channels that the Hopper kernel of 16 bits takes, and its sizes of key blocks.
+_DIMS, _KEYS = (64, 128), (64, 128)
+
+
+def on_hopper(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether there is a Hopper kernel for such inputs in blocks of 128, all else being in order."""
+    known = hopper_tiles is not None and hopper_tiles.TRITON >= (3, 6)
+    return known and dtype in (torch.float16, torch.bfloat16) and head_dim in _DIMS
+
+
 def _refused(inputs: Inputs, head_dims: tuple[int, ...], key_sizes: tuple[int, ...]) -> str | None:
     """Why the Hopper kernels do not take these inputs, or None."""
     if hopper_tiles is None or not inputs.q.is_cuda:
@@ -147,7 +157,7 @@ def chosen_impl(
         return "gluon, 8bit"
     q = inputs.q
     if impl == "gluon" or (impl == "auto" and q.is_cuda):
-        refused = _refused(inputs, (64, 128), (64, 128))
+        refused = _refused(inputs, _DIMS, _KEYS)
         if refused is None:
             return "gluon"
         if impl == "gluon":

@@ -48,7 +48,7 @@ def attend(
             keys = _Keys(k[b, h], v[b, h], mask, key_block, text, room)
             listed = plan.indices[b, h], counts[b][h]
             _exact(q[b, h, :rows], keys, block, *listed, scale, out[b, h, :rows], lse[b, h, :rows])
-            _correct(q[b, h, :rows], out[b, h, :rows], lse[b, h, :rows], correction, (b, h), block, routed, scale)
+            correct_head(q[b, h, :rows], out[b, h, :rows], lse[b, h, :rows], correction, (b, h), block, routed, scale)
             if text:
                 o, l = keys.attended(q[b, h, rows:], scale)
                 out[b, h, rows:], lse[b, h, rows:] = o, l
@@ -211,7 +211,7 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float)
     return ((scores - lse[..., None]).exp().to(q.dtype) @ v).to(wide), lse
 
 
-def _correct(
+def correct_head(
     q: Tensor,
     out: Tensor,
     lse: Tensor,

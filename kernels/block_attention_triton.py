@@ -12,7 +12,7 @@ from dit_sparse.plan import BlockPlan, Correction
 
 
 @triton.jit
-def _softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, GUARD: tl.constexpr, PRECISION: tl.constexpr):
+def softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, GUARD: tl.constexpr, PRECISION: tl.constexpr):
     """Fold logits b_s [BM, BN], to be scaled into base 2, and values b_v [BN, BD] into the running softmax."""
     b_top = tl.maximum(b_m, tl.max(b_s, 1) * scale2)
     b_ref = b_top
@@ -37,7 +37,7 @@ def _masked_step(
     b_s = tl.where(m_c[None, :], b_s, float("-inf"))
     # [BT, BD]
     b_v = tl.load(p_v + o_c[:, None] * v_st + o_d, mask=m_c[:, None] & m_d, other=0.0)
-    return _softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, True, PRECISION)
+    return softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, True, PRECISION)
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def block_attention_fwd_kernel(
             b_k = tl.load(p_kt + start * k_st)
             b_v = tl.load(p_vt + start * v_st)
         b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
-        b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, False, PRECISION)
+        b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, scale2, b_v, False, PRECISION)
 
     # What follows is a small share of the work: narrower steps, not pipelined, leave registers to the loop above.
     o_t = tl.arange(0, BT)
@@ -164,7 +164,7 @@ def block_attention_fwd_kernel(
             b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision=PRECISION) * scale + b_w[None, :]
             # [BT, BD]
             b_v = tl.load(p_tail_v + o_c[:, None] * D + o_d, mask=m_c[:, None] & m_d, other=0.0)
-            b_o, b_m, b_l = _softmax_step(b_o, b_m, b_l, b_s, LOG2E, b_v.to(b_q.dtype), True, PRECISION)
+            b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, LOG2E, b_v.to(b_q.dtype), True, PRECISION)
 
     b_o = b_o / tl.where(b_l > 0, b_l, 1.0)[:, None]
 

@@ -75,6 +75,14 @@ def block_select(
     return BlockPlan(counts, indices, key_blocks)
 
 
+def marked(mask: Tensor) -> BlockPlan:
+    """The plan of the blocks that mask [B, H, Nq, Nk] bool marks; of a row without any, as no plan has such, block 0.
+
+    Nothing is sorted, as in block_select, and nothing waits for the device.
+    """
+    return block_select(mask.float(), density=0, forced=mask)
+
+
 @torch.library.custom_op("dit_sparse::block_select", mutates_args=())
 def _block_select(
     scores: Tensor,

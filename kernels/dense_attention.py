@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.block_attention import block_attention, on_hopper
 from dit_sparse.kernels.implementation import on_device
 from dit_sparse.plan import BlockPlan
 
@@ -16,9 +16,16 @@ Backend = Literal["fa4", "cudnn", "flash", "cpu", "block"]
 
 @lru_cache(maxsize=64)
 def dense_backend(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> Backend:
-    """The fastest dense kernel here for these inputs: FlashAttention-4, cuDNN, torch's FlashAttention-2, torch's CPU
-    kernel, or, where none of them takes the dtype, the head dimension or a key mask, our own block kernel with every
-    block listed."""
+    """The fastest dense kernel here for these inputs: `dense_library`, but on Hopper, where FlashAttention-4 is not
+    installed, our own block kernel with every block listed."""
+    found = dense_library(device, dtype, head_dim, masked)
+    ours = found == "cudnn" and torch.cuda.get_device_capability(device)[0] == 9 and on_hopper(dtype, head_dim)
+    return "block" if ours else found
+
+
+def dense_library(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> Backend:
+    """The fastest dense kernel of others: FlashAttention-4, cuDNN, torch's FlashAttention-2, torch's CPU kernel, or,
+    where none of them takes the dtype, the head dimension or a key mask, our own."""
     if device.type == "cpu":
         return "cpu"
     if device.type != "cuda" or masked or dtype not in (torch.float16, torch.bfloat16):

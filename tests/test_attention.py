@@ -13,9 +13,9 @@ from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.layout import Layout, TokenGrid
 from dit_sparse.order import token_order
 from dit_sparse.patterns import order_of, pattern_mask, pattern_plan, tile_of
-from dit_sparse.plan import Correction, Residual, SecondOrder, Tail
+from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
 from dit_sparse.residual import pack, unpack
-from dit_sparse.routing import pool, route
+from dit_sparse.routing import Routing, pool, route
 from dit_sparse.state import Generation, Layer
 from tests.close import assert_no_worse
 
@@ -465,6 +465,56 @@ def test_soft_anchors():
     assert learned(g).step == 2
 
 
+@pytest.fixture
+def visited_once(monkeypatch):
+    """As where block attention is as fast as dense attention; the kernels are those of the CPU."""
+    monkeypatch.setattr(Call, "visits_once", lambda self, plan: True)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"anchor_density": 0.6}, {"block": 32, "key_block": 16}, {"density": 1.0}], ids=str
+)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("text", [0, 9])
+@pytest.mark.parametrize("method", ["anchor", "reshape", "ditfastattn"])
+def test_an_anchor_that_visits_each_pair_once_is_the_same(method, text, masked, options, monkeypatch):
+    others = {"reshape": {"anchor_density"}, "ditfastattn": {"anchor_density", "key_block"}}
+    if (masked and not text) or others.get(method, set()) & set(options):
+        pytest.skip("there is nothing of that kind")
+    options = {"density": 0.3, "refresh_every": 2} | options
+    steps = [inputs(text, batch=2) for _ in range(4)]
+    mask = torch.arange(9) < torch.tensor([[3], [9]]) if masked else None
+    twice, once = at(method, **options), at(method, **options)
+    before = [run(twice, step, *qkv, text_mask=mask) for step, qkv in enumerate(steps)]
+    monkeypatch.setattr(Call, "visits_once", lambda self, plan: True)
+    for step, qkv in enumerate(steps):
+        out = run(once, step, *qkv, text_mask=mask)
+        # What is between is off by the rounding of what was stored.
+        torch.testing.assert_close(out, before[step], atol=1e-12 if step % 2 == 0 else 1e-3, rtol=1e-12)
+    torch.testing.assert_close(unpack(learned(once).residual), unpack(learned(twice).residual), atol=1e-12, rtol=2**-7)
+    if method == "reshape":
+        close(learned(once).rho, learned(twice).rho)
+
+
+def test_a_soft_anchor_has_the_blocks_of_either_plan(visited_once, monkeypatch):
+    """Nothing says that a denser plan has all of the blocks of another."""
+    plans = {
+        0.2: BlockPlan.from_mask(torch.eye(7, dtype=torch.bool).expand(1, 2, 7, 7)),
+        0.6: BlockPlan.from_mask(torch.eye(7, dtype=torch.bool).roll(1, 1).expand(1, 2, 7, 7)),
+    }
+    monkeypatch.setattr(Call, "route", lambda self, density: Routing(plans[density], lambda: None))
+    g = at("anchor", density=0.2, anchor_density=0.6, refresh_every=1, order="raster")
+    run(g, 0, *inputs(9))
+    q, k, v = inputs(9)
+    out = run(g, 1, q, k, v)
+    pooled = pool(q, k, v, Layout(GRID, 9, 16), g.config)
+    tail = pooled_tail(pooled, q.dtype, second_order=True, limit=2.0)
+    both = BlockPlan.from_mask(plans[0.2].mask() | plans[0.6].mask())
+    close(out, block_attention(q, k, v, both, Correction(tail=tail), block=16, text=9)[0])
+    lacking = (out - block_attention(q, k, v, plans[0.2], Correction(tail=tail), block=16, text=9)[0])[:, :, :105]
+    torch.testing.assert_close(learned(g).residual.codes, lacking.bfloat16(), atol=1e-12, rtol=2**-7)
+
+
 def test_staggered_anchors():
     g = generation(SparseConfig("anchor", dense_steps=2, stagger=True, refresh_every=3), layers=4)
     told = []
@@ -627,6 +677,24 @@ def test_work_and_density_are_what_was_computed():
     assert plans[0] == plans[1] and denser > plans[2]
     phases = [dict(g.tally.phases[step]) for step in range(4)]
     assert phases == [{"dense": 2}] + [{"dense": 1, "anchor": 1}, {"dense": 1, "sparse": 1}, {"dense": 1, "anchor": 1}]
+
+
+@pytest.mark.parametrize("anchor_density", [None, 0.6])
+def test_an_anchor_that_visits_each_pair_once_is_so_much_work(anchor_density, visited_once):
+    text, blocks, heads = 5, 7, 2
+    options = dict(density=0.3, anchor_density=anchor_density, refresh_every=1, order="raster")
+    g = at("anchor", **options)
+    run(g, 0, *inputs(text))
+    first = g.tally.work()
+    q, k, v = inputs(text)
+    run(g, 1, q, k, v)
+    call = Call(q, k, v, Layout(GRID, text, 16), g.config, None, True)
+    whole, pooled = heads * (105 + text) ** 2, heads * 105 * blocks
+    besides = heads * (text * (105 + text) + 105 * text)
+    every = heads * (blocks * 16) ** 2
+    visited = every if anchor_density is None else call.route(0.6).plan.counts.sum().item() * 16**2 + pooled
+    assert first == pytest.approx((every + besides + pooled) / whole, rel=1e-12)
+    assert 2 * g.tally.work() - first == pytest.approx((visited + besides + pooled) / whole, rel=1e-12)
 
 
 @pytest.mark.parametrize("method", ["none", "rectify", "reshape"])

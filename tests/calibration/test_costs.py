@@ -15,7 +15,8 @@ def test_every_choice_has_a_cost_and_more_blocks_cost_more():
     ladder = (Rung(0.02), Rung(0.9))
     found = costs.measure(LAYER, (q, k, v), GRID, ladder, SparseConfig("tail", block=16), repeats=5)
     methods = ("none", "rectify", "tail", "calibrated", "anchor", "reshape")
-    assert set(found) == {"dense", *methods, "anchor at anchor", "reshape at anchor"}
+    assert set(found) == {"dense", *methods, "anchor at anchor", "reshape at anchor", "kernel"}
+    assert found["kernel"] == "torch"
     for name in methods:
         low, high = found[name]
         assert 0 < low < high, name

@@ -341,6 +341,22 @@ def test_how_prompts_differ_is_told():
     assert found == Problem(made).spread == pytest.approx(expected)
 
 
+def test_an_anchor_that_visits_each_pair_once_is_less_work():
+    """By its plan; and what is pooled it visits for each of its outputs that have it."""
+    twice, once = (Problem(profiles.profile(), by="work") for _ in range(2))
+    once.header = replace(once.header, kernel="gluon, dense block")
+    assert once.header.visits_once and not twice.header.visits_once
+    assert not replace(once.header, kernel="gluon, 8bit, dense block").visits_once
+    plans = {rung: once._kept("anchor")[..., k].sum(1) for k, rung in enumerate(once.header.ladder)}
+    learning = [(q, choice) for q, choice in enumerate(once.options[once.singles :]) if choice.learns]
+    assert {choice.anchor_density for _, choice in learning} == {None, 0.3}
+    for q, choice in learning:
+        if choice.method == "anchor":
+            less = twice.followed.work_at[..., q] - once.followed.work_at[..., q]
+            assert np.allclose(less, plans[choice.rung])
+        assert np.array_equal(twice.followed.work[..., q], once.followed.work[..., q])
+
+
 @pytest.mark.parametrize("fade", [1.0, 0.5])
 def test_a_soft_anchor_is_as_wrong_as_its_tail_and_stays_so(fade):
     made = profiles.profile()

@@ -12,6 +12,7 @@ from dit_sparse.kernels.block_attention import block_attention
 from dit_sparse.kernels.block_scores import block_scores
 from dit_sparse.kernels.block_select import block_select
 from dit_sparse.kernels.block_stats import block_stats
+from dit_sparse.kernels.merge import merge_into, with_tail
 from dit_sparse.kernels.permute import permute, permute_pooled
 from dit_sparse.kernels.tail_weights import unlisted_weights
 from dit_sparse.plan import SecondOrder, Tail
@@ -61,6 +62,13 @@ def the_rest() -> None:
         for by_row in (False, True):
             tail = Tail(some, some, lengths.log(), second)
             unlisted_weights(tail, plan, torch.bfloat16, scale=1, width=128, by_row=by_row)
+    lse = torch.randn(2, 3, 700, device="cuda")
+    merge_into(x[:, :, :667], lse[:, :, :667], x[:, :, 33:].clone(), lse[:, :, 33:].clone())
+    for block in (64, 128):
+        rows = -(-700 // block)
+        pooled = torch.randn(2, 3, 11, 64, device="cuda")
+        tail = Tail(pooled, pooled, lengths.log())
+        with_tail(x, x, lse, random_plan(2, 3, rows, 11), tail, block=block)
 
 
 if __name__ == "__main__":

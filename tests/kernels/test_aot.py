@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dit_sparse.kernels import block_scores, block_select, block_stats, permute, quantise, tail_weights
+from dit_sparse.kernels import block_scores, block_select, block_stats, merge, permute, quantise, tail_weights
+from dit_sparse.kernels.tuning import attention_tile
 from tests.kernels.aot import Build, Resources, compile_kernels
 
 CAPABILITIES = (80, 90, 100)
@@ -108,6 +109,35 @@ def pooled(capability: int, dtype: str = "bf16", dim: int = 128, block: int = 12
     return Build(permute.permute_pooled_fwd_kernel, signature, constexprs, capability, permute.WARPS)
 
 
+def merged(capability: int, dtype: str = "bf16", dim: int = 128) -> Build:
+    signature = {
+        **dict.fromkeys(("p_o", "p_other"), f"*{dtype}:16"),
+        **dict.fromkeys(("p_l", "p_other_l"), "*fp32:16"),
+        **{f"{x}_s{axis}": "i32:16" for x in "ox" for axis in "bht"},
+        **{f"{x}_s{axis}": "i32" for x in "ly" for axis in "bh"},
+        **dict.fromkeys(("H", "L"), "i32"),
+    }
+    constexprs = {"D": dim, "BD": dim, "BM": merge.TILE // dim}
+    return Build(merge.merge_fwd_kernel, signature, constexprs, capability, merge.WARPS)
+
+
+def tailed(capability: int, dtype: str = "bf16", dim: int = 128) -> Build:
+    size = 4 if dtype == "fp32" else 2
+    tile = attention_tile(capability, size, dim, 128)
+    signature = {
+        **dict.fromkeys(("p_q", "p_o", "p_tail_k", "p_tail_v", "p_found"), f"*{dtype}:16"),
+        "p_l": "*fp32:16",
+        "p_weights": f"*{'fp32' if size == 4 else 'fp16'}:16",
+        **{f"{x}_s{axis}": "i32:16" for x in "qof" for axis in "bht"},
+        **{f"l_s{axis}": "i32" for axis in "bh"},
+        **dict.fromkeys(("H", "L", "NQ", "NK"), "i32"),
+        "scale": "fp32",
+    }
+    constexprs = {"D": dim, "BD": dim, "BLOCK": 128, "BM": tile.rows, "BN": tile.columns}
+    constexprs["PRECISION"] = "ieee" if size == 4 else "tf32"
+    return Build(merge.with_tail_fwd_kernel, signature, constexprs, capability, tile.warps, tile.stages)
+
+
 def in_8bit(kernel: Any, x: str, codes: str, *sizes: str, masked: bool = False) -> Build:
     names = kernel.arg_names
     constexprs = {"D": 128, "BLOCK": quantise.BLOCK}
@@ -130,10 +160,11 @@ IN_8BIT = [
     *(in_8bit(quantise._keys_kernel, "p_k", "*i8:16", "VISION", "blocks", masked=m) for m in (False, True)),
     *(in_8bit(quantise._values_kernel, "p_v", "*fp8e4nv:16", "VISION", "blocks", masked=m) for m in (False, True)),
 ]
-MADE = (stats, scores, select, weights, listed, gather, pooled)
+MADE = (stats, scores, select, weights, listed, gather, pooled, merged, tailed)
 USUAL = [make(capability) for capability in CAPABILITIES for make in MADE]
 USUAL += IN_8BIT
-USUAL += [weights(80, "fp32", by_row=False)]
+USUAL += [weights(80, "fp32", by_row=False), tailed(80, "fp32"), tailed(80, "fp32", 64)]
+USUAL += [tailed(capability, dim=64) for capability in CAPABILITIES]
 # A tile of 8192 numbers in one warp is 256 a thread, and a thread has 255 registers.
 SPILLING = replace(stats(90, "fp32"), num_warps=1)
 

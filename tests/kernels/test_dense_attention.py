@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dit_sparse.kernels import block_attention, reference
 from dit_sparse.kernels import dense_attention as module
-from dit_sparse.kernels import reference
 from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
 from dit_sparse.plan import BlockPlan
 from tests.close import assert_no_worse
@@ -92,7 +92,10 @@ def test_a_masked_key_has_no_influence(backend):
     [
         ((9, 0), True, torch.bfloat16, 128, False, "fa4"),
         ((10, 0), True, torch.float16, 64, False, "fa4"),
-        ((9, 0), False, torch.bfloat16, 128, False, "cudnn"),
+        ((9, 0), False, torch.bfloat16, 128, False, "block"),
+        ((9, 0), False, torch.float16, 64, False, "block"),
+        ((9, 0), False, torch.bfloat16, 96, False, "cudnn"),
+        ((10, 0), False, torch.bfloat16, 128, False, "cudnn"),
         ((9, 0), True, torch.bfloat16, 80, False, "cudnn"),
         ((12, 0), True, torch.bfloat16, 128, False, "cudnn"),
         ((9, 0), True, torch.bfloat16, 256, False, "flash"),
@@ -118,8 +121,23 @@ def test_the_fastest_kernel_that_takes_the_inputs(monkeypatch, capability, insta
         dense_backend.cache_clear()
 
 
-def test_no_flash_attention_installed_is_no_error(monkeypatch):
+@pytest.mark.parametrize("without", ["hopper_tiles", "gluon in triton"])
+def test_without_the_hopper_kernel_dense_is_cudnn(without, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    if without == "hopper_tiles":
+        monkeypatch.setattr(block_attention, "hopper_tiles", None)
+    else:
+        monkeypatch.setattr(block_attention.hopper_tiles, "TRITON", (3, 5))
+    dense_backend.cache_clear()
+    try:
+        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128) == "cudnn"
+    finally:
+        dense_backend.cache_clear()
+
+
+def test_no_flash_attention_installed_is_no_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr("sys.path", [])
     dense_backend.cache_clear()
