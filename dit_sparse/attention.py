@@ -39,7 +39,7 @@ def sparse_attention(
     if text_mask is not None:
         _check_mask(text_mask, k.shape[2])
     generation.attending(len(q))
-    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], text_mask is not None)
+    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], text_mask is not None, k.shape[2])
     parts = generation.parts(layer)
     if len(parts) == 1:
         return attend_part(q, k, v, parts[0], generation, text_mask)

@@ -123,7 +123,7 @@ _DIMS, _KEYS = (64, 128), (64, 128)
 
 
 def on_hopper(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether there is a Hopper kernel for such inputs in blocks of 128, all else being in order."""
+    """Whether the Hopper kernel takes such inputs in blocks of 128, all else being in order."""
     known = hopper_tiles is not None and hopper_tiles.TRITON >= (3, 6)
     return known and dtype in (torch.float16, torch.bfloat16) and head_dim in _DIMS
 

@@ -11,16 +11,23 @@ from dit_sparse.kernels.block_attention import block_attention, on_hopper
 from dit_sparse.kernels.implementation import on_device
 from dit_sparse.plan import BlockPlan
 
+# Tokens from which the Hopper kernel is faster than cuDNN in bfloat16, at 64 and 128 channels: by a twentieth at half
+# as many and by an eighth at as many on an H200 (2026-11-27, torch 2.11, triton 3.6); float16 gains nothing there.
+LONG = 16384
+
 Backend = Literal["fa4", "cudnn", "flash", "cpu", "block"]
 
 
 @lru_cache(maxsize=64)
-def dense_backend(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> Backend:
-    """The fastest dense kernel here for these inputs: `dense_library`, but on Hopper, where FlashAttention-4 is not
-    installed, our own block kernel with every block listed."""
+def dense_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False, tokens: int = LONG
+) -> Backend:
+    """The fastest dense kernel here for inputs of so many tokens: `dense_library`, but for long ones in bfloat16 on
+    Hopper, where FlashAttention-4 is not installed, our own block kernel with every block listed."""
     found = dense_library(device, dtype, head_dim, masked)
-    ours = found == "cudnn" and torch.cuda.get_device_capability(device)[0] == 9 and on_hopper(dtype, head_dim)
-    return "block" if ours else found
+    if found != "cudnn" or dtype != torch.bfloat16 or tokens < LONG:
+        return found
+    return "block" if torch.cuda.get_device_capability(device)[0] == 9 and on_hopper(dtype, head_dim) else found
 
 
 def dense_library(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> Backend:
@@ -77,7 +84,7 @@ def dense_attention(
     if key_mask is not None and key_mask.shape[1] == 0:
         key_mask = None
     if backend == "auto":
-        backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None)
+        backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None, keys)
     if backend not in get_args(Backend):
         raise ValueError(f"Unknown dense kernel {backend!r}: choose from auto, {', '.join(get_args(Backend))}.")
     if backend != "block" and q.is_cuda == (backend == "cpu"):

@@ -93,7 +93,8 @@ def test_a_masked_key_has_no_influence(backend):
         ((9, 0), True, torch.bfloat16, 128, False, "fa4"),
         ((10, 0), True, torch.float16, 64, False, "fa4"),
         ((9, 0), False, torch.bfloat16, 128, False, "block"),
-        ((9, 0), False, torch.float16, 64, False, "block"),
+        ((9, 0), False, torch.float16, 128, False, "cudnn"),
+        ((9, 0), False, torch.bfloat16, 64, False, "block"),
         ((9, 0), False, torch.bfloat16, 96, False, "cudnn"),
         ((10, 0), False, torch.bfloat16, 128, False, "cudnn"),
         ((9, 0), True, torch.bfloat16, 80, False, "cudnn"),
@@ -121,17 +122,18 @@ def test_the_fastest_kernel_that_takes_the_inputs(monkeypatch, capability, insta
         dense_backend.cache_clear()
 
 
-@pytest.mark.parametrize("without", ["hopper_tiles", "gluon in triton"])
-def test_without_the_hopper_kernel_dense_is_cudnn(without, monkeypatch):
+@pytest.mark.parametrize("without", ["Hopper's kernel", "its Triton", "many tokens"])
+def test_without_the_hopper_kernel_or_its_lead_dense_is_cudnn(without, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    if without == "hopper_tiles":
+    if without == "Hopper's kernel":
         monkeypatch.setattr(block_attention, "hopper_tiles", None)
-    else:
+    elif without == "its Triton":
         monkeypatch.setattr(block_attention.hopper_tiles, "TRITON", (3, 5))
+    tokens = module.LONG - (without == "many tokens")
     dense_backend.cache_clear()
     try:
-        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128) == "cudnn"
+        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128, tokens=tokens) == "cudnn"
     finally:
         dense_backend.cache_clear()
 

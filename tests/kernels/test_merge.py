@@ -9,6 +9,7 @@ import torch
 from dit_sparse.attention import Call, sparse_attention
 from dit_sparse.config import SparseConfig
 from dit_sparse.kernels import reference
+from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.kernels.merge import merge_into, with_tail
 from dit_sparse.layout import TokenGrid
 from dit_sparse.plan import BlockPlan
@@ -172,10 +173,9 @@ def test_on_hopper_an_anchor_visits_each_pair_once_and_errs_no_more(method, dim,
     once, work = outputs(torch.bfloat16)
     monkeypatch.setattr(Call, "visits_once", lambda self, plan: False)
     twice, more = outputs(torch.bfloat16)
-    exact, _ = outputs(torch.float64)
     assert work < more - 0.05
-    for step, (a, b, c) in enumerate(zip(once, twice, exact, strict=True)):
-        if step == 0 or "anchor_density" not in options:
-            assert_no_worse(a, b, c)
-        # What is routed may differ where scores are nearly equal in bfloat16.
-        torch.testing.assert_close(a.double(), c, atol=0.05, rtol=0.05)
+    for step, (a, b, qkv) in enumerate(zip(once, twice, steps, strict=True)):
+        # Both chose the same blocks, by the same statistics; what they remember is rounded once more or less.
+        torch.testing.assert_close(a, b, atol=2**-6, rtol=2**-6)
+        if step == 0 or (step == 2 and "anchor_density" not in options):
+            assert_no_worse(a, b, dense_attention(*qkv.double(), backend="block")[0])
