@@ -1,9 +1,12 @@
 """What is recorded in a dense run is what the engine does with the same queries, keys and values."""
 
+import time
+
 import pytest
 import torch
 
-from dit_sparse.attention import sparse_attention
+from dit_sparse.attention import fastest_dense, sparse_attention
+from dit_sparse.calibration import record
 from dit_sparse.calibration.record import Plan, Recorder, faded
 from dit_sparse.choices import Choice, Rung
 from dit_sparse.config import SparseConfig
@@ -70,6 +73,18 @@ def seen(x):
 
 def square(x):
     return x.float().square().sum(-1).mean((0, 2))
+
+
+def test_what_the_first_use_of_a_kernel_takes_is_no_time_of_dense_attention(monkeypatch):
+    calls = []
+
+    def compiled_at_first(*args):
+        calls.append(time.sleep(0.0 if calls else 0.5))
+        return fastest_dense(*args)
+
+    monkeypatch.setattr(record, "fastest_dense", compiled_at_first)
+    dense, beside = recorded(sequence(1), plan(rows=4)).seconds
+    assert 0 < dense < 0.4 and beside > 0.5 and len(calls) == 3
 
 
 @pytest.mark.parametrize("method", ["none", "rectify", "tail"])
