@@ -99,7 +99,8 @@ def attend_part(
     elif part.phase == "anchor":
         # A profile knows what its first anchor costs; a uniform setting's is dense.
         soft = learned is not None or generation.profile is not None
-        out, learned = _refresh(call, moment.step, part.storage, soft=soft)
+        plan = None if config.has_pattern else generation.plan_at_step(layer)
+        out, learned = _refresh(call, moment.step, part.storage, plan, soft=soft)
         generation.record(layer, learned)
         routed = learned.visited
     else:
@@ -227,12 +228,15 @@ def _at_once(call: "Call", rho: Tensor | None) -> tuple[Tensor, Tensor]:
     return call.over(plan, routed, correction)[0], routed
 
 
-def _refresh(call: "Call", step: int, storage: Storage | None, *, soft: bool) -> tuple[Tensor, Learned]:
+def _refresh(
+    call: "Call", step: int, storage: Storage | None, plan: BlockPlan | None, *, soft: bool
+) -> tuple[Tensor, Learned]:
     """The best output there is, and what the steps between would make of this one (anchor, reshape,
-    ditfastattn): they differ by what is to be learned. After the first anchor the best may be a denser plan."""
+    ditfastattn) with the given plan, or one of this call: they differ by what is to be learned. After the first anchor
+    the best may be a denser plan."""
     assert storage is not None
     config, vision = call.config, slice(0, call.layout.grid.tokens)
-    plan = call.plan(config.density)
+    plan = call.plan(config.density) if plan is None else plan
     routed = plan.counts.sum()
     denser = call.route(config.anchor_density).plan if soft and config.anchor_density is not None else None
     if call.visits_once(plan):

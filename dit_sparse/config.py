@@ -38,8 +38,11 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "clamp": ("reshape",),
     "keep_mass": ("reshape",),
     "critical_mass": ("rectify",),
+    "share_plan": ("anchor", "reshape"),
     "precision": get_args(Method)[:-1],
 }
+# What a profile does not decide.
+_BESIDE_PROFILE = ("profile", "precision", "strict", "max_state_gib", "share_plan")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ class SparseConfig:
     """Density of the anchors after the first one ("soft anchors"); dense if not given."""
     stagger: bool = False
     """Spread the anchors after the first over the layers, so that no step is all anchor."""
+    share_plan: bool = True
+    """At an anchor all branches of guidance keep the blocks of the first one, where each is a forward of its own:
+    guidance subtracts what they get wrong alike."""
     residual: Literal["auto"] | Storage = "auto"
     """Storage of what an anchor remembers; auto takes the finest that fits."""
     max_state_gib: float | None = None
@@ -103,7 +109,7 @@ class SparseConfig:
     which is faster on Hopper and errs by a percent or two, told in the run report."""
     profile: str | None = None
     """File written by `dit-sparse fit`, which then chooses method, density, anchors and storage for each head and
-    step, and leaves only precision, max_state_gib and strict to choose."""
+    step, and leaves only precision, max_state_gib, share_plan and strict to choose."""
     strict: bool = False
     """Raise where attention would otherwise fall back to dense, and on NaN or Inf in q, k or v."""
 
@@ -148,7 +154,7 @@ class SparseConfig:
         for field in fields(self):
             if field.type is bool and not isinstance(getattr(self, field.name), bool):
                 raise ValueError(f"{field.name} is True or False, not {getattr(self, field.name)!r}.")
-            if self.profile is not None and field.name not in ("profile", "precision", "strict", "max_state_gib"):
+            if self.profile is not None and field.name not in _BESIDE_PROFILE:
                 if getattr(self, field.name) != field.default:
                     raise ValueError(f"A profile decides on {field.name}: leave out either of the two.")
                 continue

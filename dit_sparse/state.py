@@ -15,6 +15,7 @@ from dit_sparse.head_kinds import HeadKinds
 from dit_sparse.layout import TokenGrid
 from dit_sparse.memory import bytes_per_head, free_bytes, size
 from dit_sparse.phases import named, planned_phase
+from dit_sparse.plan import BlockPlan
 from dit_sparse.profile import Profile
 from dit_sparse.report import Mark, Tally
 
@@ -374,6 +375,16 @@ class Generation:
     def recall(self, layer: Layer) -> Learned | HeadKinds | None:
         assert self.moment is not None
         return self.learned.get((layer.name, self._memory))
+
+    def plan_at_step(self, layer: Layer) -> BlockPlan | None:
+        """What a layer routed in the first branch of guidance that learned at this step, if it was not this one."""
+        assert self.moment is not None
+        branches = self._at_step if self.config.share_plan else []
+        for branch in branches:
+            found = self.learned.get((layer.name, branch))
+            if isinstance(found, Learned) and found.step == self.moment.step and len(found.plan.counts) == self.rows:
+                return found.plan
+        return None
 
     @property
     def device(self) -> torch.device:

@@ -600,7 +600,8 @@ def test_a_batch_is_its_rows(method):
 
 @pytest.mark.parametrize("method", ["anchor", "reshape"])
 def test_branches_do_not_mix(method):
-    both, *alone = (at(method, density=0.3) for _ in range(3))
+    options = {"share_plan": False} if method in ("anchor", "reshape") else {}
+    both, *alone = (at(method, density=0.3, **options) for _ in range(3))
     for step in range(3):
         for branch, one in zip(("cond", "uncond"), alone, strict=True):
             q, k, v = inputs()
@@ -646,6 +647,73 @@ def test_inputs_that_do_not_fit_the_grid():
         run(g, 0, q, k, v, text_mask=torch.ones(1, 8, dtype=torch.bool))
     with pytest.raises(ValueError, match="text_mask must be bool"):
         run(g, 0, q, k, v, text_mask=torch.ones(1, 9))
+
+
+# --- guidance --------------------------------------------------------------------------------------------------------
+
+
+def both_branches(g, step, first=None, second=None, layer=0, names=("cond", "uncond")):
+    """The outputs of two forwards, with other inputs."""
+    return [
+        run(g, step, *(inputs() if x is None else x), layer=layer, branch=name)
+        for x, name in zip((first, second), names, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("names", [("cond", "uncond"), ("uncond", "cond"), ("branch 0", "branch 1")], ids=str)
+@pytest.mark.parametrize("method", ["anchor", "reshape"])
+def test_the_second_branch_keeps_the_blocks_of_the_first_one(method, names):
+    shared, own = at(method, density=0.2, refresh_every=2), at(method, density=0.2, refresh_every=2, share_plan=False)
+    steps = [(inputs(), inputs()) for _ in range(4)]
+    for step, qkvs in enumerate(steps):
+        outs = [both_branches(g, step, *qkvs, names=names) for g in (shared, own)]
+        plans = [[learned(g, branch=name).plan for name in names] for g in (shared, own)]
+        assert torch.equal(plans[0][0].indices, plans[1][0].indices) and torch.equal(*(x[0] for x in outs))
+        assert plans[0][0] is plans[0][1] and not torch.equal(plans[1][0].indices, plans[1][1].indices)
+        if step % 2 == 0:
+            close(outs[0][1], outs[1][1])
+    # Its residual is what its own output lacks with that plan.
+    q, k, v = steps[2][1]
+    place = token_order("hilbert", GRID, (4, 4, 8), CPU).take
+    q, k, v = (x[:, :, place] for x in (q, k, v))
+    correction = Correction()
+    if method == "anchor":
+        tail = pooled_tail(pool(q, k, v, Layout(GRID, 0, 16), shared.config), q.dtype, second_order=True, limit=2.0)
+        correction = Correction(tail=tail)
+    found = learned(shared, branch=names[1])
+    alone, lse = block_attention(q, k, v, found.plan, correction, block=16)
+    dense, whole = dense_attention(q, k, v)
+    if method == "reshape":
+        alone = alone * (lse - whole).exp()[..., None]
+    torch.testing.assert_close(
+        unpack(found.residual).double(), unpack(pack(dense - alone, "bf16")).double(), atol=1e-12, rtol=2**-7
+    )
+
+
+def test_branches_share_no_plan_that_is_old_or_of_others():
+    # A cache skipped the conditional branch where the other learned.
+    g = at("anchor", density=0.2, refresh_every=2)
+    both_branches(g, 0)
+    assert learned(g, branch="uncond").plan is learned(g, branch="cond").plan
+    run(g, 2, *inputs(), branch="uncond")
+    assert learned(g, branch="uncond").plan is not learned(g, branch="cond").plan
+    run(g, 2, *inputs(), branch="cond")
+    assert learned(g, branch="uncond").plan is learned(g, branch="cond").plan
+    # Of another number of prompts.
+    g = at("anchor", density=0.2, refresh_every=2)
+    g.enter(GRID, batch=2, device=CPU, timestep=1.0, step=0, branch="cond", total=20, run=g)
+    sparse_attention(*inputs(batch=2), g.layers[0], g)
+    g.enter(GRID, batch=1, device=CPU, timestep=1.0, step=0, branch="uncond", total=20, run=g)
+    sparse_attention(*inputs(), g.layers[0], g)
+    assert len(learned(g, branch="uncond").plan.counts) == 1 and len(learned(g, branch="cond").plan.counts) == 2
+    # Of another layer.
+    g = generation(SparseConfig("anchor", density=0.2, dense_steps=0), layers=2)
+    run(g, 0, *inputs())
+    run(g, 0, *inputs(), layer=1, branch="uncond")
+    assert learned(g, layer=1, branch="uncond").plan is not learned(g).plan
+    # A pattern is the same everywhere, and no plan is taken from elsewhere.
+    g = at("ditfastattn", density=0.3)
+    both_branches(g, 0)
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_every_method_is_among_the_uniform_settings_and_the_quick_ones_are_some_
 
 def test_the_profiles_that_come_along_belong_to_the_weights_that_do():
     found = sorted(SAMPLES.glob("*.profile.safetensors"))
-    assert len(found) == 2
+    assert len(found) == 3
     demo = WanTransformer3DModel.from_pretrained(SAMPLES / "demo" / "transformer")
     for path in found:
         profile = Profile.load(path)
