@@ -107,7 +107,8 @@ def attention_share(shape: ModelShape) -> float:
 
 
 def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple[float, float]:
-    """Self-attention work of a run relative to dense, done by the dense and by the block-sparse kernel."""
+    """Self-attention work of a run relative to dense, done by the dense and by the block-sparse kernel. Anchors count
+    as two passes; on Hopper, where one visits each pair once, they are less by the density."""
     tokens, text = shape.grid.tokens, shape.joint_text
     layout = config.layout(shape.grid, text)
     padding = (layout.blocks * layout.block / tokens) * (layout.key_blocks * layout.key_size / tokens)

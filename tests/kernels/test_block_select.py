@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dit_sparse.kernels import block_select as module
 from dit_sparse.kernels import reference
-from dit_sparse.kernels.block_select import block_select
+from dit_sparse.kernels.block_select import block_select, marked
 
 IMPLS = ("torch", "triton")
 
@@ -291,3 +291,14 @@ def test_more_rows_than_a_grid_axis_holds() -> None:
         plan.check()
         # With top_p the last block of a row may be decided by the order of a sum.
         assert (plan.mask() != other.mask()).sum() <= (0 if top_p is None else 10)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 130])
+def test_marked_blocks_are_listed_and_a_row_without_any_lists_the_first(columns, device):
+    mask = torch.rand(2, 3, 5, columns, device=device) < 0.4
+    mask[:, :, 2], mask[:, :, 3] = False, True
+    plan = marked(mask)
+    plan.check()
+    wanted = mask.clone()
+    wanted[..., 0] |= ~mask.any(-1)
+    assert torch.equal(plan.mask(), wanted) and plan.key_blocks == columns
