@@ -71,9 +71,14 @@ class Clock:
 
     generation: Generation
     marks: list[tuple[int, Mark, Mark]] = field(default_factory=list)
+    warm: bool = False
 
     def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         text_mask = None if key_mask is None else self.generation.text_of(layer, key_mask)
+        if not self.warm:
+            # At first use a kernel is compiled.
+            fastest_dense(q, k, v, layer, self.generation, text_mask)
+            self.warm = True
         start = Mark(q.device)
         out = fastest_dense(q, k, v, layer, self.generation, text_mask)
         self.marks.append((q.shape[1], start, Mark(q.device)))

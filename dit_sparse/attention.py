@@ -12,7 +12,7 @@ from dit_sparse.correction import Learned, calibrated, learn_anchor, learn_resha
 from dit_sparse.head_kinds import KINDS, HeadKinds, head_kinds
 from dit_sparse.kernels.block_attention import Precision, block_attention, chosen_impl, refused_8bit
 from dit_sparse.kernels.block_select import marked
-from dit_sparse.kernels.dense_attention import dense_attention, dense_backend
+from dit_sparse.kernels.dense_attention import LONG, dense_attention, dense_backend
 from dit_sparse.kernels.implementation import Inputs
 from dit_sparse.kernels.merge import merge_into, with_tail
 from dit_sparse.kernels.permute import permute, permute_pooled
@@ -39,7 +39,7 @@ def sparse_attention(
     if text_mask is not None:
         _check_mask(text_mask, k.shape[2])
     generation.attending(len(q))
-    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], text_mask is not None, k.shape[2])
+    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], k.shape[2], text_mask is not None)
     parts = generation.parts(layer)
     if len(parts) == 1:
         return attend_part(q, k, v, parts[0], generation, text_mask)
@@ -99,7 +99,7 @@ def attend_part(
     elif part.phase == "anchor":
         # A profile knows what its first anchor costs; a uniform setting's is dense.
         soft = learned is not None or generation.profile is not None
-        plan = None if config.has_pattern else generation.plan_at_step(layer)
+        plan = None if config.has_pattern else generation.plan_at_step(layer, config)
         out, learned = _refresh(call, moment.step, part.storage, plan, soft=soft)
         generation.record(layer, learned)
         routed = learned.visited
@@ -229,16 +229,21 @@ def _at_once(call: "Call", rho: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _refresh(
-    call: "Call", step: int, storage: Storage | None, plan: BlockPlan | None, *, soft: bool
+    call: "Call", step: int, storage: Storage | None, given: BlockPlan | None, *, soft: bool
 ) -> tuple[Tensor, Learned]:
     """The best output there is, and what the steps between would make of this one (anchor, reshape,
     ditfastattn) with the given plan, or one of this call: they differ by what is to be learned. After the first anchor
     the best may be a denser plan."""
     assert storage is not None
     config, vision = call.config, slice(0, call.layout.grid.tokens)
-    plan = call.plan(config.density) if plan is None else plan
+    plan = call.plan(config.density) if given is None else given
     routed = plan.counts.sum()
-    denser = call.route(config.anchor_density).plan if soft and config.anchor_density is not None else None
+    denser = None
+    if soft and config.anchor_density is not None:
+        denser = call.route(config.anchor_density).plan
+        if given is not None:
+            # Its own plan is part of the denser one, but another branch's need not be.
+            denser = marked(denser.mask() | plan.mask())
     if call.visits_once(plan):
         (part, part_lse), (out, lse) = call.both(plan, routed, denser)
     else:
@@ -251,7 +256,7 @@ def _refresh(
         )
     else:
         residual = learn_anchor(out[:, :, vision], part[:, :, vision], storage)
-    return out, Learned(plan, residual, rho, step, routed)
+    return out, Learned(plan, residual, rho, step, routed, config)
 
 
 def _between(call: "Call", learned: Learned, step: int, fade: Tensor | None) -> Tensor:
@@ -378,7 +383,8 @@ class Call:
     def visits_once(self, plan: BlockPlan) -> bool:
         """Whether an anchor is to make its two outputs of the same pairs: where block attention is as fast as dense
         attention, and not in 8 bits, the error of which a residual is to hold, too."""
-        return self.precision == "full" and chosen_impl("auto", self._inputs(plan)) == "gluon"
+        fast = self.k.shape[2] >= LONG and chosen_impl("auto", self._inputs(plan)) == "gluon"
+        return fast and self.precision == "full"
 
     def both(
         self, plan: BlockPlan, listed: Tensor, denser: BlockPlan | None

@@ -109,7 +109,8 @@ def _operator_of(
     }
     times = right_ones(bench, calls, dict.fromkeys(calls, error))
     # Apart: calls take turns, and after one that is ten times as long the chip is warmer.
-    times |= right_ones(bench, {"whole, at an anchor": at_anchor}, {"whole, at an anchor": error})
+    wrong = verify(*qkv, None, None, case, at_anchor())
+    times |= right_ones(bench, {"whole, at an anchor": at_anchor}, {"whole, at an anchor": wrong})
     bare = times["bare block attention"]
     for what, ms in times.items():
         bench.add(case=name, what=what, density=plan.density(), ms=ms, error=error,

@@ -96,7 +96,8 @@ class FitOptions:
     target_speedup: float | None = None
     """At least this speed-up of the transformers: the most faithful such choice."""
     target_work: float | None = None
-    """At most this share of the work of dense attention, whatever the machine: the most faithful such choice."""
+    """At most this share of the work of dense attention, as the kernels of the machine calibrated on have it: the most
+    faithful such choice."""
     by: Literal["seconds", "work"] = "seconds"
     """What target_psnr keeps low: seconds on the machine that was calibrated on, or attention work."""
     max_state_gib: float | None = None

@@ -172,7 +172,7 @@ def info(_options: InfoOptions) -> int:
     import torch
 
     from dit_sparse.kernels.block_attention import chosen_impl
-    from dit_sparse.kernels.dense_attention import dense_backend
+    from dit_sparse.kernels.dense_attention import LONG, dense_backend
     from dit_sparse.kernels.implementation import Inputs
     from dit_sparse.pipelines.session import FAMILIES
     from dit_sparse.plan import BlockPlan
@@ -185,7 +185,9 @@ def info(_options: InfoOptions) -> int:
     row = torch.empty(1, 1, 1, 128, device=device, dtype=dtype)
     kernel = chosen_impl("auto", Inputs(row, row, row, BlockPlan.full(1, 1, 1, 1, device), 128, 128))
     print(f"sparse kernel     {kernel} for {dtype}, 128 channels a head, blocks of 128")
-    print(f"dense kernel      {dense_backend(device, dtype, 128)} for {dtype}, 128 channels a head")
+    short, long = (dense_backend(device, dtype, 128, tokens) for tokens in (1, LONG))
+    dense = long if short == long else f"{long} from {LONG} tokens on, else {short},"
+    print(f"dense kernel      {dense} for {dtype}, 128 channels a head")
     print(f"transformers      {', '.join(sorted(FAMILIES))}")
     print(f"plan --family     {', '.join(models.PUBLISHED)}")
     demo = models.demo_directory()

@@ -104,7 +104,7 @@ def run(options: CompareOptions) -> int:
     from dit_sparse.pipelines.session import FAMILIES
 
     models.check_known(files, FAMILIES)
-    settings = settings_of(options, request, files)
+    settings = settings_of(options, request, files, device, dtype)
     for setting in settings:
         generate.check(replace(asked, sparse=setting.config), request, files)
     output = options.output_dir

@@ -3,18 +3,24 @@
 from dataclasses import replace
 from typing import Any, get_args
 
+import torch
+
 from dit_sparse import predict
 from dit_sparse.calibration import extras
 from dit_sparse.calibration.runs import Setting
 from dit_sparse.compare import CompareOptions
 from dit_sparse.config import Method, Precision, SparseConfig, takes
 from dit_sparse.generate import Request
+from dit_sparse.kernels.dense_attention import visits_once
 from dit_sparse.models import ModelFiles
 from dit_sparse.pipelines.session import FAMILIES
 
 
-def settings_of(options: CompareOptions, request: Request, files: ModelFiles) -> list[Setting]:
-    """Plain dense first; raises ValueError for methods and extras that are not there or do not go together."""
+def settings_of(
+    options: CompareOptions, request: Request, files: ModelFiles, device: torch.device, dtype: torch.dtype
+) -> list[Setting]:
+    """Plain dense first, for a model that runs on this device in this type; raises ValueError for methods and extras
+    that are not there or do not go together."""
     named = [name for token in options.methods for name in token.split(",") if name]
     if options.profile is not None and "profile" not in named:
         named.append("profile")
@@ -53,7 +59,8 @@ def settings_of(options: CompareOptions, request: Request, files: ModelFiles) ->
             for density in options.density:
                 config = _config(options, bare, density)
                 if options.equal_work and bare != leader:
-                    config = _as_much_work(config, _config(options, leader, density), request, files)
+                    first = _config(options, leader, density)
+                    config = _as_much_work(config, first, request, files, device, dtype)
                 config = replace(config, precision=precision)
                 label = f"{bare} {density:g}{plus}"
                 found[label] = setting | {"name": label, "config": config, "density": density}
@@ -78,13 +85,22 @@ def _config(options: CompareOptions, method: str, density: float) -> SparseConfi
     return replace(config, refresh_every=options.refresh_every) if config.learns else config
 
 
-def _as_much_work(config: SparseConfig, leader: SparseConfig, request: Request, files: ModelFiles) -> SparseConfig:
+def _as_much_work(
+    config: SparseConfig,
+    leader: SparseConfig,
+    request: Request,
+    files: ModelFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> SparseConfig:
     """`config` with the largest density at which it does no more attention work than `leader`."""
     class_name, transformer = next(iter(files.transformers.values()))
     shape = FAMILIES[class_name].shape(transformer, request.height, request.width, request.num_frames, files.vae)
 
     def work(config: SparseConfig) -> float:
-        return sum(predict.attention_work(shape, config, request.num_inference_steps))
+        block = config.layout(shape.grid).block
+        once = visits_once(device, dtype, shape.head_dim, block, shape.grid.tokens + shape.joint_text)
+        return sum(predict.attention_work(shape, config, request.num_inference_steps, visits_once=once))
 
     target = work(leader) + 1e-9
     blocks = config.layout(shape.grid).key_blocks

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_sparse.config import Storage
+from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.kernels.tail_weights import tail_weights
 from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
 from dit_sparse.residual import pack, weighed
@@ -62,6 +62,7 @@ class Learned:
     rho       [B, H, L] float32, Re-ttention's share of softmax mass inside the plan; None for anchor
     step      the step it was learned at
     visited   () int64, query-key block pairs in the plan
+    config    what it was routed by
     """
 
     plan: BlockPlan
@@ -69,6 +70,7 @@ class Learned:
     rho: Tensor | None
     step: int
     visited: Tensor
+    config: SparseConfig | None = None
 
 
 def learn_anchor(dense: Tensor, approximate: Tensor, storage: Storage) -> Residual:

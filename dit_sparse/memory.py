@@ -1,6 +1,7 @@
 """What is remembered from step to step, in bytes, and the memory there is for it."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -29,12 +30,13 @@ def bytes_per_head(config: SparseConfig, grid: TokenGrid, head_dim: int, storage
     return grid.tokens * bytes_per_row(head_dim, storage) + rho + plan
 
 
-def size(learned: Learned | HeadKinds) -> int:
-    """Bytes that it takes."""
-    if isinstance(learned, HeadKinds):
-        return 0
-    tensors = (learned.plan.counts, learned.plan.indices, learned.residual.codes, learned.residual.scales, learned.rho)
-    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+def size(learned: Iterable[Learned | HeadKinds]) -> int:
+    """Bytes that they take; a plan that several share counts once."""
+    kept = [x for x in learned if isinstance(x, Learned)]
+    plans = {id(x.plan): x.plan for x in kept}.values()
+    tensors = [tensor for plan in plans for tensor in (plan.counts, plan.indices)]
+    tensors += [tensor for x in kept for tensor in (x.residual.codes, x.residual.scales, x.rho) if tensor is not None]
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def free_bytes(device: torch.device) -> float:

@@ -106,9 +106,11 @@ def attention_share(shape: ModelShape) -> float:
     return attention / (attention + projections + cross + feed_forward)
 
 
-def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple[float, float]:
-    """Self-attention work of a run relative to dense, done by the dense and by the block-sparse kernel. Anchors count
-    as two passes; on Hopper, where one visits each pair once, they are less by the density."""
+def attention_work(
+    shape: ModelShape, config: SparseConfig, steps: int, *, visits_once: bool = False
+) -> tuple[float, float]:
+    """Self-attention work of a run relative to dense, done by the dense and by the block-sparse kernel. visits_once:
+    whether anchors visit each pair once, see `dit_sparse.kernels.dense_attention.visits_once`."""
     tokens, text = shape.grid.tokens, shape.joint_text
     layout = config.layout(shape.grid, text)
     padding = (layout.blocks * layout.block / tokens) * (layout.key_blocks * layout.key_size / tokens)
@@ -130,14 +132,16 @@ def attention_work(shape: ModelShape, config: SparseConfig, steps: int) -> tuple
                 dense += 1
                 continue
             # Choosing the kind of each head takes a few rows, which are not counted.
-            if config.method != "svg" or phase != "anchor":
+            if phase == "anchor" and visits_once:
+                sparse += tail * tokens**2 / whole
+            elif config.method != "svg" or phase != "anchor":
                 sparse += sparse_call
             if phase == "anchor":
                 # It computes what it outputs, too: densely, or from an anchor before it, with the denser plan.
                 if config.anchor_density is None or step in dense_steps or "anchor" not in told[:step]:
                     dense += 1
                 else:
-                    sparse += sparse_pairs(_kept(config.anchor_density, layout.key_blocks) / layout.key_blocks, 0)
+                    sparse += sparse_pairs(_kept(config.anchor_density, layout.key_blocks) / layout.key_blocks, tail)
     return dense / (steps * shape.layers), sparse / (steps * shape.layers)
 
 

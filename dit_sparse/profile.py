@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dit_sparse.choices import Choice, Group, Groups, Place, Rung, Table, bracket, grouped, laid_out, nearest
 from dit_sparse.config import SparseConfig
+from dit_sparse.kernels.dense_attention import LONG
 from dit_sparse.layout import TokenGrid
 from dit_sparse.video import whole
 
@@ -85,7 +86,7 @@ class Header:
     @property
     def visits_once(self) -> bool:
         """Whether anchors, on the device that was calibrated on, visit each pair of blocks once."""
-        return self.kernel.startswith("gluon, dense")
+        return self.kernel.startswith("gluon, dense") and TokenGrid(*self.grid).tokens >= LONG
 
     @property
     def ladder(self) -> tuple[Rung, ...]:

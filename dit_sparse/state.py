@@ -216,7 +216,7 @@ class Generation:
     def _store_again(self) -> None:
         if self.profile is not None or not self.config.keeps_rows:
             return
-        before, held = self.storage, sum(size(x) for x in self.learned.values())
+        before, held = self.storage, size(self.learned.values())
         try:
             self.storage = self._choose_storage(held)
         except StateTooLarge:
@@ -370,19 +370,20 @@ class Generation:
     def record(self, layer: Layer, learned: Learned | HeadKinds) -> None:
         assert self.moment is not None
         self.learned[layer.name, self._memory] = learned
-        self.peak_state_bytes = max(self.peak_state_bytes, sum(size(x) for x in self.learned.values()))
+        self.peak_state_bytes = max(self.peak_state_bytes, size(self.learned.values()))
 
     def recall(self, layer: Layer) -> Learned | HeadKinds | None:
         assert self.moment is not None
         return self.learned.get((layer.name, self._memory))
 
-    def plan_at_step(self, layer: Layer) -> BlockPlan | None:
-        """What a layer routed in the first branch of guidance that learned at this step, if it was not this one."""
+    def plan_at_step(self, layer: Layer, config: SparseConfig) -> BlockPlan | None:
+        """What a layer routed by this config in another branch of guidance at this step, the first that did."""
         assert self.moment is not None
-        branches = self._at_step if self.config.share_plan else []
-        for branch in branches:
+        for branch in self._at_step if self.config.share_plan else ():
             found = self.learned.get((layer.name, branch))
-            if isinstance(found, Learned) and found.step == self.moment.step and len(found.plan.counts) == self.rows:
+            if branch == self.moment.branch or not isinstance(found, Learned) or found.config != config:
+                continue
+            if found.step == self.moment.step and len(found.plan.counts) == self.rows:
                 return found.plan
         return None
 

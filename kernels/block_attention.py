@@ -229,24 +229,31 @@ def _check(
                 f"A {residual.kind} residual needs one scale a row, {rows_of}, not "
                 f"{None if told is None else tuple(told.shape)}."
             )
-    if (tail := correction.tail) is not None:
-        for name, x in (("keys", tail.keys), ("values", tail.values)):
-            if x.shape != (batch, heads, key_blocks, dim):
-                raise ValueError(f"tail.{name} must be {(batch, heads, key_blocks, dim)}, not {tuple(x.shape)}.")
-        shapes = (key_blocks,), (batch, key_blocks)
-        if tail.log_weights.shape not in shapes:
-            raise ValueError(f"tail.log_weights must be one of {shapes}, not {tuple(tail.log_weights.shape)}.")
-    if tail is not None and (second := tail.second) is not None:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        for name, x, blocks in (
-            ("q_mean", second.q_mean, rows), ("q_var", second.q_var, rows), ("variances", second.variances, key_blocks)
-        ):  # fmt: skip
-            if x.shape != (batch, heads, blocks, dim) or x.dtype != wide:
-                raise ValueError(
-                    f"tail.second.{name} must be {(batch, heads, blocks, dim)} {wide}, not {tuple(x.shape)} {x.dtype}."
-                )
-        if not second.limit > 0:
-            raise ValueError(f"tail.second.limit is a positive number, or inf, not {second.limit!r}.")
+    if correction.tail is not None:
+        check_tail(correction.tail, q, rows, key_blocks)
+
+
+def check_tail(tail: Tail, q: Tensor, rows: int, key_blocks: int) -> None:
+    """Raise ValueError unless the tail is one of so many key blocks for q [B, H, L, D] in so many query blocks."""
+    batch, heads, _, dim = q.shape
+    for name, x in (("keys", tail.keys), ("values", tail.values)):
+        if x.shape != (batch, heads, key_blocks, dim):
+            raise ValueError(f"tail.{name} must be {(batch, heads, key_blocks, dim)}, not {tuple(x.shape)}.")
+    shapes = (key_blocks,), (batch, key_blocks)
+    if tail.log_weights.shape not in shapes:
+        raise ValueError(f"tail.log_weights must be one of {shapes}, not {tuple(tail.log_weights.shape)}.")
+    if (second := tail.second) is None:
+        return
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for name, x, blocks in (
+        ("q_mean", second.q_mean, rows), ("q_var", second.q_var, rows), ("variances", second.variances, key_blocks)
+    ):  # fmt: skip
+        if x.shape != (batch, heads, blocks, dim) or x.dtype != wide:
+            raise ValueError(
+                f"tail.second.{name} must be {(batch, heads, blocks, dim)} {wide}, not {tuple(x.shape)} {x.dtype}."
+            )
+    if not second.limit > 0:
+        raise ValueError(f"tail.second.limit is a positive number, or inf, not {second.limit!r}.")
 
 
 @torch.library.custom_op("dit_sparse::block_attention", mutates_args=())

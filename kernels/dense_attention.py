@@ -7,12 +7,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.block_attention import block_attention, on_hopper
-from dit_sparse.kernels.implementation import on_device
+from dit_sparse.kernels.block_attention import block_attention, chosen_impl, on_hopper
+from dit_sparse.kernels.implementation import Inputs, on_device
 from dit_sparse.plan import BlockPlan
 
-# Tokens from which the Hopper kernel is faster than cuDNN in bfloat16, at 64 and 128 channels: by a twentieth at half
-# as many and by an eighth at as many on an H200 (2026-11-27, torch 2.11, triton 3.6); float16 gains nothing there.
+# Tokens from which the Hopper kernel is worth taking for cuDNN's in bfloat16, at 64 and 128 channels: it is an eighth
+# faster there, a twentieth at half as many, and slower below (H200, 2026-11-27, torch 2.11, triton 3.6). In float16 it
+# is as fast there.
 LONG = 16384
 
 Backend = Literal["fa4", "cudnn", "flash", "cpu", "block"]
@@ -20,7 +21,7 @@ Backend = Literal["fa4", "cudnn", "flash", "cpu", "block"]
 
 @lru_cache(maxsize=64)
 def dense_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False, tokens: int = LONG
+    device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, masked: bool = False
 ) -> Backend:
     """The fastest dense kernel here for inputs of so many tokens: `dense_library`, but for long ones in bfloat16 on
     Hopper, where FlashAttention-4 is not installed, our own block kernel with every block listed."""
@@ -28,6 +29,12 @@ def dense_backend(
     if found != "cudnn" or dtype != torch.bfloat16 or tokens < LONG:
         return found
     return "block" if torch.cuda.get_device_capability(device)[0] == 9 and on_hopper(dtype, head_dim) else found
+
+
+def visits_once(device: torch.device, dtype: torch.dtype, head_dim: int, block: int, tokens: int) -> bool:
+    """Whether anchors in such blocks visit each pair once in full precision: on Hopper, of long sequences."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return hopper and on_hopper(dtype, head_dim) and block == 128 and tokens >= LONG
 
 
 def dense_library(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> Backend:
@@ -43,6 +50,12 @@ def dense_library(device: torch.device, dtype: torch.dtype, head_dim: int, maske
     if major >= 9 and head_dim <= 128 and torch.backends.cudnn.is_available():
         return "cudnn"
     return "flash" if major >= 8 else "block"
+
+
+def _on_hopper_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these tensors, their strides and their number of blocks are what the Hopper kernel takes."""
+    plan = BlockPlan.full(*q.shape[:2], -(-q.shape[2] // 128), -(-k.shape[2] // 128), q.device)
+    return chosen_impl("auto", Inputs(q, k, v, plan, 128, 128)) == "gluon"
 
 
 def _installed(distribution: str) -> bool:
@@ -84,7 +97,9 @@ def dense_attention(
     if key_mask is not None and key_mask.shape[1] == 0:
         key_mask = None
     if backend == "auto":
-        backend = dense_backend(q.device, q.dtype, q.shape[-1], key_mask is not None, keys)
+        backend = dense_backend(q.device, q.dtype, q.shape[-1], keys, key_mask is not None)
+        if backend == "block" and q.is_cuda and key_mask is None and not _on_hopper_kernel(q, k, v):
+            backend = dense_library(q.device, q.dtype, q.shape[-1])
     if backend not in get_args(Backend):
         raise ValueError(f"Unknown dense kernel {backend!r}: choose from auto, {', '.join(get_args(Backend))}.")
     if backend != "block" and q.is_cuda == (backend == "cpu"):

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.block_attention import check_tail
 from dit_sparse.kernels.block_attention_torch import correct_head
 from dit_sparse.kernels.implementation import Impl, check_device, on_device, resolve
 from dit_sparse.kernels.tail_weights import HALF_LIMIT
@@ -64,8 +65,9 @@ def with_tail(
             f"q {tuple(q.shape)} {q.dtype}, out {tuple(out.shape)} {out.dtype} and the plan's "
             f"{tuple(plan.counts.shape)} rows do not fit in blocks of {block}."
         )
-    if tail.keys.shape != (*q.shape[:2], plan.key_blocks, q.shape[3]):
-        raise ValueError(f"tail.keys {tuple(tail.keys.shape)} are not one for each of {plan.key_blocks} key blocks.")
+    if q.stride(-1) != 1:
+        raise ValueError(f"The last dimension of q must be contiguous, but its stride is {q.stride(-1)}.")
+    check_tail(tail, q, rows, plan.key_blocks)
     second = tail.second
     limit = second.limit if second else math.inf
     if q.dtype in (torch.float16, torch.bfloat16):
@@ -75,11 +77,15 @@ def with_tail(
         q.shape[-1] ** -0.5 if scale is None else scale,
         tail.keys, tail.values, tail.log_weights,
         second and second.q_mean, second and second.q_var, second and second.variances, limit,
-        resolve(impl, q),
+        resolve("torch" if impl == "auto" and q.dtype == torch.float32 and q.shape[-1] > 128 else impl, q),
     )  # fmt: skip
 
 
 def _check(out: Tensor, lse: Tensor) -> None:
+    if lse.dtype != torch.promote_types(out.dtype, torch.float32):
+        raise ValueError(
+            f"lse of {out.dtype} must be {torch.promote_types(out.dtype, torch.float32)}, not {lse.dtype}."
+        )
     if out.dim() != 4 or out.stride(-1) != 1 or lse.shape != out.shape[:-1]:
         raise ValueError(
             f"out must be [B, H, L, D] with channels side by side, and lse [B, H, L], not {tuple(out.shape)} of "

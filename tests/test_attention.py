@@ -482,18 +482,21 @@ def test_an_anchor_that_visits_each_pair_once_is_the_same(method, text, masked, 
     if (masked and not text) or others.get(method, set()) & set(options):
         pytest.skip("there is nothing of that kind")
     options = {"density": 0.3, "refresh_every": 2} | options
-    steps = [inputs(text, batch=2) for _ in range(4)]
+    # Branches so different that the blocks of the first are not among those of the second's denser plan.
+    calls = [(step, branch, inputs(text, batch=2)) for step in range(4) for branch in ("cond", "uncond")]
     mask = torch.arange(9) < torch.tensor([[3], [9]]) if masked else None
     twice, once = at(method, **options), at(method, **options)
-    before = [run(twice, step, *qkv, text_mask=mask) for step, qkv in enumerate(steps)]
+    before = [run(twice, step, *qkv, branch=branch, text_mask=mask) for step, branch, qkv in calls]
     monkeypatch.setattr(Call, "visits_once", lambda self, plan: True)
-    for step, qkv in enumerate(steps):
-        out = run(once, step, *qkv, text_mask=mask)
+    for (step, branch, qkv), wanted in zip(calls, before, strict=True):
+        out = run(once, step, *qkv, branch=branch, text_mask=mask)
         # What is between is off by the rounding of what was stored.
-        torch.testing.assert_close(out, before[step], atol=1e-12 if step % 2 == 0 else 1e-3, rtol=1e-12)
-    torch.testing.assert_close(unpack(learned(once).residual), unpack(learned(twice).residual), atol=1e-12, rtol=2**-7)
-    if method == "reshape":
-        close(learned(once).rho, learned(twice).rho)
+        torch.testing.assert_close(out, wanted, atol=1e-12 if step % 2 == 0 else 1e-3, rtol=1e-12)
+    for branch in ("cond", "uncond"):
+        one, other = learned(once, branch=branch), learned(twice, branch=branch)
+        torch.testing.assert_close(unpack(one.residual), unpack(other.residual), atol=1e-12, rtol=2**-7)
+        if method == "reshape":
+            close(one.rho, other.rho)
 
 
 def test_a_soft_anchor_has_the_blocks_of_either_plan(visited_once, monkeypatch):
@@ -600,8 +603,7 @@ def test_a_batch_is_its_rows(method):
 
 @pytest.mark.parametrize("method", ["anchor", "reshape"])
 def test_branches_do_not_mix(method):
-    options = {"share_plan": False} if method in ("anchor", "reshape") else {}
-    both, *alone = (at(method, density=0.3, **options) for _ in range(3))
+    both, *alone = (at(method, density=0.3, share_plan=False) for _ in range(3))
     for step in range(3):
         for branch, one in zip(("cond", "uncond"), alone, strict=True):
             q, k, v = inputs()
@@ -706,6 +708,17 @@ def test_branches_share_no_plan_that_is_old_or_of_others():
     g.enter(GRID, batch=1, device=CPU, timestep=1.0, step=0, branch="uncond", total=20, run=g)
     sparse_attention(*inputs(), g.layers[0], g)
     assert len(learned(g, branch="uncond").plan.counts) == 1 and len(learned(g, branch="cond").plan.counts) == 2
+    # Of this branch itself, where it learns twice at one step.
+    g = at("anchor", density=0.2)
+    run(g, 0, *inputs())
+    first = learned(g)
+    g.learned.clear()
+    g.record(g.layers[0], first)
+    assert g.plan_at_step(g.layers[0], g.config) is None
+    # By another config, as branches of a profile may have it.
+    g.enter(GRID, batch=1, device=CPU, timestep=1000.0, step=0, branch="uncond", total=20)
+    assert g.plan_at_step(g.layers[0], g.config) is first.plan
+    assert g.plan_at_step(g.layers[0], SparseConfig("anchor", density=0.3, dense_steps=0)) is None
     # Of another layer.
     g = generation(SparseConfig("anchor", density=0.2, dense_steps=0), layers=2)
     run(g, 0, *inputs())

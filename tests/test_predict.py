@@ -85,11 +85,14 @@ def test_no_attention_is_the_ceiling():
         # Steps 0 to 3 dense; 4, 8, 12 and 16 anchors, which compute both; 12 sparse.
         (dict(method="anchor", dense_steps=4), (4 + 4 + 16 * (0.125 + 1 / 16)) / 20),
         (dict(method="anchor", dense_steps=4, refresh_every=8), (4 + 2 + 16 * (0.125 + 1 / 16)) / 20),
-        (dict(method="anchor", dense_steps=4, anchor_density=0.5), (4 + 1 + 3 * 0.5 + 16 * (0.125 + 1 / 16)) / 20),
+        (
+            dict(method="anchor", dense_steps=4, anchor_density=0.5),
+            (4 + 1 + 3 * (0.5 + 1 / 16) + 16 * (0.125 + 1 / 16)) / 20,
+        ),
         # Step 10 in the middle is dense, and an anchor for that.
         (
             dict(method="anchor", dense_steps="0-3,10", anchor_density=0.5),
-            (4 + 1 + 1 + 3 * 0.5 + 16 * (0.125 + 1 / 16)) / 20,
+            (4 + 1 + 1 + 3 * (0.5 + 1 / 16) + 16 * (0.125 + 1 / 16)) / 20,
         ),
         (dict(method="reshape", dense_steps=0), (4 + 20 * 0.125) / 20),
         (dict(method="rectify", dense_steps=0, refresh_every=5), (4 + 16 * 0.125) / 20),
@@ -99,6 +102,24 @@ def test_work_by_hand(options, work):
     said = predict.predict(SMALL, SparseConfig(density=0.125, block=16, **options), 20)
     assert said.blocks == 64
     assert said.work == pytest.approx(work)
+
+
+@pytest.mark.parametrize(
+    ("options", "work"),
+    [
+        # An anchor is dense, and pooled keys besides.
+        (dict(method="anchor", dense_steps=4), (4 + 4 * (1 + 1 / 16) + 12 * (0.125 + 1 / 16)) / 20),
+        (
+            dict(method="anchor", dense_steps=4, anchor_density=0.5),
+            (4 + (1 + 1 / 16) + 3 * (0.5 + 2 / 16) + 12 * (0.125 + 1 / 16)) / 20,
+        ),
+        (dict(method="reshape", dense_steps=0), (4 + 16 * 0.125) / 20),
+        (dict(method="tail", dense_steps=0), 0.125 + 1 / 16),
+    ],
+)
+def test_work_where_anchors_visit_each_pair_once(options, work):
+    config = SparseConfig(density=0.125, block=16, **options)
+    assert sum(predict.attention_work(SMALL, config, 20, visits_once=True)) == pytest.approx(work)
 
 
 def test_padding_is_work():

@@ -192,7 +192,7 @@ def test_a_transformer_that_another_one_relieves_is_forgotten():
         # The second learns at its first step, and nothing of the first is left then.
         assert {name.split(".")[0] for name, _ in g.learned} == {part}
         assert len(g.learned) == 4
-    assert g.peak_state_bytes == sum(memory.size(x) for x in g.learned.values())
+    assert g.peak_state_bytes == memory.size(g.learned.values())
 
 
 def test_transformers_that_run_at_the_same_step_both_remember():

@@ -1,3 +1,5 @@
+import time
+
 import torch
 
 from dit_sparse.calibration import costs
@@ -20,6 +22,8 @@ def test_every_choice_has_a_cost_and_more_blocks_cost_more():
     for name in methods:
         low, high = found[name]
         assert 0 < low < high, name
+    # Every rung routes for itself, for methods that learn at the same step, too.
+    assert found["anchor"][1] > 1.5 * found["anchor"][0] and found["reshape"][1] > 1.5 * found["reshape"][0]
     # An anchor is dense besides.
     assert found["anchor at anchor"][0] > found["dense"]
 
@@ -31,3 +35,17 @@ def test_a_clock_answers_with_dense_attention_and_its_seconds():
     for _ in range(2):
         assert torch.equal(clock(LAYER, q, k, v, None), dense_attention(q, k, v)[0])
     assert [heads for heads, _, _ in clock.marks] == [2, 2] and 0 < clock.per_head < 60
+
+
+def test_a_clock_does_not_count_what_the_first_use_of_a_kernel_takes(monkeypatch):
+    calls, dense = [], costs.fastest_dense
+
+    def compiled_at_first(*args):
+        calls.append(time.sleep(0.0 if calls else 0.5))
+        return dense(*args)
+
+    monkeypatch.setattr(costs, "fastest_dense", compiled_at_first)
+    clock = costs.Clock(Generation(SparseConfig("dense"), [LAYER]))
+    for _ in range(2):
+        clock(LAYER, *torch.randn(3, 1, 2, 64, 32), None)
+    assert len(calls) == 3 and 0 < clock.per_head < 0.1

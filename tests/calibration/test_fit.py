@@ -343,10 +343,10 @@ def test_how_prompts_differ_is_told():
 
 def test_an_anchor_that_visits_each_pair_once_is_less_work():
     """By its plan; and what is pooled it visits for each of its outputs that have it."""
-    twice, once = (Problem(profiles.profile(), by="work") for _ in range(2))
-    once.header = replace(once.header, kernel="gluon, dense block")
-    assert once.header.visits_once and not twice.header.visits_once
-    assert not replace(once.header, kernel="gluon, 8bit, dense block").visits_once
+    twice, once = (Problem(profiles.profile(block=16), by="work") for _ in range(2))
+    once.header = replace(once.header, kernel="gluon, dense block", grid=(5, 128, 128))
+    assert not replace(once.header, grid=(5, 8, 8)).visits_once and not twice.header.visits_once
+    assert once.header.visits_once and not replace(once.header, kernel="gluon, 8bit, dense block").visits_once
     plans = {rung: once._kept("anchor")[..., k].sum(1) for k, rung in enumerate(once.header.ladder)}
     learning = [(q, choice) for q, choice in enumerate(once.options[once.singles :]) if choice.learns]
     assert {choice.anchor_density for _, choice in learning} == {None, 0.3}

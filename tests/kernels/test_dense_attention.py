@@ -117,9 +117,21 @@ def test_the_fastest_kernel_that_takes_the_inputs(monkeypatch, capability, insta
     monkeypatch.setattr(module, "version", version)
     dense_backend.cache_clear()
     try:
-        assert dense_backend(torch.device("cuda"), dtype, dim, masked) == expected
+        assert dense_backend(torch.device("cuda"), dtype, dim, module.LONG, masked) == expected
     finally:
         dense_backend.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changed", "once"),
+    [({}, True), ({"capability": (10, 0)}, False), ({"dtype": torch.float32}, False), ({"dim": 96}, False),
+     ({"block": 64}, False), ({"tokens": module.LONG - 1}, False), ({"device": "cpu"}, False)],
+    ids=str,
+)  # fmt: skip
+def test_where_anchors_visit_each_pair_once(changed, once, monkeypatch):
+    x = dict(capability=(9, 0), device="cuda", dtype=torch.float16, dim=64, block=128, tokens=module.LONG) | changed
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: x["capability"])
+    assert module.visits_once(torch.device(x["device"]), x["dtype"], x["dim"], x["block"], x["tokens"]) is once
 
 
 @pytest.mark.parametrize("without", ["Hopper's kernel", "its Triton", "many tokens"])
@@ -133,7 +145,7 @@ def test_without_the_hopper_kernel_or_its_lead_dense_is_cudnn(without, monkeypat
     tokens = module.LONG - (without == "many tokens")
     dense_backend.cache_clear()
     try:
-        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128, tokens=tokens) == "cudnn"
+        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128, tokens) == "cudnn"
     finally:
         dense_backend.cache_clear()
 
@@ -144,13 +156,13 @@ def test_no_flash_attention_installed_is_no_error(monkeypatch):
     monkeypatch.setattr("sys.path", [])
     dense_backend.cache_clear()
     try:
-        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128) == "cudnn"
+        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128, module.LONG) == "cudnn"
     finally:
         dense_backend.cache_clear()
 
 
 def test_the_cpu_kernel_is_the_cpus():
-    assert dense_backend(torch.device("cpu"), torch.bfloat16, 128, True) == "cpu"
+    assert dense_backend(torch.device("cpu"), torch.bfloat16, 128, module.LONG, True) == "cpu"
 
 
 @pytest.mark.parametrize("backend", ["fa4", "cudnn", "flash"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dit_sparse import attention
 from dit_sparse.attention import Call, sparse_attention
 from dit_sparse.config import SparseConfig
 from dit_sparse.kernels import reference
@@ -146,8 +147,19 @@ def test_parts_that_do_not_fit_are_errors():
     with pytest.raises(ValueError, match="do not fit in blocks of 32"):
         with_tail(q, out, lse, plan, tail, block=32)
     short = replace(tail, keys=tail.keys[:, :, 1:])
-    with pytest.raises(ValueError, match="not one for each of 5 key blocks"):
+    with pytest.raises(ValueError, match=r"tail.keys must be \(2, 3, 5, 16\)"):
         with_tail(q, out, lse, plan, short, block=BLOCK)
+    with pytest.raises(ValueError, match="last dimension of q must be contiguous"):
+        with_tail(q.mT.contiguous().mT, out, lse, plan, tail, block=BLOCK)
+    with pytest.raises(ValueError, match="lse of torch.float64 must be torch.float64, not torch.float16"):
+        merge_into(out, lse.half(), other, other_lse)
+
+
+def test_wide_float32_runs_in_pytorch():
+    (q, k, v), plan, ((out, lse), _, _) = two_parts(torch.float32, dim=256)
+    tail = cast(corrected(q, k, v, plan, BLOCK, 0, ("tail",)), torch.float32).tail
+    found = with_tail(q.float(), out, lse, plan, tail, block=BLOCK)
+    assert torch.equal(found, with_tail(q.float(), out, lse, plan, tail, block=BLOCK, impl="torch"))
 
 
 @pytest.mark.gpu
@@ -170,6 +182,7 @@ def test_on_hopper_an_anchor_visits_each_pair_once_and_errs_no_more(method, dim,
             found.append(sparse_attention(*qkv.to(dtype), layer, generation))
         return found, generation.tally.work()
 
+    monkeypatch.setattr(attention, "LONG", 0)
     once, work = outputs(torch.bfloat16)
     monkeypatch.setattr(Call, "visits_once", lambda self, plan: False)
     twice, more = outputs(torch.bfloat16)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from dit_sparse import attention
 from dit_sparse.attention import sparse_attention
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import pooled_tail
@@ -39,9 +40,12 @@ def qkv(text: int) -> list[torch.Tensor]:
     return [torch.randn(1, 2, GRID.tokens + text, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
 
 
+@pytest.mark.parametrize("long", [0, 1 << 20])
 @pytest.mark.parametrize("text", [0, 33])
 @pytest.mark.parametrize("method", METHODS)
-def test_it_never_waits(method, text):
+def test_it_never_waits(method, text, long, monkeypatch):
+    # Whether a long sequence's anchors visit each pair once.
+    monkeypatch.setattr(attention, "LONG", long)
     generation = Generation(METHODS[method], [LAYER])
     inputs = qkv(text)
     # Compilation, and tables that are made once, may wait.
