@@ -84,9 +84,9 @@ class Measured:
         self.longest = min(h.distances[-1], self.steps - 1)
 
     def _soft(self, method: ChoiceMethod) -> tuple[float | None, ...]:
-        """Densities of anchors: dense, and those of the two densest rungs above the least dense one."""
-        plain = sorted(rung.density for rung in self.header.ladder if not rung.top_p)
-        return (None, *plain[1:][-2:]) if method == "anchor" else (None,)
+        """Densities of anchors: dense, and the densest rung."""
+        plain = [rung.density for rung in self.header.ladder if not rung.top_p]
+        return (None, plain[-1]) if method == "anchor" and len(plain) > 1 else (None,)
 
     @cached_property
     def signed(self) -> np.ndarray:

@@ -54,7 +54,7 @@ class Plan:
     @property
     def middle(self) -> int:
         """The rung that effects and the drift of rho are measured at."""
-        return (len(self.ladder) - 1) // 2
+        return len(self.ladder) // 2
 
     def axes(self) -> dict[str, tuple[int, ...]]:
         """The trailing axes of each statistic, see dit_sparse.profile.AXES."""

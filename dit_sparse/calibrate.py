@@ -57,8 +57,8 @@ class CalibrateOptions:
     """How strongly to follow the prompt; above 1 the model runs twice a step."""
     seed: int = 0
     """Of the first prompt's noise; the next has the next."""
-    density: tuple[float, ...] = (0.03, 0.06, 0.1, 0.2, 0.4, 0.7)
-    """Shares of key blocks to try. Anchors may be dense, or of the two highest."""
+    density: tuple[float, ...] = (0.03, 0.06, 0.1, 0.2, 0.4)
+    """Shares of key blocks to try. Anchors may be dense, or of the highest."""
     top_p: float | None = None
     """Also try the lowest density with this share of the estimated score kept at least."""
     rows: int = 128
