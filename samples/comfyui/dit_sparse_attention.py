@@ -8,14 +8,14 @@ every attention call. What cannot be sparse runs ComfyUI's own attention, and is
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from dit_sparse.attention import sparse_attention
-from dit_sparse.config import SparseConfig
+from dit_sparse.config import SparseConfig, takes
 from dit_sparse.layout import TokenGrid
 from dit_sparse.state import Generation, Layer
 
@@ -63,6 +63,9 @@ class SparseRun:
         head_dim = getattr(model, kind.width) // model.num_heads
         layers = [Layer(name, i, len(names), model.num_heads, head_dim, kind.joint) for i, name in enumerate(names)]
         self.layers = {layer.name: layer for layer in layers}
+        if takes(config.method, "share_plan"):
+            # ComfyUI runs conditions apart or as one batch, as memory has it, and the result must not depend on that.
+            config = replace(config, share_plan=False)
         self.generation = Generation(config, layers)
         self.seen: set[str] = set()
         self.references = False
