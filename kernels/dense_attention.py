@@ -11,8 +11,8 @@ from dit_sparse.kernels.block_attention import block_attention, chosen_impl, on_
 from dit_sparse.kernels.implementation import Inputs, on_device
 from dit_sparse.plan import BlockPlan
 
-# Tokens from which the Hopper kernel is faster than cuDNN's in bfloat16 at 64 and 128 channels, and as fast in float16;
-# launches cost it that much (H200, 2026-11-27, torch 2.11, triton 3.6).
+# Tokens from which the Hopper kernel is faster than cuDNN's in bfloat16, at 64 and 128 channels, and as fast in
+# float16: fewer do not make up for its launch (H200, 2026-11-27, torch 2.11, triton 3.6).
 LONG = 16384
 
 Backend = Literal["fa4", "cudnn", "flash", "cpu", "block"]
