@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from weakref import WeakValueDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,10 +195,7 @@ def _by_kind(
         own = tuple(x[:, list(heads)] for x in (q, k, v))
         if not order.is_raster:
             own = permute(own, order.take)
-        precision = generation.config.precision
-        call = Call(
-            own[0], own[1], own[2], layout, config, text_mask, routes=False, precision=precision
-        )  # fmt: skip
+        call = Call(*own, layout, config, text_mask, routes=False, precision=generation.config.precision)
         some = call.over(plan, routed[-1], Correction())[0]
         out[:, list(heads)] = some if order.is_raster else permute((some,), order.place)[0]
         known += call.known
@@ -241,12 +238,12 @@ def _refresh(
     denser = None
     if soft and config.anchor_density is not None:
         denser = call.route(config.anchor_density).plan
-        if given is not None:
-            # Its own plan is part of the denser one, but another branch's need not be.
-            denser = marked(denser.mask() | plan.mask())
     if call.visits_once(plan):
         (part, part_lse), (out, lse) = call.both(plan, routed, denser)
     else:
+        if denser is not None and given is not None:
+            # Its own plan is part of the denser one, but another branch's need not be.
+            denser = marked(denser.mask() | plan.mask())
         part, part_lse = call.over(plan, routed, call.tail)
         out, lse = call.dense() if denser is None else call.over(denser, denser.counts.sum(), call.tail)
     rho = None
@@ -422,19 +419,8 @@ class Call:
         """() float32: what 8 bits make wrong in the exact part of the first head, over that part."""
         q, k, v = (x[:, :1] for x in (self.q, self.k, self.v))
         first = BlockPlan(plan.counts[:, :1], plan.indices[:, :1], plan.key_blocks)
-        full, low = (
-            block_attention(
-                q,
-                k,
-                v,
-                first,
-                block=self.layout.block,
-                key_mask=self.text_mask,
-                text=self.layout.text,
-                precision=precision,
-            )[0]
-            for precision in ("full", "8bit")
-        )
+        options: dict[str, Any] = dict(block=self.layout.block, key_mask=self.text_mask, text=self.layout.text)
+        full, low = (block_attention(q, k, v, first, **options, precision=p)[0] for p in ("full", "8bit"))
         return (low.float() - full.float()).norm() / full.float().norm()
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -454,46 +440,3 @@ def _check_finite(layer: Layer, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not x.isfinite().all():
             raise ValueError(f"{name} of {layer.name} holds NaN or Inf, and strict=True accepts finite numbers only.")
-
-
-# A custom op takes tensors, so it finds its generation by number. Weak: a generation ends with its session.
-_generations: WeakValueDictionary[int, Generation] = WeakValueDictionary()
-
-
-def address(generation: Generation, layer: int) -> Tensor:
-    """[2] int64 on the CPU: where `attend` finds the generation and one of its layers.
-
-    A tensor and not numbers, so that torch.compile makes one graph for all layers.
-    """
-    _generations[id(generation)] = generation
-    return torch.tensor([id(generation), layer], device="cpu")
-
-
-@torch.library.custom_op("dit_sparse::attend", mutates_args=())
-def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, where: Tensor) -> Tensor:
-    """`sparse_attention` of the layer at `where` (see `address`); q, k, v [B, H, L, D] -> [B, H, L, D].
-
-    key_mask [B, L] bool is False for padding, which only text has. Outside of its transformer a layer is dense,
-    and counted. Under autocast it runs in autocast's dtype, like torch's own attention, and returns q's.
-    """
-    number, index = where.tolist()
-    generation, device, like = _generations[number], q.device.type, q
-    if torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    # Pooling and routing are in float32 whatever the model runs in.
-    with torch.autocast(device, enabled=False):
-        layer = generation.layers[index]
-        if generation.moment is None:
-            generation.fall_back("attention ran outside of its transformer's forward")
-        if key_mask is not None and generation.moment is None:
-            out = dense_attention(q, k, v, key_mask=key_mask)[0]
-        else:
-            text_mask = None if key_mask is None else generation.text_of(layer, key_mask)
-            out = sparse_attention(q, k, v, layer, generation, text_mask=text_mask)
-    # The layout and dtype that were promised to the compiler.
-    return out if (out.stride(), out.dtype) == (like.stride(), like.dtype) else torch.empty_like(like).copy_(out)
-
-
-@attend.register_fake
-def _(q: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(q)

@@ -12,6 +12,7 @@ from dit_sparse.choices import Phase, Table, per_block
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned
 from dit_sparse.head_kinds import HeadKinds
+from dit_sparse.layers import Layer, Moment, Part
 from dit_sparse.layout import TokenGrid
 from dit_sparse.memory import bytes_per_head, free_bytes, size
 from dit_sparse.phases import named, planned_phase
@@ -26,55 +27,6 @@ GIB = 1024**3
 
 class StateTooLarge(ValueError):
     """What the method must remember does not fit the memory it may take."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """One forward of a transformer inside a generation."""
-
-    step: int
-    branch: str  # "cond", "uncond", ... as the pipeline says, else "branch 0", "branch 1", ...
-    timestep: float
-    total: int | None  # steps of the whole run, where known
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One self-attention module of a transformer."""
-
-    name: str  # "transformer_2.blocks.0.attn1"
-    index: int  # among the self-attention modules of its transformer
-    of: int  # how many there are
-    heads: int  # that this process has
-    head_dim: int
-    joint: bool = True  # whether text is among its tokens
-    share: int = 0  # which of `shares` equal parts of the module's heads these are
-    shares: int = 1
-    dealt: tuple[int, ...] = ()  # all of the module's heads in the order they are shared out, if not in their own
-
-    @property
-    def held(self) -> Sequence[int]:
-        """Which of the module's heads these are."""
-        order = self.dealt or range(self.heads * self.shares)
-        return order[self.share * self.heads : (self.share + 1) * self.heads]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Heads of a layer that do the same in this forward; `layer` is these heads alone, named for their memory.
-
-    heads  which of the layer's, None for all
-    rho    [heads, query blocks] float32, a profile's share of softmax mass in the routed blocks; None elsewhere
-    fade   [heads] float32, how much of an anchor's residual a profile has added after it; None is all of it
-    """
-
-    layer: Layer
-    heads: slice | list[int] | None
-    phase: Phase
-    config: SparseConfig
-    storage: Storage | None
-    rho: Tensor | None = None
-    fade: Tensor | None = None
 
 
 @dataclass

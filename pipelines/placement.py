@@ -8,7 +8,7 @@ import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from torch import Tensor, nn
 
-from dit_sparse.attention import address, attend
+from dit_sparse.attend_op import address, attend
 from dit_sparse.dealing import deal, order_on, work_of
 from dit_sparse.pipelines.registry import family_of, processor_of, set_processor, unwrap
 from dit_sparse.pipelines.sparse_processor import SparseAttnProcessor

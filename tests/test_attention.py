@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dit_sparse import attention, predict
-from dit_sparse.attention import Call, address, attend, sparse_attention
+from dit_sparse.attend_op import address, attend
+from dit_sparse.attention import Call, sparse_attention
 from dit_sparse.config import SparseConfig
 from dit_sparse.correction import pooled_tail, rectify
 from dit_sparse.kernels import reference
