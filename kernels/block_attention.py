@@ -1,6 +1,5 @@
 """Attention over listed key blocks, with everything a method adds for the rest done before the output is written."""
 
-import math
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from dit_sparse.kernels import block_attention_torch
 from dit_sparse.kernels.implementation import Impl, Inputs, on_device, resolve
-from dit_sparse.kernels.tail_weights import HALF_LIMIT
+from dit_sparse.kernels.tail_weights import limit_of
 from dit_sparse.plan import BlockPlan, Correction, Residual, SecondOrder, Tail
 
 try:
@@ -85,10 +84,6 @@ def block_attention(
         plan.check()
     tail, residual = correction.tail, correction.residual
     second = tail and tail.second
-    limit = second.limit if second else math.inf
-    if q.dtype in (torch.float16, torch.bfloat16):
-        # Whatever kernel it is, as float16 is what some keep the weights in.
-        limit = min(limit, HALF_LIMIT)
     return _block_attention(
         q,
         k,
@@ -108,7 +103,7 @@ def block_attention(
         second and second.q_mean,
         second and second.q_var,
         second and second.variances,
-        limit,
+        limit_of(tail, q.dtype),
         correction.scale,
         residual and residual.codes,
         residual and residual.scales,

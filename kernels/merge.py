@@ -1,14 +1,12 @@
 """Exact attention to some keys, put together with attention to the others: exact, or the pooled tail."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_attention import check_tail
 from dit_sparse.kernels.block_attention_torch import correct_head
 from dit_sparse.kernels.implementation import Impl, check_device, on_device, resolve
-from dit_sparse.kernels.tail_weights import HALF_LIMIT
+from dit_sparse.kernels.tail_weights import limit_of
 from dit_sparse.plan import BlockPlan, Correction, SecondOrder, Tail
 
 try:
@@ -69,14 +67,11 @@ def with_tail(
         raise ValueError(f"The last dimension of q must be contiguous, but its stride is {q.stride(-1)}.")
     check_tail(tail, q, rows, plan.key_blocks)
     second = tail.second
-    limit = second.limit if second else math.inf
-    if q.dtype in (torch.float16, torch.bfloat16):
-        limit = min(limit, HALF_LIMIT)
     return _with_tail(
         q, out, lse, plan.counts, plan.indices, plan.key_blocks, block,
         q.shape[-1] ** -0.5 if scale is None else scale,
         tail.keys, tail.values, tail.log_weights,
-        second and second.q_mean, second and second.q_var, second and second.variances, limit,
+        second and second.q_mean, second and second.q_var, second and second.variances, limit_of(tail, q.dtype),
         resolve("torch" if impl == "auto" and q.dtype == torch.float32 and q.shape[-1] > 128 else impl, q),
     )  # fmt: skip
 

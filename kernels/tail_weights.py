@@ -1,5 +1,7 @@
 """What each pooled key weighs for a query block, and the same without the blocks that a plan lists."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,13 @@ TILE, PLACES = 64, 128
 CHANNELS, WARPS, STAGES = {2: 64, 4: 32}, {2: 4, 4: 8}, {2: 3, 4: 2}
 # What float16 holds with room to add to it.
 HALF_LIMIT = 30000.0
+
+
+def limit_of(tail: Tail | None, dtype: torch.dtype) -> float:
+    """The most that the second order may add in attention of this dtype."""
+    limit = math.inf if tail is None or tail.second is None else tail.second.limit
+    # Whatever kernel it is, as float16 is what some keep the weights in.
+    return min(limit, HALF_LIMIT) if dtype in (torch.float16, torch.bfloat16) else limit
 
 
 def tail_weights(tail: Tail, at: tuple, *, scale: float) -> Tensor:
