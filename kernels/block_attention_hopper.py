@@ -25,6 +25,7 @@ from dit_sparse.kernels.hopper_tiles import (
     hear,
     longest_first,
     next_slot,
+    outgrows_cache,
     shrunk,
     store,
     thread_sums,
@@ -320,8 +321,9 @@ def block_attention_hopper_kernel(
     scale,
     D: gl.constexpr, TEXT: gl.constexpr, MASKED: gl.constexpr, TAIL: gl.constexpr,
     SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
-    PER_ROW: gl.constexpr, COPIED: gl.constexpr, HALVES: gl.constexpr, SLOTS: gl.constexpr, ROUND: gl.constexpr,
-    AHEAD: gl.constexpr, HELD: gl.constexpr, FIXED: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    PER_ROW: gl.constexpr, COPIED: gl.constexpr, TURNED: gl.constexpr, HALVES: gl.constexpr, SLOTS: gl.constexpr,
+    ROUND: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr, FIXED: gl.constexpr, BLOCK: gl.constexpr,
+    ROWS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: every program takes the next tile of BLOCK query rows when it is done with one."""
     dtype: gl.constexpr = d_k.dtype
@@ -378,7 +380,7 @@ def block_attention_hopper_kernel(
             )),
             (produce, (
                 descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded,
-                TEXT, TAIL, COPIED, FIXED, HALVES, SLOTS, BLOCK, ROWS,
+                TEXT, TAIL, COPIED, FIXED, TURNED, HALVES, SLOTS, BLOCK, ROWS,
             )),
         ],
         [4, 1],
@@ -412,8 +414,8 @@ def attend(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     tail, residual, row_scale = correction.tail, correction.residual, correction.scale
-    counts, (indices, step) = plan.counts.contiguous(), plan.lists()
-    order = longest_first(counts)
+    counts, order = longest_first(plan.counts)
+    indices, step = plan.lists()
     padded = whole_blocks(plan.key_blocks)
     texts = batch * heads * triton.cdiv(text, BLOCK)
     tiles = texts + counts.numel()
@@ -444,7 +446,7 @@ def attend(
         TAIL=tail is not None, SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL=residual_kind(residual),
-        PER_ROW=per_row, COPIED=copied, HALVES=key_block < BLOCK, **SHAPES[dim], FIXED=fixed, BLOCK=BLOCK, ROWS=ROWS,
-        num_warps=4,
+        PER_ROW=per_row, COPIED=copied, TURNED=outgrows_cache(k, k.element_size()), HALVES=key_block < BLOCK,
+        **SHAPES[dim], FIXED=fixed, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return out, lse

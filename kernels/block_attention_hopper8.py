@@ -37,6 +37,7 @@ from dit_sparse.kernels.hopper_tiles import (
     hear,
     longest_first,
     next_slot,
+    outgrows_cache,
     shrunk,
     store,
     thread_sums,
@@ -281,7 +282,8 @@ def block_attention_hopper8_kernel(
     scale,
     D: gl.constexpr, TEXT: gl.constexpr, MASKED: gl.constexpr, TAIL: gl.constexpr,
     SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
-    PER_ROW: gl.constexpr, COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    PER_ROW: gl.constexpr, COPIED: gl.constexpr, TURNED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr,
+    ROWS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: every program takes the next tile of BLOCK query rows when it is done with one."""
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], gl.int8)
@@ -341,7 +343,7 @@ def block_attention_hopper8_kernel(
             )),
             (produce, (
                 descs, tail_descs, pointers, rings, k_bars, v_bars, q_bars, facts, codes_parts, sizes, tiles, padded,
-                key_blocks, TEXT, TAIL, COPIED, SLOTS, BLOCK, ROWS,
+                key_blocks, TEXT, TAIL, COPIED, TURNED, SLOTS, BLOCK, ROWS,
             )),
         ],
         [4, 1],
@@ -403,8 +405,8 @@ def attend(
     # The tail knows the means of blocks, of which all but the last have as many keys.
     codes = quantise(q, k, v, text, scale, tail.keys.mean(2, dtype=torch.float32) if tail else None, text_mask)
     pooled = _pooled(tail, plan, codes.k_mean, codes.v_unit, q.dtype, scale) if tail else [None] * 4
-    counts, (indices, step) = plan.counts.contiguous(), plan.lists()
-    order = longest_first(counts)
+    counts, order = longest_first(plan.counts)
+    indices, step = plan.lists()
     padded = whole_blocks(plan.key_blocks)
     texts = batch * heads * triton.cdiv(text, BLOCK)
     tiles = texts + counts.numel()
@@ -431,6 +433,6 @@ def attend(
         TAIL=tail is not None, SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL=residual_kind(residual),
-        PER_ROW=per_row, COPIED=copied, SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
+        PER_ROW=per_row, COPIED=copied, TURNED=outgrows_cache(k, 1), SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return out, lse

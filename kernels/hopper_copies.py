@@ -4,7 +4,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from dit_sparse.kernels.hopper_tiles import begin_tile, copy_codes, find_tile, load_tile, next_slot, tell_end
+from dit_sparse.kernels.hopper_tiles import (
+    begin_tile,
+    copy_codes,
+    find_tile,
+    first_step,
+    load_tile,
+    next_slot,
+    start_apart,
+    tell_end,
+    turned,
+)
 
 _REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
@@ -58,17 +68,21 @@ def _halved(p_list, blocks, steps, COLUMNS, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def _rows_of(p_list, i, n, blocks, COLUMNS, TEXT: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr):
+def _rows_of(
+    p_list, i, first, n, blocks, COLUMNS,
+    TEXT: gl.constexpr, TURNED: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
     """Where the keys of step i begin, and its second half where steps are of HALVES: an odd list ends in one twice."""
+    j = turned(i, first, n, TURNED)
     if HALVES:
         HALF: gl.constexpr = BLOCK // 2
-        row = gl.load(p_list + 2 * i, mask=i < n, other=0) * HALF
-        other = gl.load(p_list + gl.minimum(2 * i + 1, blocks - 1), mask=i < n, other=0) * HALF
+        row = gl.load(p_list + 2 * j, mask=i < n, other=0) * HALF
+        other = gl.load(p_list + gl.minimum(2 * j + 1, blocks - 1), mask=i < n, other=0) * HALF
         if TEXT:
             row = gl.where(i < n, row, COLUMNS + (i - n) * BLOCK)
             other = gl.where(i < n, other, row + HALF)
     else:
-        row = gl.load(p_list + i, mask=i < n, other=0) * BLOCK
+        row = gl.load(p_list + j, mask=i < n, other=0) * BLOCK
         if TEXT:
             row = gl.where(i < n, row, COLUMNS + (i - n) * BLOCK)
         other = row
@@ -79,7 +93,7 @@ def _rows_of(p_list, i, n, blocks, COLUMNS, TEXT: gl.constexpr, HALVES: gl.const
 def produce(
     descs, tail_descs, pointers, rings, bars, q_bars, facts, lost, codes_parts, sizes, tiles, padded,
     TEXT: gl.constexpr, TAIL: gl.constexpr, COPIED: gl.constexpr, FIXED: gl.constexpr,
-    HALVES: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    TURNED: gl.constexpr, HALVES: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Every tile of this program, then those that a group could not hold, from each group's list."""
     q_full, q_empty = q_bars
@@ -88,10 +102,12 @@ def produce(
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
     t = gl.program_id(0)
+    if TURNED:
+        start_apart(pointers, sizes, descs[0].block_type.shape[3])
     while t < tiles:
         t, slot, phase, q_phase = _copy_tile(
             t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
-            slot, phase, q_phase, TEXT, TAIL, COPIED, False, HALVES, SLOTS, BLOCK, ROWS,
+            slot, phase, q_phase, TEXT, TAIL, COPIED, False, TURNED, HALVES, SLOTS, BLOCK, ROWS,
         )  # fmt: skip
     tell_end(facts, q_bars, q_phase)
     if FIXED:
@@ -106,7 +122,7 @@ def produce(
             following = gl.load(p_work + 1 + 2 * t + group)
             _, slot, phase, q_phase = _copy_tile(
                 t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
-                slot, phase, q_phase, TEXT, TAIL, COPIED, True, HALVES, SLOTS, BLOCK, ROWS,
+                slot, phase, q_phase, TEXT, TAIL, COPIED, True, TURNED, HALVES, SLOTS, BLOCK, ROWS,
             )  # fmt: skip
             ended = (following < 0) & (group == 0)
             t = gl.where(ended, other, following)
@@ -119,24 +135,23 @@ def _copy_tile(
     t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
     slot, phase, q_phase,
     TEXT: gl.constexpr, TAIL: gl.constexpr, COPIED: gl.constexpr, AGAIN: gl.constexpr,
-    HALVES: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
+    TURNED: gl.constexpr, HALVES: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Keys of a step, then values of the step before: the order in which they are used. Returns the next tile, too."""
     d_q, d_k, d_v = descs
     q_ring, ring, weight_ring = rings
     full, empty = bars
     H, LQ, LK, VISION, COLUMNS, NQ, NK, STEP, texts = sizes
-    i_bh, i_list, row, is_text, p_list, n, steps = find_tile(t, pointers, sizes, TEXT, BLOCK)
+    i_bh, place, i_list, row, is_text, p_list, n, steps = find_tile(t, pointers, sizes, TEXT, BLOCK)
     b, h = i_bh // H, i_bh % H
     blocks = n
     # Lists ascend, so only the last listed block can be the short one.
     if HALVES:
         n, steps, short = _halved(p_list, blocks, steps, COLUMNS, BLOCK)
-        before, before_too = _rows_of(p_list, 0, n, blocks, COLUMNS, False, HALVES, BLOCK)
     else:
-        before = gl.load(p_list) * BLOCK
-        before_too = before
         short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
+    first = first_step(i_bh, place, is_text, n, pointers, sizes, TURNED)
+    before, before_too = _rows_of(p_list, 0, first, n, blocks, COLUMNS, False, TURNED, HALVES, BLOCK)
     begin_tile(d_q, q_ring, q_bars, q_phase, facts, H, i_bh, row, n, steps, short, t, ROWS)
     q_phase ^= 1
     _fill_listed(d_k, b, h, before, before_too, ring, bars, slot, phase, HALVES)
@@ -144,7 +159,7 @@ def _copy_tile(
     if not AGAIN:
         t = gl.num_programs(0) + gl.atomic_add(pointers[4], 1)
     for i in range(1, steps):
-        row_k, row_k_too = _rows_of(p_list, i, n, blocks, COLUMNS, TEXT, HALVES, BLOCK)
+        row_k, row_k_too = _rows_of(p_list, i, first, n, blocks, COLUMNS, TEXT, TURNED, HALVES, BLOCK)
         _fill_listed(d_k, b, h, row_k, row_k_too, ring, bars, slot, phase, HALVES)
         slot, phase = next_slot(slot, phase, SLOTS)
         _fill_listed(d_v, b, h, before, before_too, ring, bars, slot, phase, HALVES)

@@ -213,6 +213,50 @@ class TestMasksOfText:
         assert all(torch.equal(a, b) for a, b in zip(named, auto, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("key_block", "dim", "text", "precision"),
+    [
+        (128, 128, 0, "full"), (128, 64, 0, "full"), (64, 128, 0, "full"), (64, 64, 0, "full"), (128, 128, 0, "8bit"),
+        (128, 128, 300, "full"), (64, 64, 226, "full"), (128, 128, 300, "8bit"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("spread", [0, 3])
+class TestTurnedLists:
+    """Of heads that the cache does not hold, each tile's list begins elsewhere."""
+
+    pytestmark = on_hopper
+
+    def build(self, key_block, dim, text, spread, monkeypatch):
+        blocks, heads, vision = 37, 2, 37 * BLOCK - 77
+        for module in ("", "8"):
+            name = f"dit_sparse.kernels.block_attention_hopper{module}.outgrows_cache"
+            monkeypatch.setattr(name, lambda k, bytes_each: True)
+        q, k, v = (x.bfloat16() for x in inputs(heads=heads, queries=vision + text, dim=dim))
+        columns = -(-vision // key_block)
+        counts = 19 + torch.arange(blocks, device=DEVICE) % (spread + 1)
+        ranks = torch.rand(1, heads, blocks, columns, device=DEVICE).argsort(-1).argsort(-1)
+        plan = BlockPlan.from_mask(ranks < counts[:, None])
+        correction = cast(corrected(q, k, v, plan, BLOCK, text, ("tail", "fp8"), key_block), torch.bfloat16)
+        return (q, k, v), plan, correction, dict(block=BLOCK, key_block=key_block, text=text)
+
+    def test_error_is_at_most_twice_pytorchs(self, key_block, dim, text, precision, spread, monkeypatch):
+        qkv, plan, correction, options = self.build(key_block, dim, text, spread, monkeypatch)
+        wide = [x.double() for x in qkv]
+        exact = reference.block_attention(*wide, plan, cast(correction, torch.float64), scale=dim**-0.5, **options)
+        actual = block_attention(*qkv, plan, correction, precision=precision, **options)
+        if precision == "8bit":
+            assert (actual[0].double() - exact[0]).norm() <= 0.045 * exact[0].norm()
+            return
+        eager = reference.block_attention(*qkv, plan, correction, scale=dim**-0.5, **options)
+        for a, by_torch, e in zip(actual, eager, exact, strict=True):
+            assert_no_worse(a, by_torch, e)
+
+    def test_same_bits_again(self, key_block, dim, text, precision, spread, monkeypatch):
+        qkv, plan, correction, options = self.build(key_block, dim, text, spread, monkeypatch)
+        once, again = (block_attention(*qkv, plan, correction, precision=precision, **options) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
 class TestAnyPlan:
     pytestmark = on_hopper
 
@@ -367,7 +411,7 @@ class _Pointer(NamedTuple):
 def schedule(tiles, monkeypatch, *, heads, blocks, text, programs):
     """The steps of each program, which takes the next tile when it is free, and where tiles begin: (head, row)."""
     counts = torch.randint(blocks // 8, blocks // 4, (heads, blocks))
-    order = counts.sort(dim=-1, descending=True, stable=True).indices
+    counts, order = tiles.longest_first(counts.int()[None])
     rows, texts = blocks * BLOCK - 5, heads * -(-text // BLOCK)
     tables = {"counts": counts.flatten(), "order": order.flatten()}
     language = SimpleNamespace(
@@ -381,18 +425,22 @@ def schedule(tiles, monkeypatch, *, heads, blocks, text, programs):
     sizes = (heads, rows + text, rows + text, rows, rows, blocks, blocks, 8, texts)
     steps, begins = [0] * programs, []
     for t in range(texts + heads * blocks):
-        i_bh, _, row, is_text, p_list, n, took = tiles.find_tile.fn(torch.tensor(t), pointers, sizes, text > 0, BLOCK)
+        i_bh, _, _, row, is_text, p_list, n, took = tiles.find_tile.fn(
+            torch.tensor(t), pointers, sizes, text > 0, BLOCK
+        )
         assert p_list.base == ("every" if is_text else "indices") and n == (blocks if is_text else n) and took >= n
         steps[steps.index(min(steps))] += int(took)
         begins.append((int(i_bh), int(row)))
     return steps, begins, rows
 
 
+@pytest.mark.parametrize("first", [None, 0, 1])
 @pytest.mark.parametrize("text", [0, 300])
 @pytest.mark.parametrize("listed", [[0], [4], [0, 4], [1, 2, 3], [0, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 3]])
 @pytest.mark.parametrize("columns", [257, 290, 320])
-def test_steps_of_two_blocks_take_what_is_listed_once(columns, listed, text, monkeypatch):
+def test_steps_of_two_blocks_take_what_is_listed_once(columns, listed, text, first, monkeypatch):
     copies = pytest.importorskip("dit_sparse.kernels.hopper_copies")
+    tiles = pytest.importorskip("dit_sparse.kernels.hopper_tiles")
     language = SimpleNamespace(
         cdiv=lambda a, b: -(-a // b),
         where=lambda c, a, b: a if c else b,
@@ -400,18 +448,55 @@ def test_steps_of_two_blocks_take_what_is_listed_once(columns, listed, text, mon
         load=lambda p, mask=True, other=0: listed[p.offset] if mask else other,
         constexpr=int,
     )
-    monkeypatch.setattr(copies, "gl", language)
+    for module in (copies, tiles):
+        monkeypatch.setattr(module, "gl", language)
+    monkeypatch.setattr(copies, "turned", tiles.turned.fn)
     pointer, blocks = _Pointer("list"), len(listed)
     all_steps = blocks + -(-text // BLOCK)
     n, steps, short = copies._halved.fn(pointer, blocks, all_steps, columns, BLOCK)
     assert n == -(-blocks // 2) and steps == n + -(-text // BLOCK) and 0 < short <= BLOCK
+    if first is not None and first >= max(n - 1, 1):
+        pytest.skip("a list begins before its last step")
     seen = []
     for i in range(steps):
-        row, other = copies._rows_of.fn(pointer, i, n, blocks, columns, text > 0, True, BLOCK)
+        row, other = copies._rows_of.fn(
+            pointer, i, first, n, blocks, columns, text > 0, first is not None, True, BLOCK
+        )
         counts = BLOCK if i + 1 < n else short if i + 1 == n else min(BLOCK, text - (i - n) * BLOCK)
         seen += [*range(row, row + 64), *range(other, other + 64)][:counts]
     tokens = [t for block in listed for t in range(block * 64, min(block * 64 + 64, columns))]
-    assert seen == tokens + list(range(columns, columns + text))
+    begins = BLOCK * (first or 0)
+    ends = len(tokens) - short
+    turned = tokens[begins:ends] + tokens[:begins] + tokens[ends:]
+    assert seen == turned + list(range(columns, columns + text))
+
+
+@pytest.mark.parametrize(("longest", "shortest"), [(40, 40), (40, 4), (1, 1), (2000, 1999)])
+def test_a_tile_begins_where_those_that_started_before_it_are_by_then(longest, shortest, monkeypatch):
+    """Every program is at the same place when they start apart and rows are alike; of rows far apart they start
+    together, and so they begin."""
+    tiles = pytest.importorskip("dit_sparse.kernels.hopper_tiles")
+    blocks, programs = 300, 132
+    counts = torch.linspace(longest, shortest, blocks).round()
+    language = SimpleNamespace(
+        load=lambda p: counts[p.offset],
+        num_programs=lambda _: torch.tensor(programs),
+        where=lambda c, a, b: a if c else b,
+        float32=torch.float32,
+        int32=torch.int32,
+    )
+    monkeypatch.setattr(tiles, "gl", language)
+    pointers, sizes = (_Pointer("counts"),), (None,) * 5 + (blocks,)
+    found = []
+    for i in range(blocks):
+        n = counts[i].int()
+        first = int(tiles.first_step.fn(torch.tensor(0), torch.tensor(i), False, n, pointers, sizes, True))
+        assert 0 <= first < max(int(n) - 1, 1)
+        found.append(first)
+        assert abs(first - (i % programs) / programs * shortest / longest * (int(n) - 1)) <= 1
+        assert not tiles.first_step.fn(torch.tensor(0), torch.tensor(i), True, n, pointers, sizes, True)
+    assert found[0] == found[programs] == 0
+    assert longest > shortest + 1 or max(found) >= 0.9 * (shortest - 1)
 
 
 @pytest.mark.parametrize("text", [0, 7, 300])

@@ -14,9 +14,9 @@ from dit_sparse.kernels.block_attention_hopper import BLOCK, ROWS, SHAPES, block
 from tests.kernels.aot import Build, Resources, compile_kernels  # noqa: E402
 
 BARE = dict.fromkeys(
-    ("TEXT", "MASKED", "TAIL", "SCATTER", "SCALE", "SCALE_PER_ROW", "RESIDUAL", "PER_ROW", "COPIED"), False
+    ("TEXT", "MASKED", "TAIL", "SCATTER", "SCALE", "SCALE_PER_ROW", "RESIDUAL", "PER_ROW", "COPIED", "TURNED"), False
 )
-ANCHOR = BARE | dict(TAIL=True, SCATTER=True, RESIDUAL=2, PER_ROW=True, COPIED=True)
+ANCHOR = BARE | dict(TAIL=True, SCATTER=True, RESIDUAL=2, PER_ROW=True, COPIED=True, TURNED=True)
 EVERYTHING = ANCHOR | dict(TEXT=True, MASKED=True, SCALE=True, SCALE_PER_ROW=True, RESIDUAL=3)
 # Arguments that only some corrections need, and the flag that says so.
 OPTIONAL = {
