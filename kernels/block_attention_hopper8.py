@@ -37,7 +37,6 @@ from dit_sparse.kernels.hopper_tiles import (
     hear,
     longest_first,
     next_slot,
-    outgrows_cache,
     shrunk,
     store,
     thread_sums,
@@ -282,8 +281,7 @@ def block_attention_hopper8_kernel(
     scale,
     D: gl.constexpr, TEXT: gl.constexpr, MASKED: gl.constexpr, TAIL: gl.constexpr,
     SCATTER: gl.constexpr, SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, RESIDUAL: gl.constexpr,
-    PER_ROW: gl.constexpr, COPIED: gl.constexpr, TURNED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr,
-    ROWS: gl.constexpr,
+    PER_ROW: gl.constexpr, COPIED: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: every program takes the next tile of BLOCK query rows when it is done with one."""
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], gl.int8)
@@ -343,7 +341,7 @@ def block_attention_hopper8_kernel(
             )),
             (produce, (
                 descs, tail_descs, pointers, rings, k_bars, v_bars, q_bars, facts, codes_parts, sizes, tiles, padded,
-                key_blocks, TEXT, TAIL, COPIED, TURNED, SLOTS, BLOCK, ROWS,
+                key_blocks, TEXT, TAIL, COPIED, SLOTS, BLOCK, ROWS,
             )),
         ],
         [4, 1],
@@ -433,6 +431,6 @@ def attend(
         TAIL=tail is not None, SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL=residual_kind(residual),
-        PER_ROW=per_row, COPIED=copied, TURNED=outgrows_cache(k, 1), SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
+        PER_ROW=per_row, COPIED=copied, SLOTS=SLOTS, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return out, lse

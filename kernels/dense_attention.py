@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_attention import block_attention, chosen_impl, on_hopper
-from dit_sparse.kernels.implementation import Inputs, on_device
+from dit_sparse.kernels.implementation import Inputs, on_device, outgrows_cache
 from dit_sparse.plan import BlockPlan
 
 # Tokens from which the Hopper kernel is faster than cuDNN's in bfloat16, at 64 and 128 channels, and as fast in
@@ -23,11 +23,14 @@ def dense_backend(
     device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, masked: bool = False
 ) -> Backend:
     """The fastest dense kernel here for inputs of so many tokens: `dense_library`, but for long ones in bfloat16 on
-    Hopper, where FlashAttention-4 is not installed, our own block kernel with every block listed."""
+    Hopper our own block kernel with every block listed. FlashAttention-4 is slower only where a head outgrows the
+    cache."""
     found = dense_library(device, dtype, head_dim, masked)
-    if found != "cudnn" or dtype != torch.bfloat16 or tokens < LONG:
+    if found not in ("fa4", "cudnn") or dtype != torch.bfloat16 or tokens < LONG or not on_hopper(dtype, head_dim):
         return found
-    return "block" if torch.cuda.get_device_capability(device)[0] == 9 and on_hopper(dtype, head_dim) else found
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return found
+    return "block" if found == "cudnn" or outgrows_cache(device, tokens, head_dim) else found
 
 
 def visits_once(device: torch.device, dtype: torch.dtype, head_dim: int, block: int, tokens: int) -> bool:

@@ -4,17 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from dit_sparse.kernels.hopper_tiles import (
-    begin_tile,
-    copy_codes,
-    find_tile,
-    first_step,
-    load_tile,
-    next_slot,
-    start_apart,
-    tell_end,
-    turned,
-)
+from dit_sparse.kernels.hopper_tiles import begin_tile, copy_codes, find_tile, load_tile, next_slot, tell_end
 
 
 @gluon.jit
@@ -29,7 +19,7 @@ def _copy(desc, at, ring, bars, slot, phase, more: gl.constexpr):
 @gluon.jit
 def produce(
     descs, tail_descs, pointers, rings, k_bars, v_bars, q_bars, facts, codes_parts, sizes, tiles, padded, key_blocks,
-    TEXT: gl.constexpr, TAIL: gl.constexpr, COPIED: gl.constexpr, TURNED: gl.constexpr,
+    TEXT: gl.constexpr, TAIL: gl.constexpr, COPIED: gl.constexpr,
     SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Keys of a step, then values of the step before: the order in which they are used."""
@@ -41,13 +31,10 @@ def produce(
     v_slot, v_phase = gl.to_tensor(0), gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
     t = gl.program_id(0)
-    if TURNED:
-        start_apart(pointers, sizes, d_q.block_type.shape[3])
     while t < tiles:
-        i_bh, place, i_list, row, is_text, p_list, n, steps = find_tile(t, pointers, sizes, TEXT, BLOCK)
+        i_bh, _, i_list, row, is_text, p_list, n, steps = find_tile(t, pointers, sizes, TEXT, BLOCK)
         b, h = i_bh // H, i_bh % H
-        first = first_step(i_bh, place, is_text, n, pointers, sizes, TURNED)
-        before = gl.load(p_list + turned(0, first, n, TURNED))
+        before = gl.load(p_list)
         # Lists ascend, so only the last listed block can be the short one.
         short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
         begin_tile(d_q, q_ring, q_bars, q_phase, facts, H, i_bh, row, n, steps, short, t, ROWS)
@@ -57,7 +44,7 @@ def produce(
         k_slot, k_phase = next_slot(k_slot, k_phase, SLOTS)
         t = gl.num_programs(0) + gl.atomic_add(pointers[4], 1)
         for i in range(1, steps):
-            now = gl.load(p_list + turned(i, first, n, TURNED), mask=i < n, other=0)
+            now = gl.load(p_list + i, mask=i < n, other=0)
             if TEXT:
                 # Text keys lie behind the last block of vision, which is filled up.
                 now = gl.where(i < n, now, NK + i - n)

@@ -4,17 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from dit_sparse.kernels.hopper_tiles import (
-    begin_tile,
-    copy_codes,
-    find_tile,
-    first_step,
-    load_tile,
-    next_slot,
-    start_apart,
-    tell_end,
-    turned,
-)
+from dit_sparse.kernels.hopper_tiles import begin_tile, copy_codes, find_tile, load_tile, next_slot, tell_end
 
 _REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
@@ -68,12 +58,58 @@ def _halved(p_list, blocks, steps, COLUMNS, BLOCK: gl.constexpr):
 
 
 @gluon.jit
+def _first_step(i_bh, i, is_text, n, pointers, sizes, TURNED: gl.constexpr):
+    """Which of its n steps the tile at place i of its head begins with.
+
+    Programs go through a head's keys at the same time, and what one has copied the cache holds for the others if they
+    are at the same place. They start one after another, over the time that the shortest tiles of the head before took:
+    by so much the later ones must begin further on, to be where the earlier ones are by then.
+    """
+    first = 0
+    if TURNED:
+        p_counts, NQ = pointers[0], sizes[5]
+        longest, shortest = gl.load(p_counts + i_bh * NQ), gl.load(p_counts + (i_bh * NQ + NQ - 1))
+        programs = gl.num_programs(0)
+        share = (i % programs * shortest).to(gl.float32) / (programs * longest).to(gl.float32)
+        first = gl.where(is_text, 0, (share * (n - 1).to(gl.float32)).to(gl.int32))
+    return first
+
+
+@gluon.jit
+def _turned(i, first, n, TURNED: gl.constexpr):
+    """What step i takes of a list that is gone through from `first` on, and then from its start. Its last block, the
+    only one that can be short, stays the last."""
+    if not TURNED:
+        return i
+    j = i + first
+    j = gl.where(j < n - 1, j, j - (n - 1))
+    return gl.where(i < n - 1, j, i)
+
+
+@gluon.jit
+def _clock():
+    return gl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _start_apart(pointers, sizes, HALVES: gl.constexpr, D: gl.constexpr):
+    """Wait for this program's part of the time that the first head's shortest tile takes; see `_first_step`."""
+    # A block's products take 16 D clocks, and all of it, at 128 channels, about an eighth more.
+    CLOCKS: gl.constexpr = 9 * D if HALVES else 18 * D
+    begin = _clock()
+    steps = gl.load(pointers[0] + sizes[5] - 1)
+    until = (gl.program_id(0) * steps).to(gl.float32) * CLOCKS / gl.num_programs(0).to(gl.float32)
+    while _clock() - begin < until.to(gl.int32):
+        pass
+
+
+@gluon.jit
 def _rows_of(
     p_list, i, first, n, blocks, COLUMNS,
     TEXT: gl.constexpr, TURNED: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Where the keys of step i begin, and its second half where steps are of HALVES: an odd list ends in one twice."""
-    j = turned(i, first, n, TURNED)
+    j = _turned(i, first, n, TURNED)
     if HALVES:
         HALF: gl.constexpr = BLOCK // 2
         row = gl.load(p_list + 2 * j, mask=i < n, other=0) * HALF
@@ -103,7 +139,7 @@ def produce(
     q_phase = gl.to_tensor(0)
     t = gl.program_id(0)
     if TURNED:
-        start_apart(pointers, sizes, descs[0].block_type.shape[3])
+        _start_apart(pointers, sizes, HALVES, descs[0].block_type.shape[3])
     while t < tiles:
         t, slot, phase, q_phase = _copy_tile(
             t, descs, tail_descs, pointers, rings, bars, q_bars, facts, codes_parts, sizes, padded,
@@ -150,7 +186,7 @@ def _copy_tile(
         n, steps, short = _halved(p_list, blocks, steps, COLUMNS, BLOCK)
     else:
         short = COLUMNS - gl.load(p_list + n - 1) * BLOCK
-    first = first_step(i_bh, place, is_text, n, pointers, sizes, TURNED)
+    first = _first_step(i_bh, place, is_text, n, pointers, sizes, TURNED)
     before, before_too = _rows_of(p_list, 0, first, n, blocks, COLUMNS, False, TURNED, HALVES, BLOCK)
     begin_tile(d_q, q_ring, q_bars, q_phase, facts, H, i_bh, row, n, steps, short, t, ROWS)
     q_phase ^= 1

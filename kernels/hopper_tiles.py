@@ -62,52 +62,6 @@ def find_tile(t, pointers, sizes, TEXT: gl.constexpr, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def first_step(i_bh, i, is_text, n, pointers, sizes, TURNED: gl.constexpr):
-    """Which of its n steps the tile at place i of its head begins with.
-
-    Programs go through a head's keys at the same time, and what one has copied the cache holds for the others if they
-    are at the same place. They start one after another, over the time that the shortest tiles of the head before took:
-    by so much the later ones must begin further on, to be where the earlier ones are by then.
-    """
-    first = 0
-    if TURNED:
-        p_counts, NQ = pointers[0], sizes[5]
-        longest, shortest = gl.load(p_counts + i_bh * NQ), gl.load(p_counts + (i_bh * NQ + NQ - 1))
-        programs = gl.num_programs(0)
-        share = (i % programs * shortest).to(gl.float32) / (programs * longest).to(gl.float32)
-        first = gl.where(is_text, 0, (share * (n - 1).to(gl.float32)).to(gl.int32))
-    return first
-
-
-@gluon.jit
-def turned(i, first, n, TURNED: gl.constexpr):
-    """What step i takes of a list that is gone through from `first` on, and then from its start. Its last block, the
-    only one that can be short, stays the last."""
-    if not TURNED:
-        return i
-    j = i + first
-    j = gl.where(j < n - 1, j, j - (n - 1))
-    return gl.where(i < n - 1, j, i)
-
-
-@gluon.jit
-def _clock():
-    return gl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def start_apart(pointers, sizes, D: gl.constexpr):
-    """Wait for this program's part of the time that the first head's shortest tile takes; see `first_step`."""
-    # A block takes 16 D clocks of products and, at 128 channels, an eighth more.
-    CLOCKS: gl.constexpr = 18 * D
-    begin = _clock()
-    steps = gl.load(pointers[0] + sizes[5] - 1)
-    until = (gl.program_id(0) * steps).to(gl.float32) * CLOCKS / gl.num_programs(0).to(gl.float32)
-    while _clock() - begin < until.to(gl.int32):
-        pass
-
-
-@gluon.jit
 def tell(facts, i_bh, row, n, steps, short, tile):
     """What the groups need to know of a tile. No steps: there is none left."""
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
@@ -283,12 +237,6 @@ def longest_first(counts: Tensor) -> tuple[Tensor, Tensor]:
     programs end together, while the head's keys and values stay in the cache."""
     ordered = counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True)
     return ordered.values, ordered.indices.int()
-
-
-def outgrows_cache(k: Tensor, bytes_each: int) -> bool:
-    """Whether a head's keys and values, [B, H, L, D], are more than half of the cache holds: the other half has copies
-    of what it reads."""
-    return 2 * k.shape[2] * k.shape[3] * bytes_each > torch.cuda.get_device_properties(k.device).L2_cache_size // 2
 
 
 def weights_of(

@@ -56,6 +56,12 @@ def residual_kind(residual: Residual | None) -> int:
     return 4 if weighed else {"full": 1, "fp8": 2, "int4": 3}[residual.kind]
 
 
+def outgrows_cache(device: torch.device, keys: int, head_dim: int) -> bool:
+    """Whether a head's keys and values, of 16 bits, are more than the GPU's cache holds: half of it, as each half has
+    copies of what it reads of the other."""
+    return 4 * keys * head_dim > torch.cuda.get_device_properties(device).L2_cache_size // 2
+
+
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Where kernels for tensors like x are to be launched: Triton takes the current device, not its tensors' one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

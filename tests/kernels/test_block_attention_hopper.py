@@ -214,12 +214,9 @@ class TestMasksOfText:
 
 
 @pytest.mark.parametrize(
-    ("key_block", "dim", "text", "precision"),
-    [
-        (128, 128, 0, "full"), (128, 64, 0, "full"), (64, 128, 0, "full"), (64, 64, 0, "full"), (128, 128, 0, "8bit"),
-        (128, 128, 300, "full"), (64, 64, 226, "full"), (128, 128, 300, "8bit"),
-    ],
-)  # fmt: skip
+    ("key_block", "dim", "text"),
+    [(128, 128, 0), (128, 64, 0), (64, 128, 0), (64, 64, 0), (128, 128, 300), (64, 64, 226)],
+)
 @pytest.mark.parametrize("spread", [0, 3])
 class TestTurnedLists:
     """Of heads that the cache does not hold, each tile's list begins elsewhere."""
@@ -228,9 +225,9 @@ class TestTurnedLists:
 
     def build(self, key_block, dim, text, spread, monkeypatch):
         blocks, heads, vision = 37, 2, 37 * BLOCK - 77
-        for module in ("", "8"):
-            name = f"dit_sparse.kernels.block_attention_hopper{module}.outgrows_cache"
-            monkeypatch.setattr(name, lambda k, bytes_each: True)
+        module = "dit_sparse.kernels.block_attention_hopper"
+        monkeypatch.setattr(f"{module}.outgrows_cache", lambda device, keys, head_dim: True)
+        monkeypatch.setattr(f"{module}.APART", 0)
         q, k, v = (x.bfloat16() for x in inputs(heads=heads, queries=vision + text, dim=dim))
         columns = -(-vision // key_block)
         counts = 19 + torch.arange(blocks, device=DEVICE) % (spread + 1)
@@ -239,21 +236,18 @@ class TestTurnedLists:
         correction = cast(corrected(q, k, v, plan, BLOCK, text, ("tail", "fp8"), key_block), torch.bfloat16)
         return (q, k, v), plan, correction, dict(block=BLOCK, key_block=key_block, text=text)
 
-    def test_error_is_at_most_twice_pytorchs(self, key_block, dim, text, precision, spread, monkeypatch):
+    def test_error_is_at_most_twice_pytorchs(self, key_block, dim, text, spread, monkeypatch):
         qkv, plan, correction, options = self.build(key_block, dim, text, spread, monkeypatch)
         wide = [x.double() for x in qkv]
         exact = reference.block_attention(*wide, plan, cast(correction, torch.float64), scale=dim**-0.5, **options)
-        actual = block_attention(*qkv, plan, correction, precision=precision, **options)
-        if precision == "8bit":
-            assert (actual[0].double() - exact[0]).norm() <= 0.045 * exact[0].norm()
-            return
+        actual = block_attention(*qkv, plan, correction, impl="gluon", **options)
         eager = reference.block_attention(*qkv, plan, correction, scale=dim**-0.5, **options)
         for a, by_torch, e in zip(actual, eager, exact, strict=True):
             assert_no_worse(a, by_torch, e)
 
-    def test_same_bits_again(self, key_block, dim, text, precision, spread, monkeypatch):
+    def test_same_bits_again(self, key_block, dim, text, spread, monkeypatch):
         qkv, plan, correction, options = self.build(key_block, dim, text, spread, monkeypatch)
-        once, again = (block_attention(*qkv, plan, correction, precision=precision, **options) for _ in range(2))
+        once, again = (block_attention(*qkv, plan, correction, impl="gluon", **options) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
@@ -440,7 +434,6 @@ def schedule(tiles, monkeypatch, *, heads, blocks, text, programs):
 @pytest.mark.parametrize("columns", [257, 290, 320])
 def test_steps_of_two_blocks_take_what_is_listed_once(columns, listed, text, first, monkeypatch):
     copies = pytest.importorskip("dit_sparse.kernels.hopper_copies")
-    tiles = pytest.importorskip("dit_sparse.kernels.hopper_tiles")
     language = SimpleNamespace(
         cdiv=lambda a, b: -(-a // b),
         where=lambda c, a, b: a if c else b,
@@ -448,9 +441,8 @@ def test_steps_of_two_blocks_take_what_is_listed_once(columns, listed, text, fir
         load=lambda p, mask=True, other=0: listed[p.offset] if mask else other,
         constexpr=int,
     )
-    for module in (copies, tiles):
-        monkeypatch.setattr(module, "gl", language)
-    monkeypatch.setattr(copies, "turned", tiles.turned.fn)
+    monkeypatch.setattr(copies, "gl", language)
+    monkeypatch.setattr(copies, "_turned", copies._turned.fn)
     pointer, blocks = _Pointer("list"), len(listed)
     all_steps = blocks + -(-text // BLOCK)
     n, steps, short = copies._halved.fn(pointer, blocks, all_steps, columns, BLOCK)
@@ -475,7 +467,7 @@ def test_steps_of_two_blocks_take_what_is_listed_once(columns, listed, text, fir
 def test_a_tile_begins_where_those_that_started_before_it_are_by_then(longest, shortest, monkeypatch):
     """Every program is at the same place when they start apart and rows are alike; of rows far apart they start
     together, and so they begin."""
-    tiles = pytest.importorskip("dit_sparse.kernels.hopper_tiles")
+    copies = pytest.importorskip("dit_sparse.kernels.hopper_copies")
     blocks, programs = 300, 132
     counts = torch.linspace(longest, shortest, blocks).round()
     language = SimpleNamespace(
@@ -485,16 +477,16 @@ def test_a_tile_begins_where_those_that_started_before_it_are_by_then(longest, s
         float32=torch.float32,
         int32=torch.int32,
     )
-    monkeypatch.setattr(tiles, "gl", language)
+    monkeypatch.setattr(copies, "gl", language)
     pointers, sizes = (_Pointer("counts"),), (None,) * 5 + (blocks,)
     found = []
     for i in range(blocks):
         n = counts[i].int()
-        first = int(tiles.first_step.fn(torch.tensor(0), torch.tensor(i), False, n, pointers, sizes, True))
+        first = int(copies._first_step.fn(torch.tensor(0), torch.tensor(i), False, n, pointers, sizes, True))
         assert 0 <= first < max(int(n) - 1, 1)
         found.append(first)
         assert abs(first - (i % programs) / programs * shortest / longest * (int(n) - 1)) <= 1
-        assert not tiles.first_step.fn(torch.tensor(0), torch.tensor(i), True, n, pointers, sizes, True)
+        assert not copies._first_step.fn(torch.tensor(0), torch.tensor(i), True, n, pointers, sizes, True)
     assert found[0] == found[programs] == 0
     assert longest > shortest + 1 or max(found) >= 0.9 * (shortest - 1)
 

@@ -82,6 +82,7 @@ def build_8bit(flags: dict) -> Build:
     types |= dict.fromkeys(floats, "*fp32")
     optional = OPTIONAL | {"d_tail_unit": "TAIL"}
     constexprs = flags | dict(D=128, SLOTS=hopper8.SLOTS, BLOCK=BLOCK, ROWS=ROWS)
+    del constexprs["TURNED"]
     signature = {}
     for name in hopper8.block_attention_hopper8_kernel.arg_names:
         if name in constexprs:

@@ -1,5 +1,7 @@
 """dense_attention against kernels/reference.py in float64, for every backend that runs here."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -115,9 +117,32 @@ def test_the_fastest_kernel_that_takes_the_inputs(monkeypatch, capability, insta
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(module, "version", version)
+    monkeypatch.setattr(module, "outgrows_cache", lambda device, keys, head_dim: False)
     dense_backend.cache_clear()
     try:
         assert dense_backend(torch.device("cuda"), dtype, dim, module.LONG, masked) == expected
+    finally:
+        dense_backend.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dim", "dtype", "expected"),
+    [
+        (75_600, 128, torch.bfloat16, "block"), (32_760, 128, torch.bfloat16, "fa4"),
+        (75_600, 64, torch.bfloat16, "fa4"), (151_200, 64, torch.bfloat16, "block"),
+        (75_600, 128, torch.float16, "fa4"), (200_000, 96, torch.bfloat16, "fa4"),
+    ],
+)  # fmt: skip
+def test_beside_flash_attention_4_the_block_kernel_is_for_heads_that_outgrow_the_cache(
+    tokens, dim, dtype, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cache = SimpleNamespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
+    monkeypatch.setattr(module, "version", lambda distribution: "4.0.0")
+    dense_backend.cache_clear()
+    try:
+        assert dense_backend(torch.device("cuda"), dtype, dim, tokens) == expected
     finally:
         dense_backend.cache_clear()
 
