@@ -1,7 +1,7 @@
 """The data path, top to bottom."""
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned, calibrated, learn_anchor, learn_reshape, pooled_tail, rectify, reshape
+from dit_sparse.followers import together
 from dit_sparse.head_kinds import KINDS, HeadKinds, head_kinds
 from dit_sparse.kernels.block_attention import Precision, block_attention, chosen_impl, refused_8bit
 from dit_sparse.kernels.block_select import marked
@@ -44,10 +45,21 @@ def sparse_attention(
     if len(parts) == 1:
         return attend_part(q, k, v, parts[0], generation, text_mask)
     out = torch.empty_like(q)
-    for part in parts:
-        own = q[:, part.heads], k[:, part.heads], v[:, part.heads]
-        out[:, part.heads] = attend_part(*own, part, generation, text_mask)
+    for part in together(parts, generation):
+        if isinstance(part.heads, list):
+            index = _index(tuple(part.heads), q.device)
+            own = (x.index_select(1, index) for x in (q, k, v))
+            out.index_copy_(1, index, attend_part(*own, part, generation, text_mask))
+        else:
+            own = (x[:, part.heads] for x in (q, k, v))
+            out[:, part.heads] = attend_part(*own, part, generation, text_mask)
     return out
+
+
+@lru_cache(maxsize=4096)
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: to bring it to a GPU takes longer than to use it there, and cannot be captured in a graph."""
+    return torch.tensor(heads, device=device)
 
 
 def attend_part(
@@ -89,7 +101,7 @@ def attend_part(
         q, k, v = permute((q, k, v), order.take)
     if not order.is_raster and q.is_cuda and (not config.learns or part.phase != "anchor"):
         scatter = order.take
-    learned = generation.recall(layer)
+    learned = part.learned or generation.recall(layer)
     call = Call(
         q, k, v, layout, config, text_mask,
         routes=routes, precision=generation.config.precision, given=pooled, scatter=scatter,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dit_sparse.choices import Phase
 from dit_sparse.config import SparseConfig, Storage
+from dit_sparse.correction import Learned
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Layer:
 class Part:
     """Heads of a layer that do the same in this forward; `layer` is these heads alone, named for their memory.
 
-    heads  which of the layer's, None for all
-    rho    [heads, query blocks] float32, a profile's share of softmax mass in the routed blocks; None elsewhere
-    fade   [heads] float32, how much of an anchor's residual a profile has added after it; None is all of it
+    heads   which of the layer's, None for all
+    rho     [heads, query blocks] float32, a profile's share of softmax mass in the routed blocks; None elsewhere
+    fade    [heads] float32, how much of an anchor's residual a profile has added after it; None is all of it
+    learned what these heads remember, if it is not what the generation knows by the layer's name
     """
 
     layer: Layer
@@ -56,3 +58,4 @@ class Part:
     storage: Storage | None
     rho: Tensor | None = None
     fade: Tensor | None = None
+    learned: Learned | None = None

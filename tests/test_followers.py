@@ -1,0 +1,85 @@
+"""Heads of many plans in one call: the same output and the same account as with a call for each plan."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dit_sparse import attention
+from dit_sparse.choices import DENSE, Choice, Rung
+from dit_sparse.followers import together
+from tests import profiles
+from tests.test_profile_attention import enter, generation, inputs, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+THIN, THICK = Rung(0.1), Rung(0.3)
+
+
+def mixed(kind: str):
+    """Six heads: two plans of an early anchor, one of a late one, one that is soft, one tail, one dense."""
+    choices = [
+        Choice("anchor", THIN, kind), Choice("anchor", THICK, kind), Choice("anchor", THIN, kind, 0.5),
+        Choice("tail", THIN), DENSE,
+    ]  # fmt: skip
+    index = torch.tensor([0, 1, 0, 2, 3, 4])[:, None, None]
+    anchor = torch.zeros(6, 1, 5, dtype=torch.long)
+    anchor[:4, :, 0] = 1
+    anchor[[2, 3], :, 2] = 1
+    g = generation(choices, index, anchor, heads=6)
+    fade = torch.rand(g.profile.tensors["fade"].shape, generator=torch.Generator().manual_seed(0))
+    g.profile = replace(g.profile, tensors=g.profile.tensors | {"fade": fade})
+    return g
+
+
+@pytest.mark.parametrize("text", [0, 7])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "int4"])
+def test_one_call_does_what_a_call_for_each_plan_does(kind, text, monkeypatch):
+    calls = []
+    original = attention.attend_part
+
+    def counted(q, k, v, part, *rest):
+        calls.append((part.phase, part.layer.heads))
+        assert q.shape[1] == part.layer.heads
+        return original(q, k, v, part, *rest)
+
+    monkeypatch.setattr(attention, "attend_part", counted)
+    one, other = mixed(kind), mixed(kind)
+    for step in range(5):
+        q, k, v = inputs(heads=6, text=text)
+        calls.clear()
+        out = run(one, step, q, k, v)
+        anchors = {0: 4, 2: 2}.get(step, 0)
+        sparse = [heads for phase, heads in calls if phase == "sparse"]
+        assert sorted(sparse) == ([1] if anchors == 4 else [1, 4 - anchors]) and len(calls) <= 6
+        with monkeypatch.context() as apart:
+            apart.setattr(attention, "together", lambda parts, _: parts)
+            expected = run(other, step, q, k, v)
+        torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
+    assert one.tally.work() == pytest.approx(other.tally.work(), rel=1e-12)
+    assert one.peak_state_bytes == other.peak_state_bytes
+    assert len(one.learned) == len(other.learned)
+
+
+def test_what_is_stored_differently_stays_apart():
+    choices = [Choice("anchor", THIN, "fp8"), Choice("anchor", THICK, "int4"), Choice("reshape", THIN, "fp8")]
+    index = torch.tensor([0, 1, 2, 2])[:, None, None]
+    g = generation(choices, index, [1, 0, 0, 0, 0], heads=4)
+    for step in range(2):
+        run(g, step, *inputs(heads=4))
+    enter(g, 2)
+    parts = g.parts(g.layers[0])
+    assert together(parts, g) == tuple(sorted(parts, key=lambda part: part.config.method == "anchor"))
+
+
+def test_heads_that_fade_and_heads_that_do_not_are_one_call():
+    """An anchor that was skipped is made up for, and a second look at that step is at all of what it learned."""
+    g = mixed("fp8")
+    q, k, v = inputs(heads=6)
+    for step in (1, 2):
+        run(g, step, q, k, v)
+    enter(g, 2)
+    [merged] = [part for part in together(g.parts(g.layers[0]), g) if part.learned is not None]
+    assert sorted(merged.heads) == [0, 1, 2, 3]
+    known = dict(zip(merged.heads, merged.fade.tolist(), strict=True))
+    assert known[2] == known[3] == 1 and known[0] < 1 and known[1] < 1
+    assert profiles.LADDER[0] == THIN
