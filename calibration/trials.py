@@ -90,9 +90,12 @@ def _play(job: Job, work: Path, number: int, fitted: Profile, told: dict[str, An
     return {"prompt": number, "error": error, "seconds": seconds, "found": off}
 
 
+# Seconds that a head's dense attention takes on a GPU for its pace to be that of a run: shorter ones are launched.
+LONG = 1e-3
+
+
 def _slower_then(clock: Clock, per_head: float) -> float:
-    """How much slower the machine was in the dense run, by what a head of dense attention took then and now. A CPU may
-    have been busier; a GPU is not shared, and where its calls are short they do not tell how long a run takes."""
-    if clock.generation.device.type != "cpu" or not clock.per_head:
-        return 1.0
-    return per_head / clock.per_head
+    """How much slower the machine was in the dense run, which may have been busier or freer, by what a head of dense
+    attention took then and now."""
+    launched = clock.generation.device.type != "cpu" and per_head < LONG
+    return 1.0 if launched or not clock.per_head else per_head / clock.per_head

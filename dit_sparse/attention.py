@@ -1,7 +1,7 @@
 """The data path, top to bottom."""
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from dit_sparse.patterns import Pattern, order_of, pattern_plan, tile_of
 from dit_sparse.plan import BlockPlan, Correction
 from dit_sparse.residual import weighed
 from dit_sparse.routing import Pooled, Routing, pool, pooled_of, route, wanted
+from dit_sparse.some_heads import put, take
 from dit_sparse.state import Generation, Layer, Part
 
 
@@ -40,26 +41,17 @@ def sparse_attention(
     if text_mask is not None:
         _check_mask(text_mask, k.shape[2])
     generation.attending(len(q))
-    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], k.shape[2], text_mask is not None)
-    parts = generation.parts(layer)
+    rows = q.shape[0] * q.shape[1]
+    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], k.shape[2], rows, text_mask is not None)
+    parts = together(generation.parts(layer), generation, q.shape[1])
     if len(parts) == 1:
         return attend_part(q, k, v, parts[0], generation, text_mask)
     out = torch.empty_like(q)
-    for part in together(parts, generation):
-        if isinstance(part.heads, list):
-            index = _index(tuple(part.heads), q.device)
-            own = (x.index_select(1, index) for x in (q, k, v))
-            out.index_copy_(1, index, attend_part(*own, part, generation, text_mask))
-        else:
-            own = (x[:, part.heads] for x in (q, k, v))
-            out[:, part.heads] = attend_part(*own, part, generation, text_mask)
+    for part in parts:
+        assert part.heads is not None
+        own = (take(x, part.heads) for x in (q, k, v))
+        put(out, part.heads, attend_part(*own, part, generation, text_mask))
     return out
-
-
-@lru_cache(maxsize=4096)
-def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """Made once: to bring it to a GPU takes longer than to use it there, and cannot be captured in a graph."""
-    return torch.tensor(heads, device=device)
 
 
 def attend_part(

@@ -185,9 +185,14 @@ def info(_options: InfoOptions) -> int:
     row = torch.empty(1, 1, 1, 128, device=device, dtype=dtype)
     kernel = chosen_impl("auto", Inputs(row, row, row, BlockPlan.full(1, 1, 1, 1, device), 128, 128))
     print(f"sparse kernel     {kernel} for {dtype}, 128 channels a head, blocks of 128")
-    short, long = (dense_backend(device, dtype, 128, tokens) for tokens in (1, LONG))
-    dense = long if short == long else f"{long} from {LONG} tokens on, else {short},"
-    print(f"dense kernel      {dense} for {dtype}, 128 channels a head")
+    lengths = (1, LONG, 8 * LONG)
+    found = [dense_backend(device, dtype, 128, tokens, 24) for tokens in lengths]
+    dense = [found[0]] + [
+        f"{now} for {tokens} tokens"
+        for before, now, tokens in zip(found[:-1], found[1:], lengths[1:], strict=True)
+        if now != before
+    ]
+    print(f"dense kernel      {', '.join(dense)}, {dtype}, 24 heads of 128 channels")
     print(f"transformers      {', '.join(sorted(FAMILIES))}")
     print(f"plan --family     {', '.join(models.PUBLISHED)}")
     demo = models.demo_directory()

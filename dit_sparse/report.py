@@ -79,7 +79,7 @@ class Tally:
     def dense(self, step: int, pairs: float) -> None:
         self.dense_pairs += pairs
         self.known_pairs += pairs
-        self._phase(step, "dense")
+        self._phase(step, "dense", pairs)
 
     def sparse(
         self, step: int, phase: str, pairs: float, known: float, visited: Tensor, visited_blocks: Tensor, blocks: float
@@ -90,10 +90,11 @@ class Tally:
         self.visited_pairs = visited.double() if self.visited_pairs is None else self.visited_pairs + visited
         self.blocks = visited_blocks.double() if self.blocks is None else self.blocks + visited_blocks
         self.possible_blocks += blocks
-        self._phase(step, phase)
+        self._phase(step, phase, pairs)
 
-    def _phase(self, step: int, phase: str) -> None:
-        self.phases.setdefault(step, Counter())[phase] += 1
+    def _phase(self, step: int, phase: str, pairs: float) -> None:
+        # By what it would cost dense, because a call may be of few heads or of many.
+        self.phases.setdefault(step, Counter())[phase] += pairs  # type: ignore[assignment]  # whole numbers
 
     def steps(self) -> tuple[StepRecord, ...]:
         seconds: dict[int, float] = {}

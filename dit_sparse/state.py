@@ -19,6 +19,7 @@ from dit_sparse.phases import named, planned_phase
 from dit_sparse.plan import BlockPlan
 from dit_sparse.profile import Profile
 from dit_sparse.report import Mark, Tally
+from dit_sparse.some_heads import picks
 
 logger = logging.getLogger("dit_sparse")
 
@@ -249,7 +250,7 @@ class Generation:
                 del self.learned[key]
         parts = []
         for group in groups:
-            heads, phase = _apart(group.heads), group.phase
+            heads, phase = picks(group.heads), group.phase
             known, fade = self.learned.get((group.name, branch)), None
             if group.choice.learns:
                 # The anchor itself was skipped, or runs for a second time in one forward.
@@ -397,13 +398,6 @@ class Generation:
             # Those that were told of and have not come yet have as many rows as the first.
             rows = sum(self._batches.values()) + max(0, self.branches - len(self._batches)) * self._batch
         return rows * layer.heads * per_head
-
-
-def _apart(heads: Sequence[int]) -> slice | list[int]:
-    """What picks these ascending heads without a copy, if they are equally far apart."""
-    first, last = heads[0], heads[-1]
-    every = range(first, last + 1, max(1, (last - first) // max(1, len(heads) - 1)))
-    return slice(first, last + 1, every.step) if tuple(every) == tuple(heads) else list(heads)
 
 
 def _equal(a: object, b: object) -> bool:

@@ -31,7 +31,7 @@ from dit_sparse.kernels.hopper_tiles import (
     weights_of,
     whole_blocks,
 )
-from dit_sparse.kernels.implementation import outgrows_cache, residual_kind
+from dit_sparse.kernels.implementation import lists_turn, residual_kind
 from dit_sparse.plan import BlockPlan, Correction, Tail
 
 # By channels: blocks in the ring (with the queries and the tail's weights, what 227 KiB of shared memory hold at 128
@@ -40,8 +40,6 @@ SHAPES = {64: dict(SLOTS=8, ROUND=3, AHEAD=True, HELD=True), 128: dict(SLOTS=5, 
 # The largest sum of exponentials relative to the first block's maximum that is taken for right: float32 and bfloat16
 # hold 2^127.
 LIMIT = gl.constexpr(2.0**100)
-# Tiles of a program from which it pays that programs start apart: about half a tile's time is lost to it.
-APART = 32
 
 
 @gluon.jit
@@ -421,7 +419,6 @@ def attend(
     texts = batch * heads * triton.cdiv(text, BLOCK)
     tiles = texts + counts.numel()
     programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    turned = tiles >= APART * programs and outgrows_cache(k.device, keys, dim)
     per_row = residual is not None and residual.codes.shape[2] == rows
     copied = residual is not None and residual.kind != "full" and per_row and copyable(residual.codes)
     pooled = _tail_descriptors(tail, plan, q.dtype, scale) if tail else [None] * 3
@@ -448,7 +445,7 @@ def attend(
         TAIL=tail is not None, SCATTER=scatter is not None,
         SCALE=row_scale is not None, SCALE_PER_ROW=row_scale is not None and row_scale.shape[2] == rows,
         RESIDUAL=residual_kind(residual),
-        PER_ROW=per_row, COPIED=copied, TURNED=turned, HALVES=key_block < BLOCK,
+        PER_ROW=per_row, COPIED=copied, TURNED=lists_turn(k.device, tiles, keys, dim), HALVES=key_block < BLOCK,
         **SHAPES[dim], FIXED=fixed, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_attention import block_attention, chosen_impl, on_hopper
-from dit_sparse.kernels.implementation import Inputs, on_device, outgrows_cache
+from dit_sparse.kernels.implementation import Inputs, lists_turn, on_device
 from dit_sparse.plan import BlockPlan
 
 # Tokens from which the Hopper kernel is faster than cuDNN's in bfloat16, at 64 and 128 channels, and as fast in
@@ -20,17 +20,18 @@ Backend = Literal["fa4", "cudnn", "flash", "cpu", "block"]
 
 @lru_cache(maxsize=64)
 def dense_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, masked: bool = False
+    device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, heads: int, masked: bool = False
 ) -> Backend:
-    """The fastest dense kernel here for inputs of so many tokens: `dense_library`, but for long ones in bfloat16 on
-    Hopper our own block kernel with every block listed. FlashAttention-4 is slower only where a head outgrows the
-    cache."""
+    """The fastest dense kernel here for inputs of so many tokens and heads, all rows of a batch together:
+    `dense_library`, but for long ones in bfloat16 on Hopper our own block kernel with every block listed.
+    FlashAttention-4 is slower only where our lists turn."""
     found = dense_library(device, dtype, head_dim, masked)
     if found not in ("fa4", "cudnn") or dtype != torch.bfloat16 or tokens < LONG or not on_hopper(dtype, head_dim):
         return found
     if torch.cuda.get_device_capability(device)[0] != 9:
         return found
-    return "block" if found == "cudnn" or outgrows_cache(device, tokens, head_dim) else found
+    tiles = heads * -(-tokens // 128)
+    return "block" if found == "cudnn" or lists_turn(device, tiles, tokens, head_dim) else found
 
 
 def visits_once(device: torch.device, dtype: torch.dtype, head_dim: int, block: int, tokens: int) -> bool:
@@ -99,7 +100,7 @@ def dense_attention(
     if key_mask is not None and key_mask.shape[1] == 0:
         key_mask = None
     if backend == "auto":
-        backend = dense_backend(q.device, q.dtype, q.shape[-1], keys, key_mask is not None)
+        backend = dense_backend(q.device, q.dtype, q.shape[-1], keys, q.shape[0] * q.shape[1], key_mask is not None)
         if backend == "block" and q.is_cuda and key_mask is None and not _on_hopper_kernel(q, k, v):
             backend = dense_library(q.device, q.dtype, q.shape[-1])
     if backend not in get_args(Backend):

@@ -88,7 +88,8 @@ def _turned(i, first, n, TURNED: gl.constexpr):
 
 @gluon.jit
 def _clock():
-    return gl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    # Unsigned, so that a clock that was set back, or ran over, ends a wait.
+    return gl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r", [], dtype=gl.uint32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -99,7 +100,7 @@ def _start_apart(pointers, sizes, HALVES: gl.constexpr, D: gl.constexpr):
     begin = _clock()
     steps = gl.load(pointers[0] + sizes[5] - 1)
     until = (gl.program_id(0) * steps).to(gl.float32) * CLOCKS / gl.num_programs(0).to(gl.float32)
-    while _clock() - begin < until.to(gl.int32):
+    while _clock() - begin < until.to(gl.uint32):
         pass
 
 

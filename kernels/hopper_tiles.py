@@ -235,7 +235,7 @@ def refusal(inputs: Inputs, head_dims: tuple[int, ...], key_sizes: tuple[int, ..
 def longest_first(counts: Tensor) -> tuple[Tensor, Tensor]:
     """[B, H, N] int32 -> counts and query blocks of a head, [B * H, N] int32, those with the most keys first, so that
     programs end together, while the head's keys and values stay in the cache."""
-    ordered = counts.flatten(0, 1).sort(dim=-1, descending=True, stable=True)
+    ordered = counts.flatten(0, 1).contiguous().sort(dim=-1, descending=True, stable=True)
     return ordered.values, ordered.indices.int()
 
 

@@ -16,6 +16,9 @@ except ImportError:  # Triton has no wheel for macOS and Windows; the torch impl
 
 Impl = Literal["auto", "torch", "triton"]
 
+# Tiles of a program from which it pays that programs start apart: about half a tile's time is lost to it.
+APART = 32
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -56,10 +59,12 @@ def residual_kind(residual: Residual | None) -> int:
     return 4 if weighed else {"full": 1, "fp8": 2, "int4": 3}[residual.kind]
 
 
-def outgrows_cache(device: torch.device, keys: int, head_dim: int) -> bool:
-    """Whether a head's keys and values, of 16 bits, are more than the GPU's cache holds: half of it, as each half has
-    copies of what it reads of the other."""
-    return 4 * keys * head_dim > torch.cuda.get_device_properties(device).L2_cache_size // 2
+def lists_turn(device: torch.device, tiles: int, keys: int, head_dim: int) -> bool:
+    """Whether so many tiles of 128 query rows begin in the middle of their lists in the Hopper kernel: where a head's
+    keys and values, of 16 bits, are more than half of the cache (each half has copies of what it reads of the other),
+    and a program has tiles enough to make up for starting late."""
+    gpu = torch.cuda.get_device_properties(device)
+    return tiles >= APART * gpu.multi_processor_count and 4 * keys * head_dim > gpu.L2_cache_size // 2
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

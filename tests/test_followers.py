@@ -31,6 +31,24 @@ def mixed(kind: str):
     return g
 
 
+def test_where_all_heads_follow_no_input_is_copied(monkeypatch):
+    index = torch.tensor([0, 1, 0, 1])[:, None, None]
+    g = generation([Choice("anchor", THIN, "fp8"), Choice("anchor", THICK, "fp8")], index, [1, 0, 0, 0, 0], heads=4)
+    seen, original = [], attention.attend_part
+
+    def watched(q, k, v, *rest):
+        seen.append((q, k, v))
+        return original(q, k, v, *rest)
+
+    monkeypatch.setattr(attention, "attend_part", watched)
+    for step in range(2):
+        seen.clear()
+        given = inputs(heads=4)
+        run(g, step, *given)
+    [taken] = seen
+    assert all(a is b for a, b in zip(taken, given, strict=True))
+
+
 @pytest.mark.parametrize("text", [0, 7])
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "int4"])
 def test_one_call_does_what_a_call_for_each_plan_does(kind, text, monkeypatch):
@@ -52,12 +70,14 @@ def test_one_call_does_what_a_call_for_each_plan_does(kind, text, monkeypatch):
         sparse = [heads for phase, heads in calls if phase == "sparse"]
         assert sorted(sparse) == ([1] if anchors == 4 else [1, 4 - anchors]) and len(calls) <= 6
         with monkeypatch.context() as apart:
-            apart.setattr(attention, "together", lambda parts, _: parts)
+            apart.setattr(attention, "together", lambda parts, *_: tuple(parts))
             expected = run(other, step, q, k, v)
         torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
     assert one.tally.work() == pytest.approx(other.tally.work(), rel=1e-12)
     assert one.peak_state_bytes == other.peak_state_bytes
     assert len(one.learned) == len(other.learned)
+    phases = [[record.phase for record in g.tally.steps()] for g in (one, other)]
+    assert phases[0] == phases[1] == ["anchor", "sparse", "sparse", "sparse", "sparse"]
 
 
 def test_what_is_stored_differently_stays_apart():
@@ -68,7 +88,7 @@ def test_what_is_stored_differently_stays_apart():
         run(g, step, *inputs(heads=4))
     enter(g, 2)
     parts = g.parts(g.layers[0])
-    assert together(parts, g) == tuple(sorted(parts, key=lambda part: part.config.method == "anchor"))
+    assert together(parts, g, 4) == tuple(sorted(parts, key=lambda part: part.config.method == "anchor"))
 
 
 def test_heads_that_fade_and_heads_that_do_not_are_one_call():
@@ -78,8 +98,8 @@ def test_heads_that_fade_and_heads_that_do_not_are_one_call():
     for step in (1, 2):
         run(g, step, q, k, v)
     enter(g, 2)
-    [merged] = [part for part in together(g.parts(g.layers[0]), g) if part.learned is not None]
-    assert sorted(merged.heads) == [0, 1, 2, 3]
-    known = dict(zip(merged.heads, merged.fade.tolist(), strict=True))
+    [merged] = [part for part in together(g.parts(g.layers[0]), g, 6) if part.learned is not None]
+    assert merged.heads == slice(0, 4, 1)
+    known = merged.fade.tolist()
     assert known[2] == known[3] == 1 and known[0] < 1 and known[1] < 1
     assert profiles.LADDER[0] == THIN

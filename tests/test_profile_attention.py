@@ -171,7 +171,7 @@ def test_an_anchor_that_was_skipped_is_made_up_for():
     q, k, v = inputs()
     out = run(g, 2, q, k, v)
     torch.testing.assert_close(out, dense_attention(q, k, v)[0])
-    assert g.tally.phases[2] == {"anchor": 1} and len(g.learned) == 1
+    assert set(g.tally.phases[2]) == {"anchor"} and len(g.learned) == 1
 
 
 def test_calibrated_weighs_sparse_part_and_tail_by_the_profiles_rho():

@@ -225,9 +225,8 @@ class TestTurnedLists:
 
     def build(self, key_block, dim, text, spread, monkeypatch):
         blocks, heads, vision = 37, 2, 37 * BLOCK - 77
-        module = "dit_sparse.kernels.block_attention_hopper"
-        monkeypatch.setattr(f"{module}.outgrows_cache", lambda device, keys, head_dim: True)
-        monkeypatch.setattr(f"{module}.APART", 0)
+        name = "dit_sparse.kernels.block_attention_hopper.lists_turn"
+        monkeypatch.setattr(name, lambda device, tiles, keys, head_dim: True)
         q, k, v = (x.bfloat16() for x in inputs(heads=heads, queries=vision + text, dim=dim))
         columns = -(-vision // key_block)
         counts = 19 + torch.arange(blocks, device=DEVICE) % (spread + 1)
@@ -489,6 +488,14 @@ def test_a_tile_begins_where_those_that_started_before_it_are_by_then(longest, s
         assert not copies._first_step.fn(torch.tensor(0), torch.tensor(i), True, n, pointers, sizes, True)
     assert found[0] == found[programs] == 0
     assert longest > shortest + 1 or max(found) >= 0.9 * (shortest - 1)
+
+
+def test_counts_that_lie_otherwise_are_read_in_their_order():
+    tiles = pytest.importorskip("dit_sparse.kernels.hopper_tiles")
+    counts = torch.randint(1, 9, (1, 6, 5), dtype=torch.int32).mT.contiguous().mT
+    ordered, order = tiles.longest_first(counts)
+    assert not counts.is_contiguous() and ordered.is_contiguous() and order.is_contiguous()
+    assert torch.equal(ordered, counts[0].gather(1, order.long())) and (ordered.diff(dim=1) <= 0).all()
 
 
 @pytest.mark.parametrize("text", [0, 7, 300])

@@ -117,32 +117,33 @@ def test_the_fastest_kernel_that_takes_the_inputs(monkeypatch, capability, insta
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(module, "version", version)
-    monkeypatch.setattr(module, "outgrows_cache", lambda device, keys, head_dim: False)
+    monkeypatch.setattr(module, "lists_turn", lambda device, tiles, keys, head_dim: False)
     dense_backend.cache_clear()
     try:
-        assert dense_backend(torch.device("cuda"), dtype, dim, module.LONG, masked) == expected
+        assert dense_backend(torch.device("cuda"), dtype, dim, module.LONG, 24, masked) == expected
     finally:
         dense_backend.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dim", "dtype", "expected"),
+    ("tokens", "heads", "dim", "dtype", "expected"),
     [
-        (75_600, 128, torch.bfloat16, "block"), (32_760, 128, torch.bfloat16, "fa4"),
-        (75_600, 64, torch.bfloat16, "fa4"), (151_200, 64, torch.bfloat16, "block"),
-        (75_600, 128, torch.float16, "fa4"), (200_000, 96, torch.bfloat16, "fa4"),
+        (75_600, 40, 128, torch.bfloat16, "block"), (32_760, 40, 128, torch.bfloat16, "fa4"),
+        (75_600, 40, 64, torch.bfloat16, "fa4"), (151_200, 40, 64, torch.bfloat16, "block"),
+        (75_600, 40, 128, torch.float16, "fa4"), (200_000, 40, 96, torch.bfloat16, "fa4"),
+        (75_600, 7, 128, torch.bfloat16, "fa4"), (75_600, 8, 128, torch.bfloat16, "block"),
     ],
 )  # fmt: skip
-def test_beside_flash_attention_4_the_block_kernel_is_for_heads_that_outgrow_the_cache(
-    tokens, dim, dtype, expected, monkeypatch
+def test_beside_flash_attention_4_the_block_kernel_is_for_many_heads_that_outgrow_the_cache(
+    tokens, heads, dim, dtype, expected, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    cache = SimpleNamespace(L2_cache_size=50 * 2**20)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
+    gpu = SimpleNamespace(L2_cache_size=50 * 2**20, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(module, "version", lambda distribution: "4.0.0")
     dense_backend.cache_clear()
     try:
-        assert dense_backend(torch.device("cuda"), dtype, dim, tokens) == expected
+        assert dense_backend(torch.device("cuda"), dtype, dim, tokens, heads) == expected
     finally:
         dense_backend.cache_clear()
 
@@ -170,7 +171,7 @@ def test_without_the_hopper_kernel_or_its_lead_dense_is_cudnn(without, monkeypat
     tokens = module.LONG - (without == "many tokens")
     dense_backend.cache_clear()
     try:
-        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128, tokens) == "cudnn"
+        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128, tokens, 24) == "cudnn"
     finally:
         dense_backend.cache_clear()
 
@@ -181,13 +182,13 @@ def test_no_flash_attention_installed_is_no_error(monkeypatch):
     monkeypatch.setattr("sys.path", [])
     dense_backend.cache_clear()
     try:
-        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128, module.LONG) == "cudnn"
+        assert dense_backend(torch.device("cuda"), torch.bfloat16, 128, module.LONG, 24) == "cudnn"
     finally:
         dense_backend.cache_clear()
 
 
 def test_the_cpu_kernel_is_the_cpus():
-    assert dense_backend(torch.device("cpu"), torch.bfloat16, 128, module.LONG, True) == "cpu"
+    assert dense_backend(torch.device("cpu"), torch.bfloat16, 128, module.LONG, 24, True) == "cpu"
 
 
 @pytest.mark.parametrize("backend", ["fa4", "cudnn", "flash"])
