@@ -111,7 +111,8 @@ def attend_part(
         assert isinstance(learned, Learned)
         out, routed = _between(call, learned, moment.step, part.fade), learned.visited
     possible = q.shape[0] * q.shape[1] * layout.blocks * layout.key_blocks
-    visited = torch.stack(call.listed).sum() * (layout.block * layout.key_size)
+    listed = call.listed[0] if len(call.listed) == 1 else torch.stack(call.listed).sum()
+    visited = listed * (layout.block * layout.key_size)
     _account(call, layer, generation)
     generation.tally.sparse(moment.step, part.phase, pairs, call.known, visited, routed, possible)
     return out if order.is_raster or scatter is not None else permute((out,), order.place)[0]

@@ -1,6 +1,7 @@
 """Where the tokens of one attention call lie."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,6 +64,8 @@ class Layout:
         return block_lengths(self.grid.tokens, self.key_size, device)
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def block_lengths(tokens: int, block: int, device: torch.device | str) -> Tensor:
-    """Real tokens in each block of a sequence, [ceil(tokens / block)] int64."""
-    return (tokens - torch.arange(0, tokens, block, device=device)).clamp(max=block)
+    """Real tokens in each block of a sequence, [ceil(tokens / block)] int64; not to be written to."""
+    return (tokens - torch.arange(0, tokens, block)).clamp(max=block).to(device)

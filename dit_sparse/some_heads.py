@@ -26,7 +26,7 @@ def put(x: Tensor, heads: slice | list[int], some: Tensor) -> None:
 
 
 @lru_cache(maxsize=4096)
+@torch.inference_mode(False)
 def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
     """Made once: to bring it to a GPU takes longer than to use it there, and cannot be captured in a graph."""
-    with torch.inference_mode(False):
-        return torch.tensor(heads, device=device)
+    return torch.tensor(heads, device=device)

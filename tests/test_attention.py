@@ -757,7 +757,7 @@ def test_work_and_density_are_what_was_computed():
     assert g.tally.work() == pytest.approx((dense_layer + other) / (8 * whole), rel=1e-12)
     assert g.tally.density() == pytest.approx(sum(plans) / (3 * heads * blocks**2), rel=1e-12)
     assert plans[0] == plans[1] and denser > plans[2]
-    phases = [dict(g.tally.phases[step]) for step in range(4)]
+    phases = [{phase: pairs / whole for phase, pairs in g.tally.phases[step].items()} for step in range(4)]
     assert phases == [{"dense": 2}] + [{"dense": 1, "anchor": 1}, {"dense": 1, "sparse": 1}, {"dense": 1, "anchor": 1}]
 
 
