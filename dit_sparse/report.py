@@ -71,7 +71,7 @@ class Tally:
     visited_pairs: Tensor | None = None  # visited, where it is on the device
     blocks: Tensor | None = None  # block pairs in the plans of sparse calls
     possible_blocks: float = 0.0
-    phases: dict[int, Counter[str]] = field(default_factory=dict)
+    phases: dict[int, Counter[str]] = field(default_factory=dict)  # by what they would visit dense
     marks: list[tuple[int, Mark, Mark | None]] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
     precision_errors: dict[str, Tensor] = field(default_factory=dict)  # by layer
@@ -93,7 +93,7 @@ class Tally:
         self._phase(step, phase, pairs)
 
     def _phase(self, step: int, phase: str, pairs: float) -> None:
-        # By what it would cost dense, because a call may be of few heads or of many.
+        # Not by calls, which may be of few heads or of many.
         self.phases.setdefault(step, Counter())[phase] += pairs  # type: ignore[assignment]  # whole numbers
 
     def steps(self) -> tuple[StepRecord, ...]:

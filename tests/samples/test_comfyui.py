@@ -191,8 +191,10 @@ def test_few_blocks_kept_is_sparse(kind):
     assert report(run).work < 0.8 and not report(run).fallbacks
     assert out.isfinite().all() and not torch.allclose(out, stock, atol=1e-3)
     assert torch.equal(sample(sparse), out)
-    # Text that has as many tokens as the video is no self-attention.
-    assert all(len(phases) == 1 and sum(phases.values()) == 3 for phases in run.generation.tally.phases.values())
+    # Text that has as many tokens as the video is no self-attention: three layers of two heads, two rows of a batch.
+    tokens = 3 * 8 * 9 if kind is WanModel else 14 * 15 + 9
+    every = [list(phases.values()) for phases in run.generation.tally.phases.values()]
+    assert every == [[3 * 2 * 2 * tokens**2]] * 5
 
 
 def test_two_prompts_apart_are_those_of_one_batch():
@@ -205,8 +207,8 @@ def test_a_sampler_that_looks_twice():
     sparse, run = patched(made(WanModel), "anchor")
     sample(sparse, steps=6, looks=2)
     assert report(run).phases == ["anchor", "sparse", "sparse", "sparse", "anchor", "sparse"]
-    counts = [sum(phases.values()) for phases in run.generation.tally.phases.values()]
-    assert counts == [3, 6, 6, 6, 6, 6]
+    first, *others = [sum(phases.values()) for phases in run.generation.tally.phases.values()]
+    assert others == [2 * first] * 5
 
 
 def test_what_was_learned_goes_when_sampling_ends():
