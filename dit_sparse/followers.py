@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,13 +27,17 @@ def together(parts: Sequence[Part], generation: Generation, heads: int) -> tuple
     others = []
     for part in parts:
         if part.phase == "sparse" and part.config.method == "anchor":
-            # The plan is there, so it no longer matters by what it was routed.
-            settings = replace(part.config, density=1.0, top_p=None, anchor_density=None)
-            alike.setdefault((part.storage, settings), []).append(part)
+            alike.setdefault((part.storage, _unrouted(part.config)), []).append(part)
         else:
             others.append(part)
     found = [some[0] if len(some) == 1 else _one(some, generation, heads) for some in alike.values()]
     return (*others, *found)
+
+
+@lru_cache(maxsize=256)
+def _unrouted(config: SparseConfig) -> SparseConfig:
+    """The config without what it routed by, which no longer matters once there is a plan."""
+    return replace(config, density=1.0, top_p=None, anchor_density=None)
 
 
 def _one(parts: Sequence[Part], generation: Generation, heads: int) -> Part:
