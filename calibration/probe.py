@@ -75,11 +75,6 @@ class Probe:
         """In the probe itself, where that looked at more than the time."""
         return sum(start.until(end) for start, end in self.beside)
 
-    @property
-    def dense_share(self) -> float:
-        """Share of calls that computed every pair: dense ones, and anchors."""
-        return sum(call.phase != "sparse" for call in self.calls) / len(self.calls) if self.calls else 0.0
-
     def maps(self) -> list[dict[str, Any]]:
         """A row for each layer and step, over heads and branches: work and relative L2 error, None without rows."""
         cells: dict[tuple[str, int], list[Call]] = {}

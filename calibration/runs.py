@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -209,7 +210,7 @@ class Maker:
         if not np.isfinite(frames).all():
             raise ValueError(f"{setting.name} made NaN or Inf of {job.prompt!r} at seed {job.seed}.")
         peak, report, tally = _peak(device), on.session.report(), generation.tally
-        calls = sum(sum(phases.values()) for phases in tally.phases.values())
+        spent = sum(tally.phases.values(), Counter())
         own = 0.0 if probe is None else probe.own_seconds
         facts = {
             "dit_seconds": sum(step.seconds for step in report.steps) - own,
@@ -220,9 +221,8 @@ class Maker:
             # Of all pairs in the calls that were made; a step cache leaves some out.
             "pairs": tally.dense_pairs,
             "work": report.work,
-            "dense_share": sum(n for c in tally.phases.values() for phase, n in c.items() if phase != "sparse") / calls
-            if probe is None
-            else probe.dense_share,
+            # Dense calls and anchors, by the pairs in them.
+            "dense_share": (spent["dense"] + spent["anchor"]) / spent.total() if spent else 0.0,
             "state_bytes": report.state_bytes,
             "fallbacks": sum(report.fallbacks.values()),
             "dense_kernel": report.dense_backend,

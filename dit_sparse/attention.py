@@ -41,8 +41,8 @@ def sparse_attention(
     if text_mask is not None:
         _check_mask(text_mask, k.shape[2])
     generation.attending(len(q))
-    rows = q.shape[0] * q.shape[1]
-    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], k.shape[2], rows, text_mask is not None)
+    heads = q.shape[0] * q.shape[1]
+    generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], k.shape[2], heads, text_mask is not None)
     parts = together(generation.parts(layer), generation, q.shape[1])
     if len(parts) == 1:
         return attend_part(q, k, v, parts[0], generation, text_mask)

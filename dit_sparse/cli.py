@@ -188,7 +188,7 @@ def info(_options: InfoOptions) -> int:
     lengths = (1, LONG, 8 * LONG)
     found = [dense_backend(device, dtype, 128, tokens, 24) for tokens in lengths]
     dense = [found[0]] + [
-        f"{now} for {tokens} tokens"
+        f"{now} from {tokens} tokens on"
         for before, now, tokens in zip(found[:-1], found[1:], lengths[1:], strict=True)
         if now != before
     ]

@@ -67,5 +67,6 @@ class Layout:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def block_lengths(tokens: int, block: int, device: torch.device | str) -> Tensor:
-    """Real tokens in each block of a sequence, [ceil(tokens / block)] int64; not to be written to."""
-    return (tokens - torch.arange(0, tokens, block)).clamp(max=block).to(device)
+    """Real tokens in each block of a sequence, [ceil(tokens / block)] int64; not to be written to, nor to be asked for
+    first under a fake mode or in a graph's capture: it is made once."""
+    return (tokens - torch.arange(0, tokens, block, device="cpu")).clamp(max=block).to(device)

@@ -12,7 +12,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class StepRecord:
     step: int
-    phase: str  # "dense", "anchor" or "sparse": what most layers did
+    phase: str  # "dense", "anchor" or "sparse": what most of attention did
     seconds: float  # inside the transformers, all branches
 
 
@@ -71,7 +71,7 @@ class Tally:
     visited_pairs: Tensor | None = None  # visited, where it is on the device
     blocks: Tensor | None = None  # block pairs in the plans of sparse calls
     possible_blocks: float = 0.0
-    phases: dict[int, Counter[str]] = field(default_factory=dict)  # by what they would visit dense
+    phases: dict[int, Counter[str]] = field(default_factory=dict)  # by the pairs that would be visited dense
     marks: list[tuple[int, Mark, Mark | None]] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
     precision_errors: dict[str, Tensor] = field(default_factory=dict)  # by layer
@@ -94,7 +94,7 @@ class Tally:
 
     def _phase(self, step: int, phase: str, pairs: float) -> None:
         # Not by calls, which may be of few heads or of many.
-        self.phases.setdefault(step, Counter())[phase] += pairs  # type: ignore[assignment]  # whole numbers
+        self.phases.setdefault(step, Counter())[phase] += int(pairs)
 
     def steps(self) -> tuple[StepRecord, ...]:
         seconds: dict[int, float] = {}

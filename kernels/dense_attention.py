@@ -22,7 +22,7 @@ Backend = Literal["fa4", "cudnn", "flash", "cpu", "block"]
 def dense_backend(
     device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, heads: int, masked: bool = False
 ) -> Backend:
-    """The fastest dense kernel here for inputs of so many tokens and heads, all rows of a batch together:
+    """The fastest dense kernel here for so many tokens, queries and keys alike, and heads, of all rows of a batch:
     `dense_library`, but for long ones in bfloat16 on Hopper our own block kernel with every block listed.
     FlashAttention-4 is slower only where our lists turn."""
     found = dense_library(device, dtype, head_dim, masked)

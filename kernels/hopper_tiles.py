@@ -235,6 +235,7 @@ def refusal(inputs: Inputs, head_dims: tuple[int, ...], key_sizes: tuple[int, ..
 def longest_first(counts: Tensor) -> tuple[Tensor, Tensor]:
     """[B, H, N] int32 -> counts and query blocks of a head, [B * H, N] int32, those with the most keys first, so that
     programs end together, while the head's keys and values stay in the cache."""
+    # Sorting keeps the strides of what it is given, such as some heads of a plan, and the kernel reads row by row.
     ordered = counts.flatten(0, 1).contiguous().sort(dim=-1, descending=True, stable=True)
     return ordered.values, ordered.indices.int()
 

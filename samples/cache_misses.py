@@ -18,7 +18,8 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Setting:
-    """tokens of a head of head_dim channels in 16 bits; counts of a head are at most `spread` times the fewest."""
+    """tokens of a head of head_dim channels in 16 bits; counts of a head are up to `spread` times the fewest,
+    less, and of a lower density, where that would be more than there are."""
 
     tokens: int
     density: float

@@ -8,6 +8,7 @@ import torch
 from dit_sparse import attention
 from dit_sparse.choices import DENSE, Choice, Rung
 from dit_sparse.followers import together
+from dit_sparse.some_heads import take
 from tests.test_profile_attention import enter, generation, inputs, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,3 +102,11 @@ def test_heads_that_fade_and_heads_that_do_not_are_one_call():
     assert merged.heads == [0, 1, 2, 4, 5, 6]
     known = merged.fade.tolist()
     assert known[4] == known[5] == 1 and max(known[:4]) < 1
+
+
+def test_what_was_picked_first_without_gradients_has_gradients_later():
+    x = torch.randn(1, 9, 2, requires_grad=True)
+    with torch.inference_mode():
+        assert take(x, [0, 1, 8]).shape == (1, 3, 2)
+    take(x, [0, 1, 8]).sum().backward()
+    assert x.grad.sum() == 6
