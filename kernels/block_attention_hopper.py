@@ -428,8 +428,7 @@ def attend(
     work = counts.new_zeros(1 + 2 * tiles if fixed else 1)
     block_attention_hopper_kernel[(programs,)](
         describe(q, ROWS), *(describe(x, key_block, dim if key_block == BLOCK else 64) for x in (k, v)),
-        *pooled,
-        describe(residual.codes, ROWS) if residual and copied else None,
+        *pooled, describe(residual.codes, ROWS) if residual and copied else None,
         out, lse, filled_mask(text_mask) if text_mask is not None else None,
         counts, indices, every if text else None, order, work, scatter,
         row_scale.float().contiguous() if row_scale is not None else None,
@@ -437,8 +436,7 @@ def attend(
         residual.scales.contiguous() if residual and residual.scales is not None else None,
         *out.stride()[:3], *(residual.codes.stride()[:3] if residual else (0, 0, 0)),
         heads, queries, keys, rows, keys - text, counts.shape[-1], plan.key_blocks, step,
-        texts, tiles, 0 if scatter is None else scatter.numel(),
-        padded,
+        texts, tiles, 0 if scatter is None else scatter.numel(), padded,
         row_scale.shape[2] if row_scale is not None else 0, residual.codes.shape[2] if residual else 0,
         scale,
         D=dim, TEXT=text > 0, MASKED=text_mask is not None,

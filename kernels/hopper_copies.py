@@ -100,8 +100,9 @@ def _start_apart(pointers, sizes, HALVES: gl.constexpr, D: gl.constexpr):
     begin = _clock()
     steps = gl.load(pointers[0] + sizes[5] - 1)
     until = (gl.program_id(0) * steps).to(gl.float32) * CLOCKS / gl.num_programs(0).to(gl.float32)
-    while _clock() - begin < until.to(gl.uint32):
-        pass
+    waited = _clock() - begin
+    while waited < until.to(gl.uint32):
+        waited = _clock() - begin
 
 
 @gluon.jit

@@ -11,6 +11,7 @@ import torch
 from dit_sparse import __version__, cli, generate, models
 from dit_sparse.cli import main
 from dit_sparse.config import Method, SparseConfig
+from dit_sparse.kernels import dense_attention
 from tests.tiny import tiny_wan
 
 
@@ -131,6 +132,16 @@ def test_info_tells_device_kernels_and_models(capsys):
     assert told["device"].startswith("cuda" if torch.cuda.is_available() else "cpu")
     assert {"sparse", "dense", "demo"} < set(told)
     assert "WanTransformer3DModel" in told["transformers"]
+
+
+def test_info_tells_from_where_on_another_dense_kernel_is_faster(capsys, monkeypatch):
+    def backend(device, dtype, head_dim, tokens, heads):
+        return "cudnn" if tokens < dense_attention.LONG else "block"
+
+    monkeypatch.setattr(dense_attention, "dense_backend", backend)
+    assert main(["info"]) == 0
+    [told] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dense kernel")]
+    assert told.split(None, 2)[2].startswith(f"cudnn, block from {dense_attention.LONG} tokens on, torch.")
 
 
 def test_plan_from_a_published_shape(capsys):
