@@ -80,7 +80,7 @@ def error(profile: Profile) -> tuple[Figure, Row, list[Row]]:
     h, middle = profile.header, len(profile.header.ladder) // 2
     measured = profile.tensors["error"].float().numpy()[..., middle]
     aged = profile.tensors["stale"].float().numpy()[..., min(1, len(h.distances) - 1), middle]
-    named = {method: measured[..., m] for m, method in enumerate(METHODS[:-1])}
+    named = {method: measured[..., m] for m, method in enumerate(METHODS[:4])}
     named |= {f"{name}, 2 steps on": aged[..., m] for m, name in enumerate(("anchor", "reshape"))}
     figure = Figure(figsize=(max(8, 0.5 * len(h.layers)), 4.5), layout="constrained")
     axes = figure.subplots()

@@ -250,7 +250,7 @@ class Measured:
 
     def _kept(self, method: ChoiceMethod) -> np.ndarray:
         """[x, b, t, k]: share of blocks in each head's plan."""
-        routing = ROUTINGS.index("error" if method in ("tail", "anchor") else "mass")
+        routing = ROUTINGS.index("fine" if method in LEARNING else "error" if method == "tail" else "mass")
         return np.nan_to_num(self.stats["kept"][..., routing, :])
 
     def _work(self, method: ChoiceMethod) -> np.ndarray:
@@ -294,7 +294,7 @@ class Measured:
         fade = np.ones_like(aged)
         if method == "anchor":
             fade = self._fade.transpose(2, 0, 1, 3)[1 : self.longest + 1]
-        lacking = self.stats["error"][..., METHODS.index("tail" if method == "anchor" else "remainder"), :]
+        lacking = self.stats["error"][..., METHODS.index("soft" if method == "anchor" else "remainder"), :]
         lacks = np.square(np.nan_to_num(lacking) * self.felt[..., None])
         stored = [np.zeros((*self.ran.shape, self.rungs))]
         for s in range(len(STORAGES)):
@@ -306,7 +306,7 @@ class Measured:
         work_at, at_error = own + dense[2][..., :1], np.zeros((*self.ran.shape, 1))
         if soft is not None:
             top = next(k for k, rung in enumerate(ladder) if rung.density == soft and not rung.top_p)
-            at_error = self._joint(self.stats["error"][..., METHODS.index("tail"), :], "tail")[..., top, None]
+            at_error = self._joint(self.stats["error"][..., METHODS.index("soft"), :], "soft")[..., top, None]
             seconds_at = seconds_at - self.slower * dense[1][..., :1] + self._seconds("tail", "tail")[..., top, None]
             work_at = own + self._work("tail")[..., top, None]
         lost = coarse[..., below, :].reshape(*self.ran.shape, -1)

@@ -23,7 +23,7 @@ from dit_sparse.plan import Residual
 from dit_sparse.profile import ERRORS, LEARNERS, METHODS, ROUTINGS, STORAGES
 from dit_sparse.report import Mark
 from dit_sparse.residual import pack, unpack
-from dit_sparse.routing import Pooled, Routing, route
+from dit_sparse.routing import Pooled, Routing, fine_scores, route
 from dit_sparse.state import Generation, Layer
 
 # Least logarithm of a share: what is below would be subnormal further on, where a CPU is many times slower.
@@ -76,11 +76,10 @@ class Plan:
 
 @dataclass
 class Memory:
-    """What one head would remember from a step: masks [n, K, N] by mass and by error, residuals [n, K, r, D] of both
-    methods that learn, rho [n, K, r]."""
+    """What one head would remember from a step: masks [n, K, N], residuals [n, K, r, D] of both methods that learn,
+    rho [n, K, r]."""
 
-    by_mass: Tensor
-    by_error: Tensor
+    plan: Tensor
     anchor: Tensor
     reshape: Tensor
     rho: Tensor
@@ -220,8 +219,8 @@ class Bank:
         # [n, r] rows, [n, r]
         self.rows = self.blocks[:, None] * layout.block + inside.round().long()
         self.lengths = layout.lengths(device)
-        mass, error = self._config("rectify"), self._config("tail")
-        # What either routing takes, in one pass over the tokens.
+        mass, error, fine = (self._config(method) for method in ("rectify", "tail", "anchor"))
+        # What each routing takes, in one pass over the tokens.
         wants: tuple[Want, ...] = ("all", "all", "mean+var")
         of_q, of_k, of_v = (
             block_stats(x[:, :, : layout.grid.tokens], self.lengths, block=layout.block, want=want)
@@ -229,8 +228,10 @@ class Bank:
         )
         pooled = Pooled(of_q, of_k, of_v, self.lengths)
         by_mass = [self._route(pooled, mass, rung) for rung in plan.ladder]
-        by_error = [self._route(pooled, error, rung) for rung in plan.ladder]
-        self.masks = {"mass": self._masks(by_mass), "error": self._masks(by_error)}
+        self.masks = {"mass": self._masks(by_mass)}
+        scores = fine_scores(q, k, layout, scale=self.scale)
+        for name, config in (("error", error), ("fine", fine)):
+            self.masks[name] = self._masks([self._route(pooled, config, rung, scores) for rung in plan.ladder])
         # What Rectified SpaAttn adds, and how much it leaves to the exact part; routing's estimate of the mass.
         gains = gain(pooled)[:, :, self.blocks]
         self.compensable = by_mass[0].mass[:, :, self.blocks, : layout.blocks].masked_fill(~gains, 0)
@@ -244,12 +245,12 @@ class Bank:
     def _config(self, method: str) -> SparseConfig:
         return Choice(method, self.plan.ladder[0]).config(self.plan.base)  # type: ignore[arg-type]
 
-    def _route(self, pooled: Pooled, config: SparseConfig, rung: Rung) -> Routing:
+    def _route(self, pooled: Pooled, config: SparseConfig, rung: Rung, fine: Tensor | None = None) -> Routing:
         text = self.k[:, :, self.layout.grid.tokens :] if self.layout.text else None
         config = Choice(config.method, rung).config(self.plan.base)  # type: ignore[arg-type]
         return route(
             pooled, self.layout, config, density=rung.density, scale=self.scale, text_keys=text,
-            text_mask=self.text_mask,
+            text_mask=self.text_mask, fine=None if fine is None else lambda: fine,
         )  # fmt: skip
 
     def _masks(self, routings: list[Routing]) -> Tensor:
@@ -308,7 +309,7 @@ class Bank:
             """Mean over rows of the squared length, one number for each of [n, P, r, D]'s P."""
             return x.square().sum(-1).mean((0, 2))
 
-        by_mass, by_error = self.masks["mass"][b, h], self.masks["error"][b, h]
+        by_mass, by_error, by_fine = (self.masks[name][b, h] for name in ("mass", "error", "fine"))
         held, out = exact(by_mass)
         alone = out / held.clamp(min=1e-20)[..., None]
         bins = F.adaptive_avg_pool1d(held.mean(-1).T, self.plan.bins)
@@ -321,16 +322,17 @@ class Bank:
         )
         added = self.compensable[b, h][:, None].masked_fill(by_mass, 0)
         rectified = (1 - added.sum(-1))[..., None, None] * alone + (added @ means)[:, :, None]
-        tailed = with_tail(by_error)
-        errors = torch.stack([x - dense for x in (alone, rectified, tailed, weighed, out)])
+        soft, (learned_mass, learned_part) = with_tail(by_fine), exact(by_fine)
+        told = (alone, rectified, with_tail(by_error), weighed, learned_part, soft)
+        errors = torch.stack([x - dense for x in told])
         found = {
             "rho": bins,
             "recall": self._recall(by_mass, mass, held - text_mass),
-            "kept": torch.stack([by_mass.float().mean((0, 2)), by_error.float().mean((0, 2))]),
+            "kept": torch.stack([x.float().mean((0, 2)) for x in (by_mass, by_error, by_fine)]),
             "error": torch.stack([square(error) for error in errors]),
             "energy": square(dense)[0],
         }
-        now = Memory(by_mass, by_error, (dense - tailed).bfloat16(), (dense - out).bfloat16(), held)
+        now = Memory(by_fine, (dense - soft).bfloat16(), (dense - learned_part).bfloat16(), learned_mass)
         found["coarse"] = torch.stack(
             [self._coarse(x[:, self.plan.middle].float()) for x in (now.anchor, now.reshape)]
         )
@@ -362,8 +364,9 @@ class Bank:
         if not old:
             return {"stale": stale, "sums": sums, "drift": drift}, learned.flatten(0, 1)
         k, middle = len(self.plan.ladder), self.plan.middle
-        tails = with_tail(torch.cat([m.by_error for _, m in old], 1)).split(k, 1)
-        held, out = (x.split(k, 1) for x in exact(torch.cat([m.by_mass for _, m in old], 1)))
+        plans = torch.cat([m.plan for _, m in old], 1)
+        tails = with_tail(plans).split(k, 1)
+        held, out = (x.split(k, 1) for x in exact(plans))
         for i, (at, m) in enumerate(old):
             scaled = out[i] * (m.rho / held[i].clamp(min=1e-20))[..., None]
             lacks, had = dense - tails[i], m.anchor.float()

@@ -22,7 +22,7 @@ from dit_sparse.order import TokenOrder, token_order, vision_first
 from dit_sparse.patterns import Pattern, order_of, pattern_plan, tile_of
 from dit_sparse.plan import BlockPlan, Correction
 from dit_sparse.residual import weighed
-from dit_sparse.routing import Pooled, Routing, pool, pooled_of, route, wanted
+from dit_sparse.routing import Pooled, Routing, fine_scores, pool, pooled_of, route, wanted
 from dit_sparse.some_heads import put, take
 from dit_sparse.state import Generation, Layer, Part
 
@@ -349,7 +349,13 @@ class Call:
             scale=self.scale,
             text_keys=text,
             text_mask=self.text_mask,
+            fine=lambda: self._fine_scores,
         )
+
+    @cached_property
+    def _fine_scores(self) -> Tensor:
+        """Made once for the plans of an anchor."""
+        return fine_scores(self.q, self.k, self.layout, scale=self.scale)
 
     def over(self, plan: BlockPlan, listed: Tensor, correction: Correction) -> tuple[Tensor, Tensor]:
         """Block attention over a plan that lists `listed` pairs of blocks: out and lse."""

@@ -20,7 +20,7 @@ from dit_sparse.layout import TokenGrid
 from dit_sparse.order import token_order
 from dit_sparse.plan import Correction
 from dit_sparse.residual import pack
-from dit_sparse.routing import pool, route, wanted
+from dit_sparse.routing import fine_scores, pool, route, wanted
 from dit_sparse.state import Generation, Layer
 
 
@@ -55,7 +55,8 @@ def _operator_of(
     q, k, v = permute(qkv, order.take)
     texts = dict(text_keys=k[:, :, grid.tokens :]) if case.text else {}
     pooled = pool(q, k, v, layout, config)
-    plan = route(pooled, layout, config, density=density, scale=scale, **texts).plan
+    fine = partial(fine_scores, q, k, layout, scale=scale)
+    plan = route(pooled, layout, config, density=density, scale=scale, fine=fine, **texts).plan
     tail = pooled_tail(pooled, q.dtype, second_order=True, limit=config.second_order_limit)
     residual = pack(torch.randn_like(q[:, :, : grid.tokens]), "fp8")
     full = Correction(tail=tail, residual=residual)
@@ -64,7 +65,8 @@ def _operator_of(
     scattered = permute((kernel(full, scatter=order.take)[0],), order.take)[0]
     error = max(error, verify(q, k, v, plan, full, case, scattered))
 
-    tails = Generation(SparseConfig("tail", density=density, **sizes, dense_steps=0), [layer])
+    of_tail = SparseConfig("tail", density=density, **sizes, dense_steps=0)
+    tails = Generation(of_tail, [layer])
     anchors = Generation(config, [layer])
     low = Generation(replace(config, precision="8bit"), [layer])
     learning = Generation(config, [layer])
@@ -97,7 +99,12 @@ def _operator_of(
             block=case.keys,
             wants=wanted(config, routes=True),
         ),
-        "routing": partial(route, pooled, layout, config, density=density, scale=scale, **texts),
+        "routing at an anchor": partial(
+            route, pooled, layout, config, density=density, scale=scale, fine=fine, **texts
+        ),
+        "routing, tail": partial(
+            route, pool(q, k, v, layout, of_tail), layout, of_tail, density=density, scale=scale, **texts
+        ),
         "bare block attention": kernel,
         "with tail": partial(kernel, Correction(tail=tail)),
         "with tail and residual": partial(kernel, full),

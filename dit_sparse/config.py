@@ -17,6 +17,7 @@ Method = Literal[
 Order = Literal["hilbert", "tile", "raster", "pixel"]
 Storage = Literal["bf16", "fp8", "int4"]
 Precision = Literal["full", "8bit"]
+Routing = Literal["mass", "error", "fine"]
 
 # Methods that choose blocks by what they hold. The others but dense go by a pattern, see dit_sparse.patterns.
 _ROUTED = ("anchor", "tail", "reshape", "rectify", "none", "topp")
@@ -68,8 +69,10 @@ class SparseConfig:
     (all frames of one pixel side by side)."""
     tile: tuple[int, int, int] = (4, 4, 8)
     """Frames, rows and columns of one tile of order "tile"."""
-    routing: Literal["auto", "mass", "error"] = "auto"
-    """Keep the blocks with most estimated mass, or where the pooled stand-in errs most; auto is error with a tail."""
+    routing: Literal["auto"] | Routing = "auto"
+    """Keep the blocks with most mass, by mean queries and keys of blocks (mass) or by every key and mean queries of a
+    quarter block (fine), or where the pooled stand-in errs most (error). auto is fine for what routes at anchors only,
+    since it takes longest, else error with a tail and mass without."""
     neighbours: bool = False
     """Also keep blocks that touch the query block in space and time, as Rectified SpaAttn does."""
     first_frame: bool = False
@@ -116,7 +119,7 @@ class SparseConfig:
     def __post_init__(self) -> None:
         for name, kind in (("method", Method), ("order", Order)):
             _one_of(name, getattr(self, name), get_args(kind))
-        _one_of("routing", self.routing, ("auto", "mass", "error"))
+        _one_of("routing", self.routing, ("auto", *get_args(Routing)))
         _one_of("precision", self.precision, get_args(Precision))
         _one_of("residual", self.residual, ("auto", *get_args(Storage)))
         for name in ("block", "key_block"):
@@ -216,9 +219,12 @@ class SparseConfig:
         return self.method in ("anchor", "tail")
 
     @property
-    def by_error(self) -> bool:
-        """Error-aware routing helps where a tail stands in for the rest, and hurts where nothing does."""
-        return self.has_tail if self.routing == "auto" else self.routing == "error"
+    def routes_by(self) -> Routing:
+        """Error-aware routing helps where a tail stands in for the rest, and hurts where nothing does. What is known of
+        every key is better yet, where it is not asked for at each step."""
+        if self.routing != "auto":
+            return self.routing
+        return "fine" if self.learns else "error" if self.has_tail else "mass"
 
     def block_size(self, tokens: int) -> int:
         """Tokens per block for a sequence of `tokens`."""

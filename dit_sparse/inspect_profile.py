@@ -140,7 +140,7 @@ def facts(profile: Profile) -> dict[str, str]:
 def _statistics(profile: Profile) -> Table:
     table = Table(title="shares, and errors by method: means over heads, branches and steps")
     aged = [f"{m}, {profile.header.distances[0]} on" for m in LEARNERS]
-    for name in ("density", "rho", "recall", *METHODS[:-1], *aged):
+    for name in ("density", "rho", "recall", *METHODS[:4], *aged):
         table.add_column(name, justify="right")
     t = {name: x.float() for name, x in profile.tensors.items()}
     error, stale = t["error"].nanmean((0, 1, 2)), t["stale"][..., 0, :].nanmean((0, 1, 2))

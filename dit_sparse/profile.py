@@ -18,7 +18,7 @@ from dit_sparse.kernels.dense_attention import LONG
 from dit_sparse.layout import TokenGrid
 from dit_sparse.video import whole
 
-SCHEMA = 3
+SCHEMA = 4
 # Noise levels this close are the same step: rounding of a scheduler in another precision.
 SAME_LEVEL = 1e-3
 # Numbers of each weight that identify a model.
@@ -110,9 +110,10 @@ AXES = {
     "choice": "hbt",
     "anchor": "hbt",
 }
-ROUTINGS = ("mass", "error")
-# "remainder" is no method: the output without rho times the sparse part, which Re-ttention's residual holds.
-METHODS = ("none", "rectify", "tail", "calibrated", "remainder")
+ROUTINGS = ("mass", "error", "fine")
+# Two are no methods. "remainder" is the output without rho times the sparse part, which Re-ttention's residual holds;
+# "soft" is the tail as anchors route, which is what an anchor lacks, or a soft one outputs.
+METHODS = ("none", "rectify", "tail", "calibrated", "remainder", "soft")
 LEARNERS = ("anchor", "reshape")
 ERRORS = (*METHODS, *LEARNERS)
 STORAGES = ("fp8", "int4")

@@ -63,6 +63,13 @@ def tail_weights(tail: Tail, *, scale: float) -> Tensor:
     return first + spread.clamp(max=second.limit)
 
 
+def block_mass(q: Tensor, k: Tensor, *, parts: int, key_block: int, scale: float) -> Tensor:
+    """ln of the softmax mass of blocks of keys, the mean over mean queries q [B, H, R, D] of `parts` a block."""
+    mass = (q @ k.mT * scale).softmax(-1)
+    by_key = torch.stack([block.sum(-1) for block in mass.split(key_block, -1)], -1)
+    return torch.stack([block.mean(-2) for block in by_key.split(parts, -2)], -2).log()
+
+
 def block_select(
     scores: Tensor, *, top_k: int, top_p: float, k_min: int, k_max: int, forced: Tensor | None
 ) -> BlockPlan:

@@ -377,7 +377,7 @@ def test_the_inputs_of_an_anchor_give_its_output_up_to_storage(method, storage):
     close(run(g, 0, q, k, v), dense)
     error = run(g, 1, q, k, v) - dense
     # The same routed alone, without what was learned: what is missing is what was stored.
-    alone = run(at("tail" if method == "anchor" else "none", density=0.3), 0, q, k, v)
+    alone = run(at("tail" if method == "anchor" else "none", density=0.3, routing="fine"), 0, q, k, v)
     if method == "reshape":
         alone[:, :, : GRID.tokens] *= learned(g).rho[:, :, token_order("hilbert", GRID, (4, 4, 8), CPU).place, None]
     lacking = (dense - alone)[:, :, : GRID.tokens]
@@ -458,7 +458,7 @@ def test_soft_anchors():
     close(run(g, 0, q, k, v), dense_attention(q, k, v)[0])
     run(g, 1, *inputs(9))
     q, k, v = inputs(9)
-    soft, part = (run(at("tail", density=density), 0, q, k, v) for density in (0.6, 0.2))
+    soft, part = (run(at("tail", density=density, routing="fine"), 0, q, k, v) for density in (0.6, 0.2))
     close(run(g, 2, q, k, v), soft)
     place = token_order("hilbert", GRID, (4, 4, 8), CPU).take
     expected = pack((soft - part)[:, :, : GRID.tokens][:, :, place], "bf16")

@@ -74,7 +74,8 @@ def test_a_choice_is_a_uniform_config(method):
     assert (config.density, config.top_p, config.neighbours) == (0.2, 0.5, True)
     assert config.has_tail == (method in ("tail", "anchor", "calibrated"))
     assert config.second_order_limit == (3.0 if config.has_tail else 2.0)
-    assert config.by_error == (method in ("tail", "anchor"))
+    routed = {"tail": "error", "anchor": "fine", "reshape": "fine"}
+    assert config.routes_by == routed.get(method, "mass")
     assert config.learns == (method in ("anchor", "reshape"))
 
 

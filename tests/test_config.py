@@ -176,22 +176,23 @@ def test_every_option_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("method", "interval", "learns", "has_tail", "by_error"),
+    ("method", "interval", "learns", "has_tail", "routes_by"),
     [
-        ("anchor", 4, True, True, True),
-        ("tail", None, False, True, True),
-        ("reshape", 5, True, False, False),
-        ("rectify", None, False, False, False),
-        ("none", None, False, False, False),
-        ("dense", None, False, False, False),
+        ("anchor", 4, True, True, "fine"),
+        ("tail", None, False, True, "error"),
+        ("reshape", 5, True, False, "fine"),
+        ("rectify", None, False, False, "mass"),
+        ("none", None, False, False, "mass"),
+        ("dense", None, False, False, "mass"),
     ],
 )
-def test_what_follows_from_the_method(method, interval, learns, has_tail, by_error):
+def test_what_follows_from_the_method(method, interval, learns, has_tail, routes_by):
     config = SparseConfig(method=method)
-    assert (config.interval, config.learns, config.has_tail, config.by_error) == (interval, learns, has_tail, by_error)
+    told = config.interval, config.learns, config.has_tail, config.routes_by
+    assert told == (interval, learns, has_tail, routes_by)
     assert replace(config, refresh_every=7).interval == 7
-    assert replace(config, routing="mass").by_error is False
-    assert replace(config, routing="error").by_error is True
+    for routing in ("mass", "error", "fine"):
+        assert replace(config, routing=routing).routes_by == routing
 
 
 @settings(deadline=None)

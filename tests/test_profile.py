@@ -74,7 +74,7 @@ def test_a_changed_header_is_found(saved):
 
 def test_another_schema_is_refused(saved):
     rewritten(saved, lambda told: json.dumps(told | {"schema": 99}))
-    with pytest.raises(ValueError, match="has schema 99, and this version of dit-sparse reads 3."):
+    with pytest.raises(ValueError, match="has schema 99, and this version of dit-sparse reads 4."):
         Profile.load(saved)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from dit_sparse.kernels.block_select import block_select
 from dit_sparse.kernels.block_stats import block_stats
 from dit_sparse.layout import Layout, TokenGrid, block_lengths
 from dit_sparse.order import first_frame_blocks, neighbours, token_order
-from dit_sparse.routing import joined, pool, route
+from dit_sparse.routing import fine_scores, joined, pool, route
 
 CPU = torch.device("cpu")
 EVEN = Layout(TokenGrid(4, 4, 8), block=16)
@@ -304,6 +305,39 @@ def test_error_aware_scores(layout, text):
     assert torch.equal(result.plan.mask()[0], mask | torch.eye(layout.blocks, dtype=torch.bool))
     by_mass = routed(q, k, v, layout, SparseConfig("tail", routing="mass"), 0.4, **texts)
     assert not torch.equal(by_mass.plan.mask(), result.plan.mask())
+
+
+@LAYOUTS
+@pytest.mark.parametrize("key_block", [None, 8])
+def test_fine_scores(layout, key_block):
+    """The softmax of each quarter block's mean query over single keys, by loops over quarters and blocks of keys."""
+    layout = replace(layout, key_block=key_block)
+    tokens, keys = layout.grid.tokens, layout.key_size
+    q, k, v = inputs(layout, text=6)
+    expected = torch.zeros(2, layout.blocks, layout.key_blocks, dtype=torch.float64)
+    for h, n in itertools.product(range(2), range(layout.blocks)):
+        quarters = blocks_of(q, layout)[n][0, h].split(layout.block // 4)
+        for quarter in quarters:
+            shares = (k[0, h, :tokens] @ quarter.mean(0) * 0.25).softmax(0).split(keys)
+            expected[h, n] += torch.stack([share.sum() for share in shares]) / len(quarters)
+    scores = fine_scores(q, k, layout, scale=0.25)
+    torch.testing.assert_close(scores[0].exp(), expected)
+    config = SparseConfig("anchor")
+    plan = routed(q, k, v, layout, config, 0.4, fine=lambda: scores).plan
+    best = expected.topk(int(0.4 * layout.key_blocks)).indices
+    own = torch.eye(layout.blocks, dtype=torch.bool).repeat_interleave(layout.block // keys, 1)[:, : layout.key_blocks]
+    mask = torch.zeros_like(expected, dtype=torch.bool).scatter_(-1, best, True)
+    assert torch.equal(plan.mask()[0], mask | own)
+    by_error = routed(q, k, v, layout, SparseConfig("tail"), 0.4).plan
+    assert not torch.equal(by_error.mask(), plan.mask())
+
+
+def test_fine_routing_of_repeated_tokens_is_that_of_means():
+    """Where all tokens of a block are alike, so are its means, and the mass that they hold."""
+    layout = EVEN
+    q, k = (x.repeat_interleave(16, 2) for x in torch.randn(2, 1, 2, 8, 16, dtype=torch.float64))
+    mass = routed(q, k, k, layout, SparseConfig("none")).mass
+    torch.testing.assert_close(fine_scores(q, k, layout, scale=0.25).exp(), mass)
 
 
 @pytest.mark.parametrize("method", ["none", "rectify", "tail"])

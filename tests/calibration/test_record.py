@@ -87,12 +87,13 @@ def test_what_the_first_use_of_a_kernel_takes_is_no_time_of_dense_attention(monk
     assert 0 < dense < 0.4 and beside > 0.5 and len(calls) == 3
 
 
-@pytest.mark.parametrize("method", ["none", "rectify", "tail"])
+@pytest.mark.parametrize("method", ["none", "rectify", "tail", "soft"])
 def test_errors_are_those_of_the_engine(method):
     inputs = sequence()
     found = recorded(inputs, plan()).found["cond"]
+    setting = ("tail", {"routing": "fine"}) if method == "soft" else (method, {})
     for k, rung in enumerate(LADDER):
-        for step, out in enumerate(engine(method, rung, inputs)):
+        for step, out in enumerate(engine(setting[0], rung, inputs, **setting[1])):
             dense = dense_attention(*inputs[step])[0]
             error = square(seen(out - dense))
             got = found["error"][:, step, METHODS.index(method), k]
@@ -184,7 +185,7 @@ def test_coarse_is_what_storage_loses():
     inputs = sequence(1)
     recorder = recorded(inputs, plan())
     dense = dense_attention(*inputs[0])[0]
-    lacks = seen(dense - engine("tail", LADDER[1], inputs)[0]).bfloat16().float()
+    lacks = seen(dense - engine("tail", LADDER[1], inputs, routing="fine")[0]).bfloat16().float()
     for s, storage in enumerate(STORAGES):
         lost = (unpack(pack(lacks, storage)) - lacks).square().sum((0, 2, 3)).sqrt() / lacks.square().sum(
             (0, 2, 3)
@@ -239,7 +240,7 @@ def test_rows_of_a_batch_are_looked_at_each_with_its_own_memory():
         if name == "stale":
             # Each row alone would have what is best for it.
             own = torch.stack([found[name][:, :, 0] for found in alone]).mean(0)
-            assert (x[:, :, 0] >= 0.999 * own).logical_or(own.isnan()).all() and (x[:, :, 0] > 1.01 * own).any()
+            assert (x[:, :, 0] >= 0.999 * own).logical_or(own.isnan()).all() and (x[:, :, 0] > 1.001 * own).any()
             x, alone = x[:, :, 1], [found | {name: found[name][:, :, 1]} for found in alone]
         if name not in ("together", "persist", "fade"):
             mean = torch.stack([found[name] for found in alone]).mean(0)

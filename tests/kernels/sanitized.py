@@ -9,6 +9,7 @@ import sys
 import torch
 
 from dit_sparse.kernels.block_attention import block_attention
+from dit_sparse.kernels.block_mass import block_mass
 from dit_sparse.kernels.block_scores import block_scores
 from dit_sparse.kernels.block_select import block_select
 from dit_sparse.kernels.block_stats import block_stats
@@ -54,6 +55,8 @@ def the_rest() -> None:
     ones = torch.ones(70, dtype=torch.int64, device="cuda")
     found = block_scores(means, means, ones, scale=1, variances=means**2, deviations=weights, text=weights)
     block_select(found, density=0.3, logarithms=True)
+    for block in (32, 128):
+        block_mass(means[..., :40].float(), x[:, :, :, :40], parts=4, key_block=block, scale=0.2)
     forced = torch.eye(11, dtype=torch.bool, device="cuda")
     block_select(scores, density=0.3, forced=forced)
     plan = block_select(scores, density=0.1, top_p=0.6, k_max=7)

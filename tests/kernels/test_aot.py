@@ -8,7 +8,16 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dit_sparse.kernels import block_scores, block_select, block_stats, merge, permute, quantise, tail_weights
+from dit_sparse.kernels import (
+    block_mass,
+    block_scores,
+    block_select,
+    block_stats,
+    merge,
+    permute,
+    quantise,
+    tail_weights,
+)
 from dit_sparse.kernels.tuning import attention_tile
 from tests.kernels.aot import Build, Resources, compile_kernels
 
@@ -41,6 +50,22 @@ def scores(capability: int, dim: int = 128, by_error: bool = True, text: bool = 
         for name in names:
             (signature if there else constexprs)[name] = "*fp32:16" if there else None
     return Build(block_scores.block_scores_fwd_kernel, signature, constexprs, capability, block_scores.WARPS)
+
+
+def mass(capability: int, dtype: str = "bf16", dim: int = 128, block: int = 128) -> Build:
+    signature = {
+        **dict.fromkeys(("p_q", "p_k"), f"*{dtype}:16"),
+        "p_w": "*fp32:16",
+        **dict.fromkeys(("q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st"), "i32:16"),
+        **dict.fromkeys(("H", "R", "L", "N"), "i32"),
+        "scale": "fp32",
+    }
+    size = {"fp32": 4}.get(dtype, 2)
+    step = block_mass.step_of(size, dim, block)
+    constexprs = {
+        "D": dim, "BD": dim, "BR": block_mass.ROWS, "BK": step, "BLOCK": block, "RUN": block_mass.RUN,
+    }  # fmt: skip
+    return Build(block_mass.block_weights_fwd_kernel, signature, constexprs, capability, block_mass.WARPS)
 
 
 def select(
@@ -160,7 +185,7 @@ IN_8BIT = [
     *(in_8bit(quantise._keys_kernel, "p_k", "*i8:16", "VISION", "blocks", masked=m) for m in (False, True)),
     *(in_8bit(quantise._values_kernel, "p_v", "*fp8e4nv:16", "VISION", "blocks", masked=m) for m in (False, True)),
 ]
-MADE = (stats, scores, select, weights, listed, gather, pooled, merged, tailed)
+MADE = (stats, scores, mass, select, weights, listed, gather, pooled, merged, tailed)
 USUAL = [make(capability) for capability in CAPABILITIES for make in MADE]
 USUAL += IN_8BIT
 USUAL += [weights(80, "fp32", by_row=False), tailed(80, "fp32"), tailed(80, "fp32", 64)]
@@ -229,6 +254,11 @@ def test_extreme_shapes_fit(capability: int) -> None:
         stats(capability, "fp16", 40, 16, 64),
         scores(capability, 40, by_error=False),
         scores(capability, 256, text=False),
+        mass(capability, "fp32", 128),
+        mass(capability, "fp32", 256, 16),
+        mass(capability, dim=64, block=32),
+        mass(capability, dim=256, block=64),
+        mass(capability, block=16),
         select(capability, 1024, logarithms=False),
         select(capability, 16, top_p=False, forced=False),
         select(capability, 256),
