@@ -13,7 +13,7 @@ def work_of(profile: Profile, layer: str) -> Tensor:
     """[heads, calls] float64: the share of key blocks that the choices of a fitted profile compute, call by call."""
     rows = profile.header.rows_of[layer]
     index, anchor = (profile.tensors[name][rows] for name in ("choice", "anchor"))
-    # Both ways of routing keep about as many.
+    # All ways of routing keep about as many.
     kept = profile.tensors["kept"][rows].double().nan_to_num().mean(-2)
     work = torch.ones(index.shape, dtype=torch.float64)
     for i, values in enumerate(profile.header.choices):

@@ -7,7 +7,7 @@ from dit_sparse.calibration.growth import lasting
 from dit_sparse.calibration.record import Plan
 from dit_sparse.choices import Choice, Rung
 from dit_sparse.config import SparseConfig
-from dit_sparse.profile import Header, Profile
+from dit_sparse.profile import ERRORS, ROUTINGS, Header, Profile
 
 LADDER = (Rung(0.1), Rung(0.1, 0.7), Rung(0.3))
 
@@ -19,21 +19,24 @@ def statistics(heads: int, branches: int, steps: int, plan: Plan, seed: int = 0)
     each = 0.5 + torch.rand(*shape, generator=random)
     k, d = len(plan.ladder), len(plan.distances)
     by_rung = torch.linspace(1, 0.3, k)
-    by_method = torch.tensor([1.0, 0.9, 0.6, 0.8, 2.0])
+    by_method = torch.tensor([1.0, 0.9, 0.6, 0.8, 2.0, 0.5])
     by_learner = torch.tensor([0.6, 1.5])[:, None, None]
     by_age = torch.tensor(plan.distances).float() * 0.15
     density = torch.tensor([rung.density + 0.1 * bool(rung.top_p) for rung in plan.ladder])
     return {
         "rho": (0.4 + 0.5 * torch.rand(*shape, k, plan.bins, generator=random)).half(),
         "recall": (0.8 + 0.2 * torch.rand(*shape, k, generator=random)).half(),
-        "kept": density.expand(*shape, 2, k).half().contiguous(),
+        "kept": density.expand(*shape, len(ROUTINGS), k).half().contiguous(),
         "error": (0.2 * each[..., None, None] * by_method[:, None] * by_rung).half(),
         "stale": (0.2 * each[..., None, None, None] * by_learner * by_age[:, None] * by_rung).half(),
         "fade": torch.ones(*shape, d, k).half(),
         "coarse": torch.tensor([0.03, 0.12]).expand(*shape, 2, 2).half().contiguous(),
         "drift": by_age.expand(*shape, d).half().contiguous(),
-        "persist": torch.full((*shape, 7, k), 0.5).half(),
-        "together": torch.tensor([1.0, 0.6])[:branches, None, None, None].expand(*shape, 7, k).half().contiguous(),
+        "persist": torch.full((*shape, len(ERRORS), k), 0.5).half(),
+        "together": torch.tensor([1.0, 0.6])[:branches, None, None, None]
+        .expand(*shape, len(ERRORS), k)
+        .half()
+        .contiguous(),
         "energy": torch.rand(*shape, generator=random) + 0.5,
     }  # fmt: skip
 

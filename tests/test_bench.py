@@ -49,7 +49,7 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
 
 def test_operator_times_every_part(tmp_path):
     code, got = rows("operator", tmp_path, density=(0.2,))
-    assert code == 0 and len(got) == 13 and all(row["ms"] > 0 for row in got)
+    assert code == 0 and len(got) == 14 and all(row["ms"] > 0 for row in got)
 
 
 @pytest.mark.parametrize("what", ["operator", "forward"])

@@ -57,7 +57,8 @@ def test_the_profiles_that_come_along_belong_to_the_weights_that_do():
     for path in found:
         profile = Profile.load(path)
         profile.check({"transformer": demo})
-        assert abs(profile.header.predicted["work"] - profile.header.targets["work"]) < 0.01
+        # At most what was asked for, and with so few heads, of which one may make the difference, not much less.
+        assert 0 <= profile.header.targets["work"] - profile.header.predicted["work"] < 0.015
     demo.blocks[0].attn1.to_q.weight.data *= 1.01
     with pytest.raises(ValueError, match="other weights"):
         profile.check({"transformer": demo})
