@@ -220,8 +220,8 @@ class SparseConfig:
 
     @property
     def routes_by(self) -> Routing:
-        """Error-aware routing helps where a tail stands in for the rest, and hurts where nothing does. To ask every key
-        is better yet, where that is not done at each step."""
+        """Error-aware routing helps where a tail stands in for the rest, and hurts where nothing does. To ask every
+        key is better yet, where that is not done at each step."""
         if self.routing != "auto":
             return self.routing
         return "fine" if self.learns else "error" if self.has_tail else "mass"

@@ -16,7 +16,7 @@ ROWS, KEYS, WARPS = 64, 128, 4
 # Key blocks that a program goes through: its mean queries are read once for them.
 RUN = 32
 # Numbers between the two passes at a time, in float32: a fraction of what a layer's queries take.
-AT_ONCE = 1 << 24
+AT_ONCE = 1 << 23
 
 
 def block_mass(q: Tensor, k: Tensor, *, parts: int, key_block: int, scale: float, impl: Impl = "auto") -> Tensor:

@@ -112,8 +112,8 @@ def test_what_was_learned_later_than_planned_fades_by_its_own_age():
 def test_a_soft_anchor_is_its_denser_plan_from_the_first_on():
     choice = Choice("anchor", RUNG, "bf16", 0.5)
     g = generation([choice], 0, [1, 0, 0, 1, 0])
-    tails = {density: Generation(SparseConfig("tail", density=density, block=16, routing="fine", dense_steps=0), [layer()])
-             for density in (RUNG.density, 0.5)}  # fmt: skip
+    told = dict(block=16, routing="fine", dense_steps=0)
+    tails = {x: Generation(SparseConfig("tail", density=x, **told), [layer()]) for x in (RUNG.density, 0.5)}
     q, k, v = inputs()
     dense = run(generation([DENSE], 0, 0), 0, q, k, v)
     soft, part = (run(tails[density], 0, q, k, v) for density in (0.5, RUNG.density))
