@@ -83,13 +83,18 @@ def _weigh_torch(q: Tensor, k: Tensor, key_block: int, scale: float) -> Tensor:
     found = torch.empty(
         batch, heads, blocks, q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
     )
-    pad = blocks * key_block - keys
+    # Logits of as many blocks as are held between the passes, too.
+    some = max(1, AT_ONCE // (q.shape[2] * key_block))
     for b in range(batch):
         for h in range(heads):
-            logits = (k[b, h].to(found.dtype) @ q[b, h].to(found.dtype).mT).mul_(scale)
-            if pad:
-                logits = torch.nn.functional.pad(logits, (0, 0, 0, pad), value=float("-inf"))
-            torch.logsumexp(logits.unflatten(0, (blocks, key_block)), 1, out=found[b, h])
+            mean = q[b, h].to(found.dtype).mT
+            for first in range(0, blocks, some):
+                own = slice(first, min(first + some, blocks))
+                logits = (k[b, h, first * key_block : own.stop * key_block].to(found.dtype) @ mean).mul_(scale)
+                missing = (own.stop - first) * key_block - len(logits)
+                if missing:
+                    logits = torch.nn.functional.pad(logits, (0, 0, 0, missing), value=float("-inf"))
+                torch.logsumexp(logits.unflatten(0, (-1, key_block)), 1, out=found[b, h, own])
     return found
 
 
