@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_sparse.checks import check_finite, check_mask
 from dit_sparse.config import SparseConfig, Storage
 from dit_sparse.correction import Learned, calibrated, learn_anchor, learn_reshape, pooled_tail, rectify, reshape
 from dit_sparse.followers import together
@@ -37,9 +38,9 @@ def sparse_attention(
     where these do not fit the generation's grid, and on NaN or Inf in q, k, v under strict.
     """
     if generation.config.strict:
-        _check_finite(layer, q=q, k=k, v=v)
+        check_finite(layer, q=q, k=k, v=v)
     if text_mask is not None:
-        _check_mask(text_mask, k.shape[2])
+        check_mask(text_mask, k.shape[2])
     generation.attending(len(q))
     heads = q.shape[0] * q.shape[1]
     generation.dense_backend = dense_backend(q.device, q.dtype, q.shape[-1], k.shape[2], heads, text_mask is not None)
@@ -438,16 +439,3 @@ class Call:
         """Attention to every key: out and lse."""
         self.known += self.q.shape[0] * self.q.shape[1] * self.layout.tokens**2
         return dense_attention(self.q, self.k, self.v, key_mask=self.text_mask)
-
-
-def _check_mask(text_mask: Tensor, keys: int) -> None:
-    if text_mask.dim() != 2 or text_mask.dtype != torch.bool or text_mask.shape[1] >= keys:
-        raise ValueError(
-            f"text_mask must be bool [B, text tokens] for {keys} keys, not {text_mask.dtype} {tuple(text_mask.shape)}."
-        )
-
-
-def _check_finite(layer: Layer, **tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if not x.isfinite().all():
-            raise ValueError(f"{name} of {layer.name} holds NaN or Inf, and strict=True accepts finite numbers only.")

@@ -233,14 +233,15 @@ def test_persist_is_the_angle_between_the_errors_of_two_steps():
 
 def test_rows_of_a_batch_are_looked_at_each_with_its_own_memory():
     """Guidance in one batch: what is found is the mean over both branches, of what grows stale, too."""
-    first, second = sequence(3), sequence(3)
+    # The second moves on faster, so that less of what it remembers is best added.
+    first, second = sequence(3), sequence(5)[::2]
     both = [[torch.cat(pair) for pair in zip(*step, strict=True)] for step in zip(first, second, strict=True)]
     alone = [recorded(inputs, plan()).found["cond"] for inputs in (first, second)]
     for name, x in recorded(both, plan()).found["cond"].items():
         if name == "stale":
             # Each row alone would have what is best for it.
             own = torch.stack([found[name][:, :, 0] for found in alone]).mean(0)
-            assert (x[:, :, 0] >= 0.999 * own).logical_or(own.isnan()).all() and (x[:, :, 0] > 1.001 * own).any()
+            assert (x[:, :, 0] >= 0.999 * own).logical_or(own.isnan()).all() and (x[:, :, 0] > 1.01 * own).any()
             x, alone = x[:, :, 1], [found | {name: found[name][:, :, 1]} for found in alone]
         if name not in ("together", "persist", "fade"):
             mean = torch.stack([found[name] for found in alone]).mean(0)

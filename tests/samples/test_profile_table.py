@@ -57,8 +57,7 @@ def test_the_profiles_that_come_along_belong_to_the_weights_that_do():
     for path in found:
         profile = Profile.load(path)
         profile.check({"transformer": demo})
-        # At most what was asked for, and with so few heads, of which one may make the difference, not much less.
-        assert 0 <= profile.header.targets["work"] - profile.header.predicted["work"] < 0.015
+        assert abs(profile.header.predicted["work"] - profile.header.targets["work"]) < 0.01
     demo.blocks[0].attn1.to_q.weight.data *= 1.01
     with pytest.raises(ValueError, match="other weights"):
         profile.check({"transformer": demo})
@@ -96,7 +95,7 @@ def test_quality_and_seconds_measured_apart(tmp_path, monkeypatch, capsys):
     def row(setting, work, seconds, db):
         return {"setting": setting, "work": work, "seconds": seconds, "psnr_db": db, "each": [db]}
 
-    profile = SAMPLES / "demo_work40.profile.safetensors"
+    profile = SAMPLES / "demo_work39.profile.safetensors"
     quality = [row("dense", 1, 9, 200), row(profile.name, 0.4, 9, 32), row("a", 0.3, 9, 28), row("b", 0.5, 9, 34)]
     seconds = [row("dense", 1, 9, 1), row(profile.name, 0.4, 5, 1), row("a", 0.3, 4, 1), row("b", 0.5, 8, 1)]
     for name, rows in (("quality", quality), ("seconds", [*seconds, row("c", 1, 1, 1)])):
