@@ -19,7 +19,7 @@ def statistics(heads: int, branches: int, steps: int, plan: Plan, seed: int = 0)
     each = 0.5 + torch.rand(*shape, generator=random)
     k, d = len(plan.ladder), len(plan.distances)
     by_rung = torch.linspace(1, 0.3, k)
-    by_method = torch.tensor([1.0, 0.9, 0.6, 0.8, 2.0, 0.58])
+    by_method = torch.tensor([1.0, 0.9, 0.6, 0.8, 2.0, 0.59])
     by_learner = torch.tensor([0.6, 1.5])[:, None, None]
     by_age = torch.tensor(plan.distances).float() * 0.15
     density = torch.tensor([rung.density + 0.1 * bool(rung.top_p) for rung in plan.ladder])

@@ -366,8 +366,8 @@ def test_a_soft_anchor_is_as_wrong_as_its_tail_and_stays_so(fade):
     soft, hard = (problem.options.index(Choice("anchor", made.header.ladder[0], "bf16", x)) for x in (0.3, None))
     tail = problem.options.index(Choice("tail", made.header.ladder[2]))
     f, t, q, one = problem.followed, 2, soft - problem.singles, hard - problem.singles
-    # As anchors route, the tail is off by 0.58, and by itself by 0.6, see tests/profiles.py.
-    assert np.allclose(f.begun[..., q] * problem.weight, problem.single[0][..., tail] * (0.58 / 0.6) ** 2, rtol=2e-3)
+    # As anchors route, the tail is off by 0.59, and by itself by 0.6, see tests/profiles.py.
+    assert np.allclose(f.begun[..., q] * problem.weight, problem.single[0][..., tail] * (0.59 / 0.6) ** 2, rtol=2e-3)
     assert (f.begun[..., one] == 0).all() and (f.lost[..., (one, q)] == 0).all()
     assert np.allclose(f.work_at[..., one] - f.work_at[..., q], 2 - problem.single[2][..., tail])
     assert np.array_equal(f.aged[..., q], f.aged[..., one]) and np.array_equal(f.work[..., q], f.work[..., one])
