@@ -18,7 +18,7 @@ from dit_sparse.kernels import (
     quantise,
     tail_weights,
 )
-from dit_sparse.kernels.tuning import attention_tile
+from dit_sparse.kernels.tuning import attention_tile, mass_tile
 from tests.kernels.aot import Build, Resources, compile_kernels
 
 CAPABILITIES = (80, 90, 100)
@@ -60,12 +60,23 @@ def mass(capability: int, dtype: str = "bf16", dim: int = 128, block: int = 128)
         **dict.fromkeys(("H", "R", "L", "N"), "i32"),
         "scale": "fp32",
     }
-    size = {"fp32": 4}.get(dtype, 2)
-    step = block_mass.step_of(size, dim, block)
+    tile = mass_tile(capability, {"fp32": 4}.get(dtype, 2), max(64, dim), block)
     constexprs = {
-        "D": dim, "BD": dim, "BR": block_mass.ROWS, "BK": step, "BLOCK": block, "RUN": block_mass.RUN,
+        "D": dim, "BD": dim, "BR": tile.rows, "BK": tile.columns, "BLOCK": block, "RUN": block_mass.RUN,
+        "STAGES": tile.stages,
     }  # fmt: skip
-    return Build(block_mass.block_weights_fwd_kernel, signature, constexprs, capability, block_mass.WARPS)
+    return Build(block_mass.block_weights_fwd_kernel, signature, constexprs, capability, tile.warps)
+
+
+def shares(capability: int, parts: int = 4) -> Build:
+    signature = {
+        **dict.fromkeys(("p_w", "p_o"), "*fp32:16"),
+        **dict.fromkeys(("o_sb", "o_sh"), "i64"),
+        **dict.fromkeys(("H", "R", "N", "NQ"), "i32"),
+    }
+    rows = block_mass.SHARED_ROWS // parts
+    constexprs = {"PARTS": parts, "BQ": rows, "BN": block_mass.SHARED_BLOCKS}
+    return Build(block_mass.block_shares_fwd_kernel, signature, constexprs, capability, 4)
 
 
 def select(
@@ -258,7 +269,10 @@ def test_extreme_shapes_fit(capability: int) -> None:
         mass(capability, "fp32", 256, 16),
         mass(capability, dim=64, block=32),
         mass(capability, dim=256, block=64),
+        mass(capability, dim=256, block=128),
         mass(capability, block=16),
+        shares(capability),
+        shares(capability, 1),
         select(capability, 1024, logarithms=False),
         select(capability, 16, top_p=False, forced=False),
         select(capability, 256),

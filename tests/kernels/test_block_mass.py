@@ -68,6 +68,31 @@ def test_far_keys_weigh_nothing_and_nothing_is_nan(impl, device):
     assert not got.isnan().any() and got[0, 0, 0, 0] == 0 and (got[0, 0, 0, 1:] < -80).all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("before", [60.0, -60.0], ids=["falls", "rises"])
+def test_a_block_far_above_those_before_it_counts_exactly(before, impl, device):
+    """Sums relative to the largest so far are infinite where it jumps by more than float32's range."""
+    q = torch.zeros(1, 1, 70, 16, device=device)
+    q[..., 0] = 4
+    q[:, :, 3, 0] = 0.1
+    k = torch.randn(1, 1, 700, 16, device=device)
+    k[..., 0] = before * (1 - 2 * (torch.arange(700, device=device) // 256 == 1).float())
+    options = {"parts": 1, "key_block": 32, "scale": 1.0}
+    got = block_mass(q, k, **options, impl=impl)
+    exact = reference.block_mass(q.double(), k.double(), **options)
+    here = exact > -80
+    torch.testing.assert_close(got[here].double(), exact[here], atol=0.1 if device == "cuda" else 1e-4, rtol=0)
+    assert (got[~here] < -80).all()
+
+
+def test_the_kernel_wants_powers_of_two(device):
+    q, k, options = inputs(SHAPES[0], torch.float32, device)
+    with pytest.raises(ValueError, match="parts must be a power of two up to 64 for impl 'triton', not 3"):
+        block_mass(q, k, **(options | {"parts": 3}), impl="triton")
+    with pytest.raises(ValueError, match="key_block must be a power of two for impl 'triton', not 24"):
+        block_mass(q, k, **(options | {"key_block": 24}), impl="triton")
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
