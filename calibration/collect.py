@@ -22,6 +22,7 @@ from dit_sparse.calibration import costs, effects, trials
 from dit_sparse.calibration.job import Job, Latents, weights_of
 from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
+from dit_sparse.calibration.steady import steady
 from dit_sparse.choices import Choice
 from dit_sparse.pipelines.session import FAMILIES, Session, levels_of, sparsify
 from dit_sparse.profile import ERRORS, METHODS, Header, Profile
@@ -112,9 +113,9 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
             "levels": levels_of(job.pipe.scheduler),
             "grid": [grid.frames, grid.height, grid.width],
             "seconds": {
-                "transformers": sum(step.seconds for step in report.steps) - recording,
+                "transformers": steady([step.seconds - recording.get(step.step, 0.0) for step in report.steps]),
                 "attention": dense,
-                "recording": recording,
+                "recording": sum(recording.values()),
             },
             "kernel": None,
             "costs": None,

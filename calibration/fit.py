@@ -5,7 +5,7 @@ the targets are met.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from dit_sparse.calibration.measured import AT_ONCE, Cost
 from dit_sparse.calibration.paths import Problem, Solution
+from dit_sparse.calibration.steady import steady
 from dit_sparse.choices import LEARNING, ChoiceMethod
 from dit_sparse.config import SparseConfig
 from dit_sparse.profile import Profile
@@ -145,15 +146,29 @@ def _expected(problem: Problem, path: Solution) -> dict[str, Any]:
     """What a trial is compared with, see `try_out`."""
     sparse = (path.option > 0).any(0)
     start = int(sparse.argmax()) if sparse.any() else problem.steps - 1
-    other = problem.header.costs["other"] * (problem.steps - start) / problem.steps
-    dense = float(np.where(problem.ran & (path.option == 0), problem.single[1][..., 0], 0.0)[:, start:].sum())
+    known, rest = _steps(problem, path)
     return {
         "work": path.work,
         "direct": path.direct.tolist(),
         "start": start,
-        "predicted_seconds": (float(path.spent[start:].sum()) - dense) / problem.slower + dense + other,
-        "seconds_known": dense + other,
+        "predicted_seconds": float((known + rest)[start:].sum()),
+        "seconds_known": float(known[start:].sum()),
     }
+
+
+def _steps(problem: Problem, path: Solution) -> tuple[np.ndarray, np.ndarray]:
+    """[steps] seconds of what is not sparse attention, and of sparse attention as it was timed alone."""
+    dense = np.where(problem.ran & (path.option == 0), problem.single[1][..., 0], 0.0).sum(0)
+    return dense + problem.header.costs["other"] / problem.steps, (path.spent - dense) / problem.slower
+
+
+def lasted(profile: Profile, seconds: Mapping[int, float]) -> float:
+    """What a run with a fitted profile took from the first step on that is not dense, by its seconds at each step."""
+    problem = Problem(profile, by="work")
+    path = problem.chosen()
+    start = _expected(problem, path)["start"]
+    steps = [step for step in seconds if step >= start]
+    return steady([seconds[step] for step in steps], *(x[steps] for x in _steps(problem, path)))
 
 
 @dataclass(frozen=True)
@@ -177,7 +192,7 @@ def learned(profile: Profile, made: Sequence[Verified]) -> Profile:
     predicted of these choices stays as it was. A prompt whose frames are the same as dense ones says nothing."""
     problem = Problem(profile, by="work")
     expected, first = _expected(problem, problem.chosen()), len(profile.header.prompts)
-    whole, start = problem.header.seconds["transformers"], expected["start"]
+    whole = problem.header.seconds["transformers"]
     before = profile.header.seen[first:]
     made = [one for one in made if one.error > 0]
     # A prompt made again, with other noise, is not one more.
@@ -191,7 +206,9 @@ def learned(profile: Profile, made: Sequence[Verified]) -> Profile:
             "prompt": numbers[one.prompt],
             "error": one.error,
             # The machine may have been busier or freer than in the calibration.
-            "seconds": sum(one.seconds[start:]) * whole / one.dense_seconds if one.alike else None,
+            "seconds": lasted(profile, dict(enumerate(one.seconds))) * whole / one.dense_seconds
+            if one.alike
+            else None,
             "found": [None] * problem.steps,
         }
         for one in made

@@ -101,7 +101,7 @@ class Recorder:
     metric: dict[str, Tensor] = field(default_factory=dict)
     found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     inputs: tuple[Layer, Tensor, Tensor, Tensor] | None = None
-    _marks: list[tuple[Mark, Mark, Mark]] = field(default_factory=list)
+    _marks: list[tuple[int, Mark, Mark, Mark]] = field(default_factory=list)  # step; before, behind, when recorded
     _before: list[Mark] = field(default_factory=list)  # a call that is not timed: begin and end
     _memory: dict[tuple[str, str, int, int], dict[int, Memory]] = field(default_factory=dict)
     _first: dict[tuple[str, int], tuple[int, str, Tensor]] = field(default_factory=dict)
@@ -109,12 +109,15 @@ class Recorder:
     _rows: dict[str, int] = field(default_factory=dict)
 
     @property
-    def seconds(self) -> tuple[float, float]:
-        """In dense attention, and in recording."""
-        beside = sum(b.until(c) for _, b, c in self._marks)
+    def seconds(self) -> tuple[float, dict[int, float]]:
+        """In dense attention, and beside it, by step."""
+        beside: dict[int, float] = {}
+        for step, _, b, c in self._marks:
+            beside[step] = beside.get(step, 0.0) + b.until(c)
         if self._before:
-            beside += self._before[0].until(self._before[1])
-        return sum(a.until(b) for a, b, _ in self._marks), beside
+            first = self._marks[0][0]
+            beside[first] += self._before[0].until(self._before[1])
+        return sum(a.until(b) for _, a, b, _ in self._marks), beside
 
     def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         text_mask = None if key_mask is None else self.generation.text_of(layer, key_mask)
@@ -129,7 +132,7 @@ class Recorder:
         moment = self.generation.moment
         if moment is not None:
             self._look(layer, moment.step, moment.branch, q, k, v, text_mask)
-        self._marks.append((start, middle, Mark(q.device)))
+        self._marks.append((-1 if moment is None else moment.step, start, middle, Mark(q.device)))
         return out
 
     def _look(

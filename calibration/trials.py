@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from dit_sparse.calibration.costs import Clock
-from dit_sparse.calibration.fit import try_out
+from dit_sparse.calibration.fit import lasted, try_out
 from dit_sparse.calibration.job import Job, Latents
 from dit_sparse.calibration.metrics import psnr
 from dit_sparse.calibration.replay import Tape, forwards
@@ -82,20 +82,16 @@ def _play(job: Job, work: Path, number: int, fitted: Profile, told: dict[str, An
         clock = session.generation.dense = Clock(session.generation)
         latents = Latents(partial(job.tick, said, 1))
         frames = job.run(job.prompts[number], job.seed + number, latents)
-        seconds = sum(step.seconds for step in session.report().steps if step.step >= start)
-        seconds *= _slower_then(clock, fitted.header.costs["dense"])
+        took = {step.step: step.seconds for step in session.report().steps}
+        seconds = lasted(fitted, took) * _slower_then(clock, fitted.header.costs["dense"])
     job.tick(said, job.steps - latents.steps)
     error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
     off = latents.off(dense["latents"], len(told["direct"]))
     return {"prompt": number, "error": error, "seconds": seconds, "found": off}
 
 
-# Seconds that a head's dense attention takes on a GPU for its pace to be that of a run: shorter ones are launched.
-LONG = 1e-3
-
-
 def _slower_then(clock: Clock, per_head: float) -> float:
     """How much slower the machine was in the dense run, which may have been busier or freer, by what a head of dense
-    attention took then and now."""
-    launched = clock.generation.device.type != "cpu" and per_head < LONG
-    return 1.0 if launched or not clock.per_head else per_head / clock.per_head
+    attention took then and now. A GPU does nothing else, and heads cost it more alone than together."""
+    cpu = clock.generation.device.type == "cpu"
+    return per_head / clock.per_head if cpu and clock.per_head else 1.0

@@ -223,6 +223,7 @@ def verify(
     a later fit can learn of them, which is nothing with other steps than were calibrated."""
     from dit_sparse.calibration.fit import Verified
     from dit_sparse.calibration.metrics import psnr
+    from dit_sparse.calibration.steady import steady
     from dit_sparse.pipelines.session import sparsify
 
     header = profile.header
@@ -261,7 +262,7 @@ def verify(
             decibels = psnr(made["sparse"], made["dense"])
             quality.append(min(decibels, 200.0))
             work.append(report.work)
-            found.append(Verified(prompt, 10 ** (-decibels / 10), took["sparse"], sum(took["dense"]), alike))
+            found.append(Verified(prompt, 10 ** (-decibels / 10), took["sparse"], steady(took["dense"]), alike))
     measured = {
         "psnr_db": sum(quality) / len(quality),
         "speedup": seconds["dense"] / seconds["sparse"],

@@ -5,6 +5,7 @@ compute-sanitizer --tool racecheck --error-exitcode 1 --num-cuda-barriers 64 pyt
 """
 
 import sys
+import time
 
 import torch
 
@@ -75,6 +76,7 @@ def the_rest() -> None:
 
 
 if __name__ == "__main__":
+    start = time.perf_counter()
     kinds = {"triton": (64, 128), "gluon": (128,)}
     if torch.cuda.get_device_capability()[0] != 9:
         del kinds["gluon"]
@@ -84,6 +86,9 @@ if __name__ == "__main__":
             for dim in (64, 128):
                 for text in (0, 33):
                     attention(impl, dim, block, text)
+                    # A tool that makes a kernel a thousand times slower looks like one that hangs.
+                    torch.cuda.synchronize()
+                    print(f"{time.perf_counter() - start:.0f} s: {impl}, {block=}, {dim=}, {text=}", flush=True)
     if "rest" in wanted:
         the_rest()
     torch.cuda.synchronize()

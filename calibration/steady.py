@@ -1,0 +1,33 @@
+"""What steps take once nothing is compiled any more."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# Times as long as usual from which a step was not only computing. A step with two forwards where most have one is less.
+FAR = 2.5
+
+
+def steady(
+    seconds: Sequence[float], known: Sequence[float] | None = None, rest: Sequence[float] | None = None
+) -> float:
+    """Seconds of all steps, without what is done once: a GPU compiles and loads kernels when they are first used, which
+    may take longer than all else, and takes place in any step where something is first chosen.
+
+    What is usual is the median; with `known` and `rest`, what a step is expected to take, known + f * rest, with the
+    median of what f would be, each step counting by its rest. Steps that took FAR longer than usual count as usual.
+    """
+    took = np.asarray(seconds, float)
+    if known is None or rest is None:
+        usual = np.full_like(took, np.median(took)) if len(took) else took
+    else:
+        sure, more = np.asarray(known, float), np.asarray(rest, float)
+        some = more > 0
+        usual = sure
+        if some.any():
+            factor = (took[some] - sure[some]) / more[some]
+            order = np.argsort(factor)
+            passed = np.cumsum(more[some][order])
+            middle = factor[order][np.searchsorted(passed, passed[-1] / 2)]
+            usual = sure + max(middle, 0.0) * more
+    return float(np.where(took > FAR * usual, usual, took).sum())
