@@ -4,18 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Times as long as usual from which a step was not only computing. A step with two forwards where most have one is less.
+# Times as long as usual from which a step did more than compute: more than two forwards where most have one.
 FAR = 2.5
 
 
 def steady(
     seconds: Sequence[float], known: Sequence[float] | None = None, rest: Sequence[float] | None = None
 ) -> float:
-    """Seconds of all steps, without what is done once: a GPU compiles and loads kernels when they are first used, which
-    may take longer than all else, and takes place in any step where something is first chosen.
+    """Seconds of all steps, without what is done once: a GPU compiles and loads kernels when they are first used, in
+    whichever step that is, and it may take longer than all else.
 
-    What is usual is the median; with `known` and `rest`, what a step is expected to take, known + f * rest, with the
-    median of what f would be, each step counting by its rest. Steps that took FAR longer than usual count as usual.
+    What is usual is the median; with `known` and `rest`, what a step is expected to take is known + f * rest, and usual
+    is that with the median of the steps' f, each counting by its rest. Steps that took FAR times longer count as usual.
     """
     took = np.asarray(seconds, float)
     if known is None or rest is None:
