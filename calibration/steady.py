@@ -14,8 +14,8 @@ def steady(
     """Seconds of all steps, without what is done once: a GPU compiles and loads kernels when they are first used, in
     whichever step that is, and it may take longer than all else.
 
-    What is usual is the median; with `known` and `rest`, what a step is expected to take is known + f * rest, and usual
-    is that with the median of the steps' f, each counting by its rest. Steps that took FAR times longer count as usual.
+    What is usual is the median. With `known` and `rest` a step is expected to take known + f * rest, and f is usually
+    the median of what it was, each step counting by its rest. Steps that took FAR times longer count as usual.
     """
     took = np.asarray(seconds, float)
     if known is None or rest is None:

@@ -69,7 +69,7 @@ def _output(q: Tensor, k: Tensor, parts: int, key_block: int) -> Tensor:
 
 
 def _shares_torch(weights: Tensor, parts: int, out: Tensor) -> None:
-    """weights [B, H, Nk, R] -> out [B, H, Nq, Nk]: ln of the mean share that rows of a block have; weights are lost."""
+    """weights [B, H, Nk, R] -> out [B, H, Nq, Nk]: ln of a block's mean share of its rows; weights are lost."""
     mass = weights.sub_(weights.logsumexp(2, keepdim=True)).exp_()
     missing = -mass.shape[-1] % parts
     out.copy_(torch.nn.functional.pad(mass, (0, missing)).unflatten(-1, (-1, parts)).mean(-1).mT)
