@@ -118,7 +118,23 @@ def _search(problem: Problem, rent: np.ndarray, enough, last_false: bool = False
             high, most = middle, path
         else:
             low, least = middle, path
-    return least if last_false else most
+    return _mixed(problem, most, least, enough, last_false)
+
+
+def _mixed(problem: Problem, cheap: Solution, dear: Solution, enough, last_false: bool) -> Solution:
+    """Between two paths whose prices hardly differ, heads that go from one to the other, by what each gains for what it
+    costs: where there are few heads, the two may be far apart."""
+    gain, cost = cheap.apart - dear.apart, dear.price - cheap.price
+    other = np.flatnonzero((cheap.option != dear.option).any(1) | (cheap.anchor != dear.anchor).any(1))
+    order = other[np.argsort(-(gain / np.maximum(cost, 1e-12))[other], kind="stable")]
+    few, many, cheap_end, dear_end = 0, len(order), cheap, dear
+    while many - few > 1:
+        count = (few + many) // 2
+        path = problem.mixed(cheap, dear, np.isin(np.arange(len(gain)), order[:count]))
+        few, cheap_end, many, dear_end = (
+            (count, path, many, dear_end) if enough(path) else (few, cheap_end, count, path)
+        )
+    return dear_end if last_false else cheap_end
 
 
 def default_speedup(problem: Problem) -> float:

@@ -23,23 +23,26 @@ class Solution:
     """What heads do, x, in all branches.
 
     option  [x, steps] index into `Measured.options`; anchor [x, steps] bool, where a memory begins
-    direct  [steps] mean squared error that each step adds to the latents; added is what they come to in the end, and
-            error that of the frames
+    direct  [steps] mean squared error that each step adds to the latents; added is what they come to in the end, apart
+            [x] each head's part of it, and error that of the frames
     biased  [x] how much has added up of errors that are the same all through
     spent   [steps] seconds in attention; seconds are those of the whole transformers, state [steps] bytes
-    work    attention work as a share of that of dense attention; cost is either of the two, as the problem counts
+    work    attention work as a share of that of dense attention; cost is either of the two, as the problem counts, and
+            price [x] each head's part of it
     """
 
     option: np.ndarray
     anchor: np.ndarray
     direct: np.ndarray
     added: float
+    apart: np.ndarray
     biased: np.ndarray
     error: float
     spent: np.ndarray
     seconds: float
     work: float
     cost: float
+    price: np.ndarray
     state: np.ndarray
 
     @property
@@ -135,8 +138,7 @@ class Problem(Measured):
         followed = np.append((chosen >= self.singles)[:, 1:] & ~anchor[:, 1:], np.zeros((len(chosen), 1), bool), 1)
         chosen = np.where(anchor & ~followed, 0, chosen)
         anchor &= followed
-        begin = np.where(chosen >= self.singles, np.maximum.accumulate(np.where(anchor, steps, 0), 1), steps)
-        return self.account(chosen, anchor, begin)
+        return self._given(chosen, anchor)
 
     def account(self, chosen: np.ndarray, anchor: np.ndarray, begin: np.ndarray) -> Solution:
         """Error, cost and memory of given options; begin [x, t] is the step that each memory is from."""
@@ -169,11 +171,13 @@ class Problem(Measured):
             direct=error.sum(0) / self.grown,
             error=self.frames_error(float(error.sum())),
             added=float(error.sum()),
+            apart=error.sum(1),
             biased=biased,
             spent=seconds.sum(0),
             seconds=whole,
             work=share,
             cost=share if self.by == "work" else whole,
+            price=work.sum(1) / float(single_work[..., 0].sum()) if self.by == "work" else seconds.sum(1),
             state=state,
         )
 
@@ -213,7 +217,15 @@ class Problem(Measured):
         """What the profile's own choices come to."""
         index = np.array([self.options.index(Choice.from_dict(told)) for told in self.header.choices])
         chosen = index[self.profile.tensors["choice"][:, 0].numpy()]
-        anchor, steps = self.profile.tensors["anchor"][:, 0].numpy() > 0, np.arange(self.steps)
+        return self._given(chosen, self.profile.tensors["anchor"][:, 0].numpy() > 0)
+
+    def mixed(self, one: Solution, other: Solution, of_other: np.ndarray) -> Solution:
+        """Heads go the ways of one solution, and those in of_other [x] bool the ways of the other."""
+        which = of_other[:, None]
+        return self._given(np.where(which, other.option, one.option), np.where(which, other.anchor, one.anchor))
+
+    def _given(self, chosen: np.ndarray, anchor: np.ndarray) -> Solution:
+        steps = np.arange(self.steps)
         begin = np.where(chosen >= self.singles, np.maximum.accumulate(np.where(anchor, steps, 0), 1), steps)
         return self.account(chosen, anchor, begin)
 

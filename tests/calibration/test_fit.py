@@ -97,6 +97,29 @@ def test_a_quality_is_reached_in_the_least_time():
         assert solve(problem, Targets(speedup=problem.header.seconds["transformers"] / path.seconds)).psnr >= psnr
 
 
+def test_heads_alike_part_where_a_target_lies_between_their_ways(monkeypatch):
+    made = profiles.profile()
+    for x in made.tensors.values():
+        if len(x) == 4:
+            x[:] = x[:1].clone()
+    problem = Problem(made, by="work")
+    works, qualities = np.linspace(0.3, 0.95, 14), (22.0, 25.0, 28.0)
+    mixed = [solve(problem, Targets(work=work)) for work in works]
+    cheap = [solve(problem, Targets(psnr=psnr, by="work")) for psnr in qualities]
+    monkeypatch.setattr(
+        "dit_sparse.calibration.fit._mixed", lambda _, few, many, __, last_false: (few, many)[last_false]
+    )
+    together = [solve(problem, Targets(work=work)) for work in works]
+    for work, a, b in zip(works, mixed, together, strict=True):
+        assert b.work <= a.work <= work and a.psnr >= b.psnr
+        assert a.price.sum() == pytest.approx(a.work) and a.apart.sum() == pytest.approx(a.added)
+    # What is left is less than a head's step from one way to the next.
+    assert max(works - [a.work for a in mixed]) < 0.5 * max(works - [b.work for b in together])
+    for psnr, a in zip(qualities, cheap, strict=True):
+        assert psnr <= a.psnr and a.work <= solve(problem, Targets(psnr=psnr, by="work")).work
+    assert any(len(np.unique(a.option, axis=0)) > 1 for a in cheap)
+
+
 def test_targets_combine(monkeypatch):
     # Prices of memory are looked for in many rounds, each of which would take these.
     monkeypatch.setattr(paths, "ROUNDS", 2)
