@@ -122,8 +122,8 @@ def _search(problem: Problem, rent: np.ndarray, enough, last_false: bool = False
 
 
 def _mixed(problem: Problem, cheap: Solution, dear: Solution, enough, last_false: bool) -> Solution:
-    """Between two paths whose prices hardly differ, heads that go from one to the other, by what each gains for what it
-    costs: where there are few heads, the two may be far apart."""
+    """Between two paths whose prices hardly differ, heads that go from one to the other, by what each gains for what
+    it costs: where there are few heads, the two may be far apart."""
     gain, cost = cheap.apart - dear.apart, dear.price - cheap.price
     other = np.flatnonzero((cheap.option != dear.option).any(1) | (cheap.anchor != dear.anchor).any(1))
     order = other[np.argsort(-(gain / np.maximum(cost, 1e-12))[other], kind="stable")]
