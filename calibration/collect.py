@@ -114,7 +114,7 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
             "grid": [grid.frames, grid.height, grid.width],
             "seconds": {
                 "transformers": steady([step.seconds - recording.get(step.step, 0.0) for step in report.steps]),
-                "attention": dense,
+                "attention": steady(list(dense.values())),
                 "recording": sum(recording.values()),
             },
             "kernel": None,

@@ -109,15 +109,16 @@ class Recorder:
     _rows: dict[str, int] = field(default_factory=dict)
 
     @property
-    def seconds(self) -> tuple[float, dict[int, float]]:
+    def seconds(self) -> tuple[dict[int, float], dict[int, float]]:
         """In dense attention, and beside it, by step."""
+        dense: dict[int, float] = {}
         beside: dict[int, float] = {}
-        for step, _, b, c in self._marks:
+        for step, a, b, c in self._marks:
+            dense[step] = dense.get(step, 0.0) + a.until(b)
             beside[step] = beside.get(step, 0.0) + b.until(c)
         if self._before:
-            first = self._marks[0][0]
-            beside[first] += self._before[0].until(self._before[1])
-        return sum(a.until(b) for _, a, b, _ in self._marks), beside
+            beside[self._marks[0][0]] += self._before[0].until(self._before[1])
+        return dense, beside
 
     def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         text_mask = None if key_mask is None else self.generation.text_of(layer, key_mask)
