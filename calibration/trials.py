@@ -49,7 +49,8 @@ def trial(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
     step to step, and by how much predictions are off."""
     number, aim = trials(len(job.prompts))[place]
     fitted, told = try_out(profile, aim)
-    return told | _play(job, work, number, fitted, told, f"trial {place + 1}")
+    measured, took = _play(job, work, number, fitted, told, f"trial {place + 1}")
+    return told | measured | {"seconds": lasted(fitted, took)}
 
 
 def band(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
@@ -58,16 +59,18 @@ def band(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
     planned = bands(len(job.prompts), job.steps)
     number, aim, span = planned[place]
     fitted, told = try_out(profile, aim, span)
-    measured = _play(job, work, number, fitted, told, "bands")
+    measured, _ = _play(job, work, number, fitted, told, "bands")
     part = place % (len(planned) // len(job.prompts))
     return {"prompt": number, "part": part, "direct": told["direct"], "error": measured["error"]}
 
 
-def _play(job: Job, work: Path, number: int, fitted: Profile, told: dict[str, Any], said: str) -> dict[str, Any]:
-    """A prompt with a fitted profile that is dense before the step told as "start".
+def _play(
+    job: Job, work: Path, number: int, fitted: Profile, told: dict[str, Any], said: str
+) -> tuple[dict[str, Any], dict[int, float]]:
+    """A prompt with a fitted profile that is dense before the step told as "start", and seconds by step, at the pace
+    of the dense run.
 
-    "error" is the mean square of the frames' error, "seconds" what passed from that step on, "found" the error of the
-    latents after each step."""
+    "error" is the mean square of the frames' error, "found" the error of the latents after each step."""
     start = told["start"]
     fitted.save(work / "trial.safetensors")
     dense = load_file(work / f"dense-{number}.safetensors")
@@ -82,12 +85,12 @@ def _play(job: Job, work: Path, number: int, fitted: Profile, told: dict[str, An
         clock = session.generation.dense = Clock(session.generation)
         latents = Latents(partial(job.tick, said, 1))
         frames = job.run(job.prompts[number], job.seed + number, latents)
-        took = {step.step: step.seconds for step in session.report().steps}
-        seconds = lasted(fitted, took) * _slower_then(clock, fitted.header.costs["dense"])
+        pace = _slower_then(clock, fitted.header.costs["dense"])
+        took = {step.step: step.seconds * pace for step in session.report().steps}
     job.tick(said, job.steps - latents.steps)
     error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
     off = latents.off(dense["latents"], len(told["direct"]))
-    return {"prompt": number, "error": error, "seconds": seconds, "found": off}
+    return {"prompt": number, "error": error, "found": off}, took
 
 
 def _slower_then(clock: Clock, per_head: float) -> float:
