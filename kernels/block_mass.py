@@ -147,8 +147,8 @@ if triton is not None:
     ):  # fmt: skip
         """ln of the sum over the keys of each of RUN steps' blocks of exp(scale q . k), for BR mean queries.
 
-        The search for a block's largest logit would take as long as its exponentials. They are relative to the largest
-        sum so far instead. Where that did not do, because a sum is infinite, the steps are gone through again.
+        Exponentials are relative to the largest sum so far, so that no block's largest logit is searched for. Where
+        that did not do, because a sum is infinite, the steps are gone through again, with maxima.
         """
         LN2: tl.constexpr = 0.6931471805599453
         LOG2E: tl.constexpr = 1.4426950408889634
@@ -230,8 +230,8 @@ def _weigh_triton(q: Tensor, k: Tensor, key_block: int, scale: float) -> Tensor:
     found = torch.empty(batch, heads, blocks, rows, dtype=torch.float32, device=q.device)
     q = q.contiguous()
     width = max(16, triton.next_power_of_2(dim))
-    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
-    tile = mass_tile(10 * major + minor, k.element_size(), max(64, width), key_block)
+    capability = 10 * torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 80
+    tile = mass_tile(capability, k.element_size(), width, key_block)
     programs = triton.cdiv(rows, tile.rows), triton.cdiv(keys, RUN * tile.columns), batch * heads
     block_weights_fwd_kernel[programs](
         q, k, found,

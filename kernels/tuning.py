@@ -47,7 +47,7 @@ def attention_tile(capability: int, itemsize: int, head_dim: int, block: int) ->
 
 
 def mass_tile(capability: int, itemsize: int, head_dim: int, block: int) -> Tile:
-    """The tile of `block_mass`, rows of mean queries: the arguments are as above; a step has a block of keys at least.
+    """The tile of `block_mass`, rows of mean queries, for the same arguments; a step has a block of keys at least.
 
     Tried on an H200, 2026-11-28, triton 3.6, Wan 14B's 720p: of 64, 128 and 256 rows, 128 and 256 keys, 4 and 8 warps,
     and 1 to 4 stages this is the fastest: two programs share a multiprocessor, where one of 128 rows fills it.
