@@ -127,14 +127,16 @@ def _mixed(problem: Problem, cheap: Solution, dear: Solution, enough, last_false
     gain, cost = cheap.apart - dear.apart, dear.price - cheap.price
     other = np.flatnonzero((cheap.option != dear.option).any(1) | (cheap.anchor != dear.anchor).any(1))
     order = other[np.argsort(-(gain / np.maximum(cost, 1e-12))[other], kind="stable")]
-    few, many, cheap_end, dear_end = 0, len(order), cheap, dear
+    within, beyond = cheap, dear
+    few, many = 0, len(order)
     while many - few > 1:
         count = (few + many) // 2
         path = problem.mixed(cheap, dear, np.isin(np.arange(len(gain)), order[:count]))
-        few, cheap_end, many, dear_end = (
-            (count, path, many, dear_end) if enough(path) else (few, cheap_end, count, path)
-        )
-    return dear_end if last_false else cheap_end
+        if enough(path):
+            few, within = count, path
+        else:
+            many, beyond = count, path
+    return beyond if last_false else within
 
 
 def default_speedup(problem: Problem) -> float:
@@ -160,9 +162,7 @@ def try_out(profile: Profile, psnr: float, band: range | None = None) -> tuple[P
 
 def _expected(problem: Problem, path: Solution) -> dict[str, Any]:
     """What a trial is compared with, see `try_out`."""
-    sparse = (path.option > 0).any(0)
-    start = int(sparse.argmax()) if sparse.any() else problem.steps - 1
-    known, rest = _steps(problem, path)
+    start, (known, rest) = _start(problem, path), _steps(problem, path)
     return {
         "work": path.work,
         "direct": path.direct.tolist(),
@@ -172,17 +172,21 @@ def _expected(problem: Problem, path: Solution) -> dict[str, Any]:
     }
 
 
+def _start(problem: Problem, path: Solution) -> int:
+    """The first step that is not dense, or the last."""
+    sparse = (path.option > 0).any(0)
+    return int(sparse.argmax()) if sparse.any() else problem.steps - 1
+
+
 def _steps(problem: Problem, path: Solution) -> tuple[np.ndarray, np.ndarray]:
     """[steps] seconds of what is not sparse attention, and of sparse attention as it was timed alone."""
     dense = np.where(problem.ran & (path.option == 0), problem.single[1][..., 0], 0.0).sum(0)
     return dense + problem.header.costs["other"] / problem.steps, (path.spent - dense) / problem.slower
 
 
-def lasted(profile: Profile, seconds: Mapping[int, float]) -> float:
-    """What a run with a fitted profile took from the first step on that is not dense, by its seconds at each step."""
-    problem = Problem(profile, by="work")
-    path = problem.chosen()
-    start = _expected(problem, path)["start"]
+def lasted(problem: Problem, path: Solution, seconds: Mapping[int, float]) -> float:
+    """What a run of this path took from the first step on that is not dense, by its seconds at each step."""
+    start = _start(problem, path)
     steps = [step for step in seconds if step >= start]
     return steady([seconds[step] for step in steps], *(x[steps] for x in _steps(problem, path)))
 
@@ -207,8 +211,8 @@ def learned(profile: Profile, made: Sequence[Verified]) -> Profile:
     """The fitted profile with what its choices came to on more prompts, each a trial for the fits after it. What is
     predicted of these choices stays as it was. A prompt whose frames are the same as dense ones says nothing."""
     problem = Problem(profile, by="work")
-    expected, first = _expected(problem, problem.chosen()), len(profile.header.prompts)
-    whole = problem.header.seconds["transformers"]
+    path, first = problem.chosen(), len(profile.header.prompts)
+    expected, whole = _expected(problem, path), problem.header.seconds["transformers"]
     before = profile.header.seen[first:]
     made = [one for one in made if one.error > 0]
     # A prompt made again, with other noise, is not one more.
@@ -222,7 +226,7 @@ def learned(profile: Profile, made: Sequence[Verified]) -> Profile:
             "prompt": numbers[one.prompt],
             "error": one.error,
             # The machine may have been busier or freer than in the calibration.
-            "seconds": lasted(profile, dict(enumerate(one.seconds))) * whole / one.dense_seconds
+            "seconds": lasted(problem, path, dict(enumerate(one.seconds))) * whole / one.dense_seconds
             if one.alike
             else None,
             "found": [None] * problem.steps,

@@ -14,6 +14,7 @@ from dit_sparse.calibration.costs import Clock
 from dit_sparse.calibration.fit import lasted, try_out
 from dit_sparse.calibration.job import Job, Latents
 from dit_sparse.calibration.metrics import psnr
+from dit_sparse.calibration.paths import Problem
 from dit_sparse.calibration.replay import Tape, forwards
 from dit_sparse.pipelines.session import Session, sparsify
 from dit_sparse.profile import Profile
@@ -50,7 +51,8 @@ def trial(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
     number, aim = trials(len(job.prompts))[place]
     fitted, told = try_out(profile, aim)
     measured, took = _play(job, work, number, fitted, told, f"trial {place + 1}")
-    return told | measured | {"seconds": lasted(fitted, took)}
+    problem = Problem(fitted, by="work")
+    return told | measured | {"seconds": lasted(problem, problem.chosen(), took)}
 
 
 def band(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def mass(capability: int, dtype: str = "bf16", dim: int = 128, block: int = 128)
         **dict.fromkeys(("H", "R", "L", "N"), "i32"),
         "scale": "fp32",
     }
-    tile = mass_tile(capability, {"fp32": 4}.get(dtype, 2), max(64, dim), block)
+    tile = mass_tile(capability, {"fp32": 4}.get(dtype, 2), dim, block)
     constexprs = {
         "D": dim, "BD": dim, "BR": tile.rows, "BK": tile.columns, "BLOCK": block, "RUN": block_mass.RUN,
         "STAGES": tile.stages,
