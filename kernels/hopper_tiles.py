@@ -168,6 +168,16 @@ def fetch(
     return o_o, factor, unit, codes
 
 
+@gluon.constexpr_function
+def _whole_lines(rows, columns):
+    """Each thread of a group has eight numbers side by side, in the row where it has those of a product."""
+    wide = [[0, 32], [0, 64]][: columns // 64]
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], *wide, [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+        [rows, columns],
+    )  # fmt: skip
+
+
 @gluon.jit
 def store(
     o, o_m, o_d, end, i_bh, H, fetched, p_out, out_strides, codes_parts, q_phase,
@@ -203,8 +213,15 @@ def store(
         else:
             nibble = (codes.to(gl.int32) >> (4 * (o_d // (D // 2)))[None, :]) & 15
             o += (nibble.to(gl.float32) - 8.0) * unit[:, None]
+    # A product leaves a thread two numbers in every eight of its row; the four threads of a row trade them for eight
+    # side by side, so that a store is of 16 bytes, not 4.
+    lines: gl.constexpr = _whole_lines(ROWS, D)
+    o = gl.convert_layout(o.to(p_out.dtype.element_ty), lines)
+    o_o = gl.convert_layout(o_o, gl.SliceLayout(1, lines))
+    o_m = gl.convert_layout(o_m, gl.SliceLayout(1, lines))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, lines))
     p_o = p_out + b * o_sb + h * o_sh + o_o[:, None] * o_st + o_d[None, :]
-    gl.store(p_o, o.to(p_out.dtype.element_ty), mask=(o_m < end)[:, None])
+    gl.store(p_o, o, mask=(o_m < end)[:, None])
 
 
 def refusal(inputs: Inputs, head_dims: tuple[int, ...], key_sizes: tuple[int, ...]) -> str | None:

@@ -49,3 +49,8 @@ def test_a_clock_does_not_count_what_the_first_use_of_a_kernel_takes(monkeypatch
     for _ in range(2):
         clock(LAYER, *torch.randn(3, 1, 2, 64, 32), None)
     assert len(calls) == 3 and 0 < clock.per_head < 0.1
+
+
+def test_what_is_queued_before_a_call_is_not_counted():
+    seconds = costs._least(lambda: time.sleep(0.01), 2, torch.device("cpu"), lambda: time.sleep(0.3))
+    assert 0.01 <= seconds < 0.2
