@@ -22,7 +22,7 @@ from dit_sparse.calibration import costs, effects, trials
 from dit_sparse.calibration.job import Job, Latents, weights_of
 from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
-from dit_sparse.calibration.steady import steady
+from dit_sparse.calibration.steady import steady, timed_again
 from dit_sparse.choices import Choice
 from dit_sparse.pipelines.session import FAMILIES, Session, levels_of, sparsify
 from dit_sparse.profile import ERRORS, METHODS, Header, Profile
@@ -125,12 +125,24 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
             with torch.no_grad():
                 told["costs"] = costs.measure(layer, (q, k, v), grid, job.plan.ladder, job.plan.base)
             told["kernel"] = f"{told['costs'].pop('kernel')}, dense {report.dense_backend}"
+        device = session.generation.device
+    if timed_again(device, told["seconds"]["transformers"]):
+        told["seconds"] |= _unrecorded(job, number)
     stats = {f"{branch}/{name}": x.cpu() for branch, named in recorder.found.items() for name, x in named.items()} | {
         "frames": torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)),
         "latents": latents.seen(),
     }
     _save(tape.tensors(), work / f"tape-{number}.safetensors")
     _save(stats, file, {"told": json.dumps(told)})
+
+
+def _unrecorded(job: Job, number: int) -> dict[str, float]:
+    """Seconds of a prompt's dense run that nothing else is done in."""
+    with sparsify(job.pipe, "dense") as session:
+        clock = session.generation.dense = costs.Clock(session.generation)
+        job.run(job.prompts[number], job.seed + number, lambda _: None)
+        steps = [step.seconds for step in session.report().steps]
+    return {"transformers": steady(steps), "attention": clock.seconds}
 
 
 def _probes(job: Job, work: Path, heard: Heard) -> None:

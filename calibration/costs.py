@@ -91,9 +91,13 @@ class Clock:
         return out
 
     @property
+    def seconds(self) -> float:
+        return sum(a.until(b) for _, a, b in self.marks)
+
+    @property
     def per_head(self) -> float:
         """Seconds; 0 where nothing was dense."""
-        return sum(a.until(b) for _, a, b in self.marks) / max(1, sum(heads for heads, _, _ in self.marks))
+        return self.seconds / max(1, sum(heads for heads, _, _ in self.marks))
 
 
 def _least(call: Callable[[], object], repeats: int, device: torch.device, before: Callable[[], object]) -> float:

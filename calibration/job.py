@@ -72,13 +72,14 @@ class Latents:
     def __call__(self, latents: Tensor | None) -> None:
         if latents is not None:
             flat = latents.detach().flatten()
-            self._seen.append(flat[:: max(1, flat.numel() // LATENTS)].float().cpu())
+            # A copy to the CPU would have the GPU wait for the launches of the next step.
+            self._seen.append(flat[:: max(1, flat.numel() // LATENTS)].float().clone())
         self.steps += 1
         self.tick()
 
     def seen(self) -> Tensor:
         """[steps, numbers]; empty where the pipeline tells no latents."""
-        return torch.stack(self._seen) if self._seen else torch.zeros(0, 0)
+        return torch.stack(self._seen).cpu() if self._seen else torch.zeros(0, 0)
 
     def off(self, dense: Tensor, steps: int) -> list[float | None]:
         """Mean squared error after each of the run's steps; None where it is not known."""

@@ -3,9 +3,18 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 # Times as long as usual from which a step did more than compute: more than two forwards where most have one.
 FAR = 2.5
+# Seconds of transformers in a run below which steps are short.
+SHORT = 60.0
+
+
+def timed_again(device: torch.device, seconds: float) -> bool:
+    """Whether a run of so many seconds is made once more to be timed. Where a GPU's steps are short it shows in them
+    that kernels are loaded when they are first used, and that recording makes the GPU wait for launches."""
+    return device.type == "cuda" and seconds < SHORT
 
 
 def steady(

@@ -18,6 +18,7 @@ from dit_sparse.calibration.job import Job, Latents
 from dit_sparse.calibration.metrics import psnr
 from dit_sparse.calibration.paths import Problem
 from dit_sparse.calibration.replay import Tape, forwards
+from dit_sparse.calibration.steady import timed_again
 from dit_sparse.pipelines.session import Session, sparsify
 from dit_sparse.profile import Profile
 
@@ -26,9 +27,6 @@ from dit_sparse.profile import Profile
 TRIED = ((30.0, 36.0), (33.0, 27.0), (27.0, 33.0), (36.0, 30.0))
 # Into how many parts the steps of a run are cut, each of which is tried alone.
 BANDS = 5
-# On a GPU, a trial of less than so many seconds is made twice, and of each step the shorter time counts: kernels are
-# compiled and loaded when they are first used, which may be at any step, and it shows where steps are short.
-TWICE = 60.0
 
 
 def trials(prompts: int) -> list[tuple[int, float]]:
@@ -56,7 +54,8 @@ def trial(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
     number, aim = trials(len(job.prompts))[place]
     fitted, told = try_out(profile, aim)
     measured, took, device = _play(job, work, number, fitted, told, f"trial {place + 1}")
-    if device.type == "cuda" and sum(took.values()) < TWICE:
+    if timed_again(device, fitted.header.seconds["transformers"]):
+        # Of each step the shorter time counts.
         _, again, _ = _play(replace(job, tick=lambda *_: None), work, number, fitted, told, "")
         took = {step: min(seconds, again[step]) for step, seconds in took.items()}
     problem = Problem(fitted, by="work")

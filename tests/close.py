@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 
 
-def assert_no_worse(actual: Tensor, eager_low: Tensor, exact64: Tensor, *, factor: float = 2.0) -> None:
+def assert_no_worse(
+    actual: Tensor, eager_low: Tensor, exact64: Tensor, *, factor: float = 2.0, through: float = 0.3
+) -> None:
     """The error of `actual` is at most `factor` times the error of plain PyTorch at the same precision.
 
     actual and eager_low are the same result in the precision under test, exact64 in float64 from the same inputs. Both
     the largest and the mean error are compared, each with a band for the rounding of the result itself: what adding
-    0.3 and taking it away again does to the exact values in that precision. Infinities must be the same ones in all
+    `through` and taking it away again does to the exact values in that precision; a result that is the difference of
+    larger numbers has their rounding. Infinities must be the same ones in all
     three; NaN never passes.
     """
     assert exact64.dtype == torch.float64, f"the exact result is {exact64.dtype}, not float64"
@@ -26,7 +29,7 @@ def assert_no_worse(actual: Tensor, eager_low: Tensor, exact64: Tensor, *, facto
         return
     exact = exact64[finite]
     low = exact.to(eager_low.dtype)
-    rounding = ((low + 0.3 - 0.3) - low).double().abs()
+    rounding = ((low + through - through) - low).double().abs()
     error = (actual[finite].double() - exact).abs()
     eager = (eager_low[finite].double() - exact).abs()
     for name, worst in (("largest", Tensor.max), ("mean", Tensor.mean)):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dit_sparse import generate
-from dit_sparse.calibration import collect, effects, trials
+from dit_sparse.calibration import collect, effects, steady, trials
 from dit_sparse.calibration.metrics import psnr
 from dit_sparse.calibration.replay import Tape, forward_once, forwards
 from dit_sparse.calibration.values import sample_of
@@ -68,6 +68,41 @@ def refused(capsys, *arguments: str) -> str:
     assert out == ""
     [line] = [line for line in err.splitlines() if line.startswith("dit-sparse: ")]
     return line
+
+
+def listened(monkeypatch, module, name) -> list:
+    """What a function returns from now on."""
+    found, call = [], getattr(module, name)
+
+    def listening(*args):
+        found.append(call(*args))
+        return found[-1]
+
+    monkeypatch.setattr(module, name, listening)
+    return found
+
+
+def test_where_steps_are_short_runs_are_made_again_to_be_timed(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("a red ball\n")
+    for module in (collect, trials):
+        monkeypatch.setattr(module, "timed_again", lambda *_: True)
+    monkeypatch.setattr(trials, "lasted", lambda problem, path, took: took)
+    dense, played = listened(monkeypatch, collect, "_unrecorded"), listened(monkeypatch, trials, "_play")
+    assert main(command(model)) == 0
+    header = Profile.load(FILE).header
+    [unrecorded], [first, second] = dense, [took for _, took, _ in played]
+    assert 0 < unrecorded["attention"] < unrecorded["transformers"]
+    assert unrecorded.items() <= header.seconds.items() and header.seconds["recording"] > 0
+    [trial] = header.effects["trials"]
+    assert trial["seconds"] == {str(step): min(seconds, second[step]) for step, seconds in first.items()}
+
+
+@pytest.mark.parametrize(
+    ("device", "seconds", "again"), [("cuda", 3.0, True), ("cuda", 100.0, False), ("cpu", 3.0, False)]
+)
+def test_which_runs_are_short(device, seconds, again):
+    assert steady.timed_again(torch.device(device), seconds) is again
 
 
 def test_a_profile_holds_what_was_measured(calibrated):

@@ -2,6 +2,8 @@
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernels/sanitized.py
 compute-sanitizer --tool racecheck --error-exitcode 1 --num-cuda-barriers 64 python tests/kernels/sanitized.py gluon
+
+Most of the time goes into compiling, so run it without the tool before.
 """
 
 import sys

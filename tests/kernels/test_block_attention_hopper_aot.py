@@ -122,10 +122,10 @@ def test_it_uses_what_hopper_has(built):
 
 def test_next_to_nothing_is_spilled(built):
     # Of 240 registers 192 hold logits, output and two blocks' probabilities; what does not fit is addresses and
-    # counters. Triton 3.6 spills 72 bytes there, 3.9 192, nearly all before the loop over blocks.
-    assert built["bare"].spill_bytes <= 192
-    # Two blocks' logits, output and queries take 176 there: 3.6 spills nothing, 3.9 six registers of addresses.
-    assert built["bare, 64 channels"].spill_bytes <= 24
+    # counters. Triton 3.6 spills 32 bytes there, 3.9 200, nearly all before the loop over blocks.
+    assert built["bare"].spill_bytes <= 200
+    # Two blocks' logits, output and queries take 176 there: 3.6 spills nothing, 3.9 ten registers of addresses.
+    assert built["bare, 64 channels"].spill_bytes <= 40
     # The tail holds the queries twice; what it spills lies outside of the loops over blocks.
     assert built["everything"].spill_bytes <= 288
     assert built["halves"].spill_bytes <= 320 and built["halves, 64 channels"].spill_bytes <= 24
@@ -160,5 +160,14 @@ def test_8_bits():
         # Where registers do not suffice, the assembler waits behind each product.
         products, waits = (len(re.findall(what, used.sass)) for what in (r"\b[IQ]GMMA", r"WARPGROUP\.DEPBAR"))
         assert waits <= products // 2, (waits, products)
-    # What is stored to shared memory is what the tile is, and what the compiler tells its warps.
-    assert len(re.findall(r"\bSTS", bare.sass)) <= 8
+    # What is stored to shared memory is what the tile is, what the compiler tells its warps, and the output of both
+    # groups on its way to 16 bytes a thread, eight times 16 bytes of each.
+    assert len(re.findall(r"\bSTS", bare.sass)) <= 8 + 2 * 8
+
+
+def test_the_output_is_stored_16_bytes_a_thread(built):
+    """64 rows of a group by 128 threads; with bfloat16 there is a second copy of it, for tiles that are done again."""
+    twice = ("bare", "everything", "halves")
+    for name, used in built.items():
+        stores = (64 if "64" in name else 128) // 16
+        assert len(re.findall(r"STG\.E\.128", used.sass)) == 2 * stores * (2 if name in twice else 1), name

@@ -41,7 +41,10 @@ def test_is_the_reference(shape, dtype, impl, device):
         # Tensor cores take 10 bits of each number.
         assert (got - exact).abs().max() < 2e-2
         return
-    assert_no_worse(got, reference.block_mass(q.to(dtype).float(), k.float(), **options), exact)
+    plain = reference.block_mass(q.to(dtype).float(), k.float(), **options)
+    # A block's ln less that of all blocks, where plain PyTorch divides.
+    whole = (q.to(dtype).double() @ k.double().mT * options["scale"]).logsumexp(-1).max().item()
+    assert_no_worse(got, plain, exact, through=max(whole, 1.0))
     torch.testing.assert_close(got.double().exp().sum(-1), torch.ones_like(exact[..., 0]), atol=1e-5, rtol=0)
 
 
@@ -55,7 +58,12 @@ def test_heads_some_at_a_time_are_heads_at_once(impl, device, monkeypatch):
     q, k, options = inputs(SHAPES[0], torch.float32, device)
     whole = block_mass(q, k, **options, impl=impl)
     monkeypatch.setattr("dit_sparse.kernels.block_mass.AT_ONCE", 1)
-    assert torch.equal(block_mass(q, k, **options, impl=impl), whole)
+    apart = block_mass(q, k, **options, impl=impl)
+    if impl == "torch" and device == "cuda":
+        # A GPU's library adds up a product of other sizes in another order.
+        torch.testing.assert_close(apart, whole, atol=4e-6, rtol=0)
+    else:
+        assert torch.equal(apart, whole)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
