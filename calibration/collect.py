@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dit_sparse.calibration import costs, effects, trials
 from dit_sparse.calibration.job import Job, Latents, weights_of
+from dit_sparse.calibration.probe import put_in_place
 from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
 from dit_sparse.calibration.steady import steady, timed_again
@@ -139,10 +140,10 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
 def _unrecorded(job: Job, number: int) -> dict[str, float]:
     """Seconds of a prompt's dense run that nothing else is done in."""
     with sparsify(job.pipe, "dense") as session:
-        clock = session.generation.dense = costs.Clock(session.generation)
+        probe = put_in_place(job.transformers, session.generation)
         job.run(job.prompts[number], job.seed + number, lambda _: None)
         steps = [step.seconds for step in session.report().steps]
-    return {"transformers": steady(steps), "attention": clock.seconds}
+    return {"transformers": steady(steps), "attention": steady(list(probe.by_step().values()))}
 
 
 def _probes(job: Job, work: Path, heard: Heard) -> None:

@@ -1,7 +1,6 @@
 """What each choice costs in seconds, timed on queries, keys and values of the model itself."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,35 +68,6 @@ def measure(
             found.setdefault(method, []).append(timed(choice))
     generation.reset()
     return found | {"kernel": generation.kernel}
-
-
-@dataclass
-class Clock:
-    """Dense attention that is timed: to be put in the generation's place for it."""
-
-    generation: Generation
-    marks: list[tuple[int, Mark, Mark]] = field(default_factory=list)
-    warm: bool = False
-
-    def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        text_mask = None if key_mask is None else self.generation.text_of(layer, key_mask)
-        if not self.warm:
-            # At first use a kernel is compiled.
-            fastest_dense(q, k, v, layer, self.generation, text_mask)
-            self.warm = True
-        start = Mark(q.device)
-        out = fastest_dense(q, k, v, layer, self.generation, text_mask)
-        self.marks.append((q.shape[1], start, Mark(q.device)))
-        return out
-
-    @property
-    def seconds(self) -> float:
-        return sum(a.until(b) for _, a, b in self.marks)
-
-    @property
-    def per_head(self) -> float:
-        """Seconds; 0 where nothing was dense."""
-        return self.seconds / max(1, sum(heads for heads, _, _ in self.marks))
 
 
 def _least(call: Callable[[], object], repeats: int, device: torch.device, before: Callable[[], object]) -> float:

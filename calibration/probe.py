@@ -70,6 +70,13 @@ class Probe:
         """In attention, without what the probe does itself."""
         return sum(call.start.until(call.end) for call in self.calls)
 
+    def by_step(self) -> dict[int, float]:
+        """The same of each step."""
+        found: dict[int, float] = {}
+        for call in self.calls:
+            found[call.step] = found.get(call.step, 0.0) + call.start.until(call.end)
+        return found
+
     @property
     def own_seconds(self) -> float:
         """In the probe itself, where that looked at more than the time."""

@@ -3,7 +3,7 @@
 Some are of a whole run, and bands of a few steps, where all others are dense.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dit_sparse.calibration.costs import Clock
 from dit_sparse.calibration.fit import lasted, try_out
 from dit_sparse.calibration.job import Job, Latents
 from dit_sparse.calibration.metrics import psnr
 from dit_sparse.calibration.paths import Problem
+from dit_sparse.calibration.probe import put_in_place
 from dit_sparse.calibration.replay import Tape, forwards
 from dit_sparse.calibration.steady import timed_again
 from dit_sparse.pipelines.session import Session, sparsify
-from dit_sparse.profile import Profile
+from dit_sparse.profile import Header, Profile
 
 # Qualities in dB that the trials of a prompt aim at, one prompt after the other: what comes of them is right where
 # targets are. Two of one prompt say how quality grows with what is spent, whatever the prompt.
@@ -76,8 +76,8 @@ def band(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
 def _play(
     job: Job, work: Path, number: int, fitted: Profile, told: dict[str, Any], said: str
 ) -> tuple[dict[str, Any], dict[int, float], torch.device]:
-    """A prompt with a fitted profile that is dense before the step told as "start", seconds by step, at the pace of
-    the dense run, and where it ran.
+    """A prompt with a fitted profile that is dense before the step told as "start", seconds by step from there on, see
+    `_seconds`, and where it ran.
 
     "error" is the mean square of the frames' error, "found" the error of the latents after each step."""
     start = told["start"]
@@ -91,19 +91,24 @@ def _play(
 
     with forwards(job.transformers, wrap), sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
         found.append(session)
-        clock = session.generation.dense = Clock(session.generation)
+        probe = put_in_place(job.transformers, session.generation)
         latents = Latents(partial(job.tick, said, 1))
         frames = job.run(job.prompts[number], job.seed + number, latents)
-        pace = _slower_then(clock, fitted.header.costs["dense"])
-        took = {step.step: step.seconds * pace for step in session.report().steps}
+        device = session.generation.device
+        steps = {step.step: step.seconds for step in session.report().steps if step.step >= start}
+        took = _seconds(steps, probe.by_step(), fitted.header, device)
     job.tick(said, job.steps - latents.steps)
     error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
     off = latents.off(dense["latents"], len(told["direct"]))
-    return {"prompt": number, "error": error, "found": off}, took, session.generation.device
+    return {"prompt": number, "error": error, "found": off}, took, device
 
 
-def _slower_then(clock: Clock, per_head: float) -> float:
-    """How much slower the machine was in the dense run, which may have been busier or freer, by what a head of dense
-    attention took then and now. A GPU does nothing else, and heads cost it more alone than together."""
-    cpu = clock.generation.device.type == "cpu"
-    return per_head / clock.per_head if cpu and clock.per_head else 1.0
+def _seconds(
+    steps: Mapping[int, float], attention: Mapping[int, float], header: Header, device: torch.device
+) -> dict[int, float]:
+    """What steps would have taken in the dense run's place: what is not attention is the same there, and tells of a
+    CPU how much faster or slower it was then. A GPU does nothing else."""
+    beside = header.costs["other"] / len(header.levels)
+    here = sum(seconds - attention.get(step, 0.0) for step, seconds in steps.items())
+    pace = beside * len(steps) / here if device.type == "cpu" and here > 0 else 1.0
+    return {step: beside + attention.get(step, 0.0) * pace for step in steps}

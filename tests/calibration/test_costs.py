@@ -5,9 +5,8 @@ import torch
 from dit_sparse.calibration import costs
 from dit_sparse.choices import Rung
 from dit_sparse.config import SparseConfig
-from dit_sparse.kernels.dense_attention import dense_attention
 from dit_sparse.layout import TokenGrid
-from dit_sparse.state import Generation, Layer
+from dit_sparse.state import Layer
 
 GRID, LAYER = TokenGrid(4, 16, 16), Layer("transformer.blocks.0.attn1", 0, 1, 2, 32)
 
@@ -26,29 +25,6 @@ def test_every_choice_has_a_cost_and_more_blocks_cost_more():
     assert found["anchor"][1] > 1.5 * found["anchor"][0] and found["reshape"][1] > 1.5 * found["reshape"][0]
     # An anchor is dense besides.
     assert found["anchor at anchor"][0] > found["dense"]
-
-
-def test_a_clock_answers_with_dense_attention_and_its_seconds():
-    q, k, v = torch.randn(3, 1, 2, 64, 32)
-    clock = costs.Clock(Generation(SparseConfig("dense"), [LAYER]))
-    assert clock.per_head == 0
-    for _ in range(2):
-        assert torch.equal(clock(LAYER, q, k, v, None), dense_attention(q, k, v)[0])
-    assert [heads for heads, _, _ in clock.marks] == [2, 2] and 0 < clock.per_head < 60
-
-
-def test_a_clock_does_not_count_what_the_first_use_of_a_kernel_takes(monkeypatch):
-    calls, dense = [], costs.fastest_dense
-
-    def compiled_at_first(*args):
-        calls.append(time.sleep(0.0 if calls else 0.5))
-        return dense(*args)
-
-    monkeypatch.setattr(costs, "fastest_dense", compiled_at_first)
-    clock = costs.Clock(Generation(SparseConfig("dense"), [LAYER]))
-    for _ in range(2):
-        clock(LAYER, *torch.randn(3, 1, 2, 64, 32), None)
-    assert len(calls) == 3 and 0 < clock.per_head < 0.1
 
 
 def test_what_is_queued_before_a_call_is_not_counted():

@@ -8,10 +8,9 @@ import torch
 from dit_sparse.calibration import trials
 
 
-@pytest.mark.parametrize(
-    ("device", "then", "now", "expected"),
-    [("cpu", 3e-4, 2e-4, 1.5), ("cpu", 0.3, 0.0, 1.0), ("cuda", 0.3, 0.2, 1.0)],
-)
-def test_a_cpu_is_as_busy_as_its_dense_calls_say(device, then, now, expected):
-    clock = SimpleNamespace(generation=SimpleNamespace(device=torch.device(device)), per_head=now)
-    assert trials._slower_then(clock, then) == pytest.approx(expected)
+@pytest.mark.parametrize(("device", "pace"), [("cpu", 2.0), ("cuda", 1.0)])
+def test_a_cpu_is_as_busy_as_what_is_not_attention_says(device, pace):
+    """Of ten steps, the last two in a trial; elsewhere in 4 seconds of 20 each, here in 2."""
+    header = SimpleNamespace(costs={"other": 20.0}, levels=range(10))
+    took = trials._seconds({8: 1.5, 9: 2.5}, {8: 0.7, 9: 1.3}, header, torch.device(device))
+    assert took == pytest.approx({8: 2 + 0.7 * pace, 9: 2 + 1.3 * pace})
