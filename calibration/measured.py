@@ -32,9 +32,13 @@ LEAST_LEFT = 0.02
 # How much of an error that was added up is there in the end, until a trial says so: about what the demo model's trials
 # say. Errors of many layers and steps cancel in part, and cannot grow for ever.
 LEFT = 0.1
-# How far from 1 the slope of measured over predicted error may well be. By what factor prompts differ in how easily
-# they are changed, and by what factor trials of one prompt are off besides, as logarithms.
-SLOPE_WIDTH, PROMPTS_DIFFER, TRIALS_DIFFER = 0.35, 1.0, 0.35
+# The slope of measured over predicted error, as logarithms, as far as trials do not say, and how far from that it may
+# well be: below 1, since choices fall on what was measured too low, the more the less error is left. The trials of the
+# profiles that come along have this slope.
+SLOPE, SLOPE_WIDTH = 0.75, 0.25
+# By what factor prompts differ in how easily they are changed, and by what factor trials of one prompt are off
+# besides, as logarithms.
+PROMPTS_DIFFER, TRIALS_DIFFER = 1.0, 0.35
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class Measured:
         weigh = np.linalg.inv(shared + TRIALS_DIFFER**2 * np.eye(len(x)))
         before, after = (weigh.sum(0) @ told / weigh.sum() for told in (x, y))
         dx, dy = x - before, y - after
-        slope = (dx @ weigh @ dy + 1 / SLOPE_WIDTH**2) / (dx @ weigh @ dx + 1 / SLOPE_WIDTH**2)
+        slope = (dx @ weigh @ dy + SLOPE / SLOPE_WIDTH**2) / (dx @ weigh @ dx + 1 / SLOPE_WIDTH**2)
         return float(before), float(after), float(np.clip(slope, 0.3, 1.5))
 
     @cached_property

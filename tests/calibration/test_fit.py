@@ -1,6 +1,7 @@
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ import torch
 
 from dit_sparse.calibration import paths
 from dit_sparse.calibration.fit import Targets, Verified, fit, learned, solve, try_out
+from dit_sparse.calibration.measured import SLOPE
 from dit_sparse.calibration.paths import Problem
 from dit_sparse.choices import Choice
 from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenGrid
-from dit_sparse.profile import METHODS
+from dit_sparse.profile import METHODS, Profile
 from dit_sparse.state import GIB, Generation, Layer
 from tests import profiles
 
@@ -247,7 +249,7 @@ def test_predictions_of_a_trial_are_the_trial():
     tried = problem.header.effects["trials"][0]
     added = (problem.grown * tried["direct"]).sum()
     assert problem.frames_error(added) == pytest.approx(tried["error"]) and problem.frames_error(0.0) == 0
-    assert problem.frames_error(3 * added) == pytest.approx(3 * tried["error"])
+    assert problem.frames_error(3 * added) == pytest.approx(3**SLOPE * tried["error"])
     # The mean of two is the mean of their decibels.
     problem.header.effects["trials"].append(profiles.trial(6, error=4 * tried["error"]))
     both = Problem(problem.profile)
@@ -320,6 +322,17 @@ def test_trials_far_apart_say_how_errors_add_up():
     slope = math.log(problem.frames_error(added) / problem.frames_error(0.01 * added)) / math.log(100)
     assert 0.5 < slope < 0.75
     assert problem.frames_error(0.1 * added) == pytest.approx(0.1**0.5 * tried["error"])
+
+
+def test_the_slope_that_is_expected_is_that_of_the_profiles_that_come_along():
+    problem = Problem(Profile.load(Path(__file__).parents[2] / "samples" / "demo_work35.profile.safetensors"))
+    own = [trial for trial in problem.header.effects["trials"] if "verified" not in trial]
+    x = np.array([math.log((np.array(trial["direct"]) * problem.grown).sum()) for trial in own])
+    y = np.array([math.log(trial["error"]) for trial in own])
+    pairs = [[i for i, trial in enumerate(own) if trial["prompt"] == prompt] for prompt in range(8)]
+    # What two trials of a prompt differ in has no part of the prompt's own.
+    dx, dy = (np.array([told[i] - told[j] for i, j in pairs]) for told in (x, y))
+    assert len(own) == 16 and (dx * dy).sum() / (dx * dx).sum() == pytest.approx(SLOPE, abs=0.1)
 
 
 def test_two_trials_of_a_prompt_say_how_quality_grows():
