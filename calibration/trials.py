@@ -18,7 +18,7 @@ from dit_sparse.calibration.metrics import psnr
 from dit_sparse.calibration.paths import Problem
 from dit_sparse.calibration.probe import put_in_place
 from dit_sparse.calibration.replay import Tape, forwards
-from dit_sparse.calibration.steady import timed_again
+from dit_sparse.calibration.steady import steady, timed_again
 from dit_sparse.pipelines.session import Session, sparsify
 from dit_sparse.profile import Header, Profile
 
@@ -95,7 +95,7 @@ def _play(
         latents = Latents(partial(job.tick, said, 1))
         frames = job.run(job.prompts[number], job.seed + number, latents)
         device = session.generation.device
-        steps = {step.step: step.seconds for step in session.report().steps if step.step >= start}
+        steps = {step.step: step.seconds for step in session.report().steps}
         took = _seconds(steps, probe.by_step(), fitted.header, device)
     job.tick(said, job.steps - latents.steps)
     error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
@@ -106,9 +106,10 @@ def _play(
 def _seconds(
     steps: Mapping[int, float], attention: Mapping[int, float], header: Header, device: torch.device
 ) -> dict[int, float]:
-    """What steps would have taken in the dense run's place: what is not attention is the same there, and tells of a
-    CPU how much faster or slower it was then. A GPU does nothing else."""
+    """What steps would have taken in the dense run's place. What is not attention is the same there, a step like the
+    other, and tells how much faster or slower a CPU was then; a GPU does nothing else. What a GPU waits for between
+    kernels, launches or weights that are kept elsewhere, is left out."""
     beside = header.costs["other"] / len(header.levels)
-    here = sum(seconds - attention.get(step, 0.0) for step, seconds in steps.items())
-    pace = beside * len(steps) / here if device.type == "cpu" and here > 0 else 1.0
+    here = steady([seconds - attention.get(step, 0.0) for step, seconds in steps.items()])
+    pace = beside * len(steps) / here if device.type == "cpu" and here > 0 and beside > 0 else 1.0
     return {step: beside + attention.get(step, 0.0) * pace for step in steps}

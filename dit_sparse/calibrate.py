@@ -35,8 +35,9 @@ class CalibrateOptions:
     best it is, and the error of every method at every density, on a sample of rows. Then one forward of each branch
     for each layer at two steps, to learn what such an error does to the outputs, and two runs of fitted choices for
     each prompt, or one of a single prompt, and with several prompts one of each for each fifth of the steps, with all
-    others dense, to learn how errors grow until the end and to correct what is predicted. It can be interrupted: the
-    same command goes on where it stopped.
+    others dense, to learn how errors grow until the end and to correct what is predicted. Where a GPU's dense run
+    takes less than a minute, it and the fitted runs are made once more to be timed. It can be interrupted: the same
+    command goes on where it stopped.
     """
 
     model_id: str | None = None

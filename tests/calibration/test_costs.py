@@ -1,5 +1,6 @@
 import time
 
+import pytest
 import torch
 
 from dit_sparse.calibration import costs
@@ -25,6 +26,27 @@ def test_every_choice_has_a_cost_and_more_blocks_cost_more():
     assert found["anchor"][1] > 1.5 * found["anchor"][0] and found["reshape"][1] > 1.5 * found["reshape"][0]
     # An anchor is dense besides.
     assert found["anchor at anchor"][0] > found["dense"]
+
+
+def test_every_choice_is_timed_behind_queued_work(monkeypatch):
+    dense, least = [], []
+    monkeypatch.setattr(costs, "fastest_dense", lambda *_: dense.append(1))
+
+    def spy(call, repeats, device, before):
+        before()
+        least.append(repeats)
+        return 1.0
+
+    monkeypatch.setattr(costs, "_least", spy)
+    q = torch.randn(1, 2, GRID.tokens, 32)
+    costs.measure(LAYER, (q, q, q), GRID, (Rung(0.1),), SparseConfig("tail", block=16))
+    # A CPU queues nothing. Dense, six methods and two anchors.
+    assert least == [2] * 9 and not dense
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(1.0, 1), (2e-3, 3), (1e-7, 100), (0.0, 100)])
+def test_as_many_dense_calls_as_keep_a_gpu_busy(seconds, calls):
+    assert costs._ahead(seconds) == calls
 
 
 def test_what_is_queued_before_a_call_is_not_counted():

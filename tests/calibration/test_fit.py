@@ -311,6 +311,16 @@ def test_seconds_of_another_machine_do_not_count():
     assert Problem(known).chosen().psnr == Problem(alike).chosen().psnr
 
 
+def test_seconds_of_what_was_verified_count_before_those_of_trials():
+    made = fit(profiles.profile(), Targets(work=0.5))
+    predicted, whole = Problem(made).chosen(), made.header.seconds["transformers"]
+    seconds = [predicted.seconds / 6] * 6
+    made.header.effects["trials"] += [profiles.trial(6) | {"seconds": 80.0, "prompt": n} for n in range(1, 6)]
+    assert Problem(made).slower == 2.0
+    known = learned(made, [Verified("a", predicted.error, seconds, whole)])
+    assert Problem(known).chosen().seconds == pytest.approx(predicted.seconds, rel=0.01)
+
+
 def test_trials_far_apart_say_how_errors_add_up():
     """Where a hundredth of the error was measured as a tenth, some of that is believed."""
     made = profiles.profile()
