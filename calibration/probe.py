@@ -68,10 +68,10 @@ class Probe:
     @property
     def seconds(self) -> float:
         """In attention, without what the probe does itself."""
-        return sum(call.start.until(call.end) for call in self.calls)
+        return sum(self.by_step().values())
 
     def by_step(self) -> dict[int, float]:
-        """The same of each step."""
+        """The same, of each step."""
         found: dict[int, float] = {}
         for call in self.calls:
             found[call.step] = found.get(call.step, 0.0) + call.start.until(call.end)

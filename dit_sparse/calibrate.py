@@ -73,7 +73,8 @@ class CalibrateOptions:
     device: str = "auto"
     """cpu, cuda, cuda:1 and so on; auto is cuda where there is one."""
     offload: Literal["none", "model", "group"] = "none"
-    """Keep weights in main memory, as in generate."""
+    """Keep weights in main memory, as in generate. What a GPU waits for them is no part of predicted seconds, until
+    prompts are verified."""
     output_file: Path | None = None
     """Ends in .safetensors; what an interrupted run has done lies beside it, in a directory named .parts."""
     config: Path | None = None
