@@ -126,8 +126,7 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
             with torch.no_grad():
                 told["costs"] = costs.measure(layer, (q, k, v), grid, job.plan.ladder, job.plan.base)
             told["kernel"] = f"{told['costs'].pop('kernel')}, dense {report.dense_backend}"
-        device = session.generation.device
-    if timed_again(device, told["seconds"]["transformers"]):
+    if timed_again(job.pipe._execution_device, told["seconds"]["transformers"]):
         told["seconds"] |= _unrecorded(job, number)
     stats = {f"{branch}/{name}": x.cpu() for branch, named in recorder.found.items() for name, x in named.items()} | {
         "frames": torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)),

@@ -73,7 +73,7 @@ class Latents:
         if latents is not None:
             flat = latents.detach().flatten()
             # A copy to the CPU would have the GPU wait for the launches of the next step.
-            self._seen.append(flat[:: max(1, flat.numel() // LATENTS)].float().clone())
+            self._seen.append(flat[:: max(1, flat.numel() // LATENTS)].to(torch.float32, copy=True))
         self.steps += 1
         self.tick()
 

@@ -230,13 +230,13 @@ class Measured:
     def slower(self) -> float:
         """By how much what is not dense took longer than its parts when they were timed alone: in what was verified,
         which was timed as a user sees it, or, before there is any of that, in the trials."""
-        found: dict[bool, list[float]] = {False: [], True: []}
-        for t in self.header.effects["trials"]:
-            rest = t["predicted_seconds"] - t["seconds_known"]
+        found = [
+            ("verified" in t, (t["seconds"] - t["seconds_known"]) / (t["predicted_seconds"] - t["seconds_known"]))
+            for t in self.header.effects["trials"]
             # What was verified elsewhere says nothing of the seconds here.
-            if t["seconds"] is not None and rest > 0.02 * t["predicted_seconds"]:
-                found["verified" in t].append((t["seconds"] - t["seconds_known"]) / rest)
-        told = found[True] or found[False]
+            if t["seconds"] is not None and t["predicted_seconds"] - t["seconds_known"] > 0.02 * t["predicted_seconds"]
+        ]
+        told = [ratio for verified, ratio in found if verified] or [ratio for _, ratio in found]
         return float(np.clip(np.median(told), 0.5, 2.0)) if told else 1.0
 
     @cached_property

@@ -53,10 +53,10 @@ def trial(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
     step to step, and by how much predictions are off."""
     number, aim = trials(len(job.prompts))[place]
     fitted, told = try_out(profile, aim)
-    measured, took, device = _play(job, work, number, fitted, told, f"trial {place + 1}")
-    if timed_again(device, fitted.header.seconds["transformers"]):
+    measured, took = _play(job, work, number, fitted, told, f"trial {place + 1}")
+    if timed_again(job.pipe._execution_device, fitted.header.seconds["transformers"]):
         # Of each step the shorter time counts.
-        _, again, _ = _play(replace(job, tick=lambda *_: None), work, number, fitted, told, "")
+        _, again = _play(replace(job, tick=lambda *_: None), work, number, fitted, told, "")
         took = {step: min(seconds, again[step]) for step, seconds in took.items()}
     problem = Problem(fitted, by="work")
     return told | measured | {"seconds": lasted(problem, problem.chosen(), took)}
@@ -68,16 +68,16 @@ def band(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
     planned = bands(len(job.prompts), job.steps)
     number, aim, span = planned[place]
     fitted, told = try_out(profile, aim, span)
-    measured, _, _ = _play(job, work, number, fitted, told, "bands")
+    measured, _ = _play(job, work, number, fitted, told, "bands")
     part = place % (len(planned) // len(job.prompts))
     return {"prompt": number, "part": part, "direct": told["direct"], "error": measured["error"]}
 
 
 def _play(
     job: Job, work: Path, number: int, fitted: Profile, told: dict[str, Any], said: str
-) -> tuple[dict[str, Any], dict[int, float], torch.device]:
-    """A prompt with a fitted profile that is dense before the step told as "start", seconds by step from there on, see
-    `_seconds`, and where it ran.
+) -> tuple[dict[str, Any], dict[int, float]]:
+    """A prompt with a fitted profile that is dense before the step told as "start", and seconds by step from there on,
+    see `_seconds`.
 
     "error" is the mean square of the frames' error, "found" the error of the latents after each step."""
     start = told["start"]
@@ -94,21 +94,20 @@ def _play(
         probe = put_in_place(job.transformers, session.generation)
         latents = Latents(partial(job.tick, said, 1))
         frames = job.run(job.prompts[number], job.seed + number, latents)
-        device = session.generation.device
         steps = {step.step: step.seconds for step in session.report().steps}
-        took = _seconds(steps, probe.by_step(), fitted.header, device)
+        took = _seconds(steps, probe.by_step(), fitted.header, session.generation.device)
     job.tick(said, job.steps - latents.steps)
     error = 10 ** (-psnr(frames, dense["frames"].numpy()) / 10)
     off = latents.off(dense["latents"], len(told["direct"]))
-    return {"prompt": number, "error": error, "found": off}, took, device
+    return {"prompt": number, "error": error, "found": off}, took
 
 
 def _seconds(
     steps: Mapping[int, float], attention: Mapping[int, float], header: Header, device: torch.device
 ) -> dict[int, float]:
     """What steps would have taken in the dense run's place. What is not attention is the same there, a step like the
-    other, and tells how much faster or slower a CPU was then; a GPU does nothing else. What a GPU waits for between
-    kernels, launches or weights that are kept elsewhere, is left out."""
+    other, and tells how much faster or slower a CPU was then; a GPU does nothing else. Where a GPU waits longer
+    than in the dense run, for launches or for weights that are kept elsewhere, that is left out."""
     beside = header.costs["other"] / len(header.levels)
     here = steady([seconds - attention.get(step, 0.0) for step, seconds in steps.items()])
     pace = beside * len(steps) / here if device.type == "cpu" and here > 0 and beside > 0 else 1.0

@@ -36,8 +36,8 @@ class CalibrateOptions:
     for each layer at two steps, to learn what such an error does to the outputs, and two runs of fitted choices for
     each prompt, or one of a single prompt, and with several prompts one of each for each fifth of the steps, with all
     others dense, to learn how errors grow until the end and to correct what is predicted. Where a GPU's dense run
-    takes less than a minute, it and the fitted runs are made once more to be timed. It can be interrupted: the same
-    command goes on where it stopped.
+    takes less than a minute, it and the fitted runs, not those of a fifth, are made once more to be timed. It can be
+    interrupted: the same command goes on where it stopped.
     """
 
     model_id: str | None = None
@@ -73,8 +73,8 @@ class CalibrateOptions:
     device: str = "auto"
     """cpu, cuda, cuda:1 and so on; auto is cuda where there is one."""
     offload: Literal["none", "model", "group"] = "none"
-    """Keep weights in main memory, as in generate. What a GPU waits for them is no part of predicted seconds, until
-    prompts are verified."""
+    """Keep weights in main memory, as in generate. Where a GPU waits longer for them than in a dense run, that is no
+    part of predicted seconds until prompts are verified."""
     output_file: Path | None = None
     """Ends in .safetensors; what an interrupted run has done lies beside it, in a directory named .parts."""
     config: Path | None = None

@@ -12,8 +12,7 @@ def assert_no_worse(
     actual and eager_low are the same result in the precision under test, exact64 in float64 from the same inputs. Both
     the largest and the mean error are compared, each with a band for the rounding of the result itself: what adding
     `through` and taking it away again does to the exact values in that precision; a result that is the difference of
-    larger numbers has their rounding. Infinities must be the same ones in all
-    three; NaN never passes.
+    larger numbers has their rounding. Infinities must be the same ones in all three; NaN never passes.
     """
     assert exact64.dtype == torch.float64, f"the exact result is {exact64.dtype}, not float64"
     assert actual.shape == eager_low.shape == exact64.shape, (

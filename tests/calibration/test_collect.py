@@ -91,7 +91,7 @@ def test_where_steps_are_short_runs_are_made_again_to_be_timed(model, tmp_path, 
     dense, played = listened(monkeypatch, collect, "_unrecorded"), listened(monkeypatch, trials, "_play")
     assert main(command(model)) == 0
     header = Profile.load(FILE).header
-    [unrecorded], [first, second] = dense, [took for _, took, _ in played]
+    [unrecorded], [first, second] = dense, [took for _, took in played]
     assert 0 < unrecorded["attention"] < unrecorded["transformers"]
     assert unrecorded.items() <= header.seconds.items() and header.seconds["recording"] > 0
     [trial] = header.effects["trials"]
