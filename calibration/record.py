@@ -4,7 +4,7 @@ Only a sample of query blocks, and of rows in them, is looked at, with all keys:
 number of tokens squared. Everything is computed from float32 logits and their log-sum-exp.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.correction import gain, pooled_tail
 from dit_sparse.kernels.block_stats import Want, block_stats
 from dit_sparse.kernels.permute import permute
+from dit_sparse.kernels.reference import BlockStats
 from dit_sparse.kernels.tail_weights import tail_weights
 from dit_sparse.layout import Layout
 from dit_sparse.order import vision_first
@@ -217,7 +218,8 @@ class Bank:
         self.directions = (2.0 * signs - 1).to(q.device)
         count = min(layout.blocks, max(1, plan.rows // per))
         device = q.device
-        self.blocks = torch.linspace(0, layout.blocks - 1, count, device=device).round().long()
+        blocks = torch.linspace(0, layout.blocks - 1, count).round().long()
+        self.blocks = blocks.to(device)
         lengths = layout.lengths(device)[self.blocks]
         inside = torch.linspace(0, 1, per, device=device) * (lengths[:, None] - 1)
         # [n, r] rows, [n, r]
@@ -231,14 +233,14 @@ class Bank:
             for x, want in zip((q, k, v), wants, strict=True)
         )
         pooled = Pooled(of_q, of_k, of_v, self.lengths)
-        by_mass = [self._route(pooled, mass, rung) for rung in plan.ladder]
+        sampled = replace(pooled, q=BlockStats(*(x[:, :, self.blocks] for x in of_q)))
+        by_mass = [self._route(sampled, mass, rung) for rung in plan.ladder]
         self.masks = {"mass": self._masks(by_mass)}
-        scores = fine_scores(q, k, layout, scale=self.scale)
+        scores = fine_scores(q, k, layout, scale=self.scale, blocks=blocks.tolist())
         for name, config in (("error", error), ("fine", fine)):
-            self.masks[name] = self._masks([self._route(pooled, config, rung, scores) for rung in plan.ladder])
+            self.masks[name] = self._masks([self._route(sampled, config, rung, scores) for rung in plan.ladder])
         # What Rectified SpaAttn adds, and how much it leaves to the exact part; routing's estimate of the mass.
-        gains = gain(pooled)[:, :, self.blocks]
-        self.compensable = by_mass[0].mass[:, :, self.blocks, : layout.blocks].masked_fill(~gains, 0)
+        self.compensable = by_mass[0].mass[..., : layout.blocks].masked_fill(~gain(sampled), 0)
         self.tail = pooled_tail(
             pooled,
             torch.float32,
@@ -254,12 +256,12 @@ class Bank:
         config = Choice(config.method, rung).config(self.plan.base)  # type: ignore[arg-type]
         return route(
             pooled, self.layout, config, density=rung.density, scale=self.scale, text_keys=text,
-            text_mask=self.text_mask, fine=None if fine is None else lambda: fine,
+            text_mask=self.text_mask, fine=None if fine is None else lambda: fine, rows=self.blocks,
         )  # fmt: skip
 
     def _masks(self, routings: list[Routing]) -> Tensor:
         """[B, H, n, K, N] bool."""
-        return torch.stack([routing.plan.mask()[:, :, self.blocks] for routing in routings], dim=3)
+        return torch.stack([routing.plan.mask() for routing in routings], dim=3)
 
     def look(
         self, b: int, h: int, root: Tensor | None, memory: dict[int, Memory], step: int

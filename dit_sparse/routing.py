@@ -109,10 +109,12 @@ def route(
     text_keys: Tensor | None = None,
     text_mask: Tensor | None = None,
     fine: Callable[[], Tensor] | None = None,
+    rows: Tensor | None = None,
 ) -> Routing:
     """Choose `density` of the key blocks for every query block, and those `config` forces.
 
-    fine makes `fine_scores`, which only configs that route by them need.
+    fine makes `fine_scores`, which only configs that route by them need. rows [n] int64 are the query blocks that
+    pooled.q and fine are of, and the plan then is; None for all.
 
     text_keys [B, H, Lt, D] take part one by one, as in Rectified SpaAttn (section 1.3 of its code's description);
     text_mask [B, Lt] bool hides padding. The text's mass is a column of its own, kept always and not in the plan.
@@ -138,6 +140,8 @@ def route(
         config.order, layout.grid, config.tile, layout.block, layout.key_size, config.neighbours, config.first_frame,
         scores.device,
     )  # fmt: skip
+    if rows is not None:
+        forced = forced[rows]
     if config.method == "topp":
         return Routing(_shared_out(scores[..., : layout.key_blocks].softmax(-1), density, forced), made)
     if scores.shape[-1] == layout.key_blocks:
@@ -162,15 +166,20 @@ def route(
     return Routing(BlockPlan(plan.counts - 1, plan.indices, layout.key_blocks), made)
 
 
-def fine_scores(q: Tensor, k: Tensor, layout: Layout, *, scale: float) -> Tensor:
+def fine_scores(q: Tensor, k: Tensor, layout: Layout, *, scale: float, blocks: Sequence[int] | None = None) -> Tensor:
     """[B, H, Nq, Nk]: ln of what the mean queries of each quarter of a block find in the single keys of a block.
 
-    q, k [B, H, L, D] in routing order. In blocks of 128 it takes 1/32 of dense attention's QK^T; what it finds is
-    compared with means of keys by `samples/routing_recall.py`.
+    q, k [B, H, L, D] in routing order; blocks are those of queries that are asked, ascending, None for all. In blocks
+    of 128 it takes 1/32 of dense attention's QK^T; what it finds is compared with means of keys by
+    `samples/routing_recall.py`.
     """
     vision, part = layout.grid.tokens, max(1, layout.block // PARTS)
     means = block_stats(q[:, :, :vision], block_lengths(vision, part, q.device), block=part, want="mean").mean
-    return block_mass(means, k[:, :, :vision], parts=layout.block // part, key_block=layout.key_size, scale=scale)
+    parts = layout.block // part
+    if blocks is not None:
+        rows = [row for block in blocks for row in range(block * parts, min((block + 1) * parts, means.shape[2]))]
+        means = means[:, :, torch.tensor(rows, device=q.device)]
+    return block_mass(means, k[:, :, :vision], parts=parts, key_block=layout.key_size, scale=scale)
 
 
 def _of_text(q: Tensor, keys: Tensor | None, mask: Tensor | None, scale: float) -> Tensor | None:

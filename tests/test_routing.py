@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -330,6 +331,23 @@ def test_fine_scores(layout, key_block):
     assert torch.equal(plan.mask()[0], mask | own)
     by_error = routed(q, k, v, layout, SparseConfig("tail"), 0.4).plan
     assert not torch.equal(by_error.mask(), plan.mask())
+
+
+@LAYOUTS
+@pytest.mark.parametrize("method", ["none", "rectify", "tail", "anchor"])
+def test_some_query_blocks_are_routed_as_among_all(layout, method):
+    q, k, v = inputs(layout, text=6, batch=2)
+    blocks = [0, 2, layout.blocks - 1]
+    config, rows = SparseConfig(method), torch.tensor(blocks)
+    pooled = pool(q, k, v, layout, config)
+    sampled = replace(pooled, q=pooled.q._replace(mean=pooled.q.mean[:, :, rows]))
+    with_text = {"text_keys": k[:, :, layout.grid.tokens :]} if method == "rectify" else {}
+
+    def plan(pooled, **of):
+        fine = partial(fine_scores, q, k, layout, scale=0.25, **{"blocks": blocks} if of else {})
+        return route(pooled, layout, config, density=0.4, scale=0.25, fine=fine, **with_text, **of).plan.mask()
+
+    assert torch.equal(plan(sampled, rows=rows), plan(pooled)[:, :, rows])
 
 
 def test_fine_routing_of_repeated_tokens_is_that_of_means():
