@@ -34,6 +34,8 @@ FLOOR = -60.0
 ROWS_PER_BLOCK = 4
 # Random directions that errors of two branches are compared along: their angle is wanted to some per cent only.
 SKETCH = 16
+# Logits, or parts of outputs by block, of the heads that a GPU looks at together: 256 MiB in float32.
+AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class Plan:
 
 @dataclass
 class Memory:
-    """What one head would remember from a step: masks [n, K, N], residuals [n, K, r, D] of both methods that learn,
-    rho [n, K, r]."""
+    """What heads would remember from a step: masks [H, n, K, N], residuals [H, n, K, r, D] of both methods that learn,
+    rho [H, n, K, r]."""
 
     plan: Tensor
     anchor: Tensor
@@ -106,7 +108,7 @@ class Recorder:
     _before: list[Mark] = field(default_factory=list)  # a call that is not timed: begin and end
     _memory: dict[tuple[str, str, int, int], dict[int, Memory]] = field(default_factory=dict)
     _first: dict[tuple[str, int], tuple[int, str, Tensor]] = field(default_factory=dict)
-    _last: dict[tuple[str, str, int], tuple[int, Tensor]] = field(default_factory=dict)
+    _last: dict[tuple[str, int, str], tuple[int, Tensor]] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -153,36 +155,39 @@ class Recorder:
             q, k, v = permute((q, k, v), order.take)
         bank = Bank(self.plan, layout, q, k, v, text_mask)
         root = self.metric.get(layer.name)
-        for head in range(q.shape[1]):
+        for first in range(0, q.shape[1], bank.at_once):
+            heads = slice(first, min(first + bank.at_once, q.shape[1]))
             told: list[tuple[dict[str, Tensor], Tensor]] = []
             # Rows of a batch are other prompts, or the branches of guidance where these are one batch: each remembers.
             for b in range(q.shape[0]):
-                memory = self._memory.setdefault((layer.name, branch, head, b), {})
+                memory = self._memory.setdefault((layer.name, branch, first, b), {})
                 for old in [old for old in memory if step - old > self.plan.distances[-1]]:
                     del memory[old]
-                found, memory[step], sketch = bank.look(b, head, None if root is None else root[head], memory, step)
+                found, memory[step], sketch = bank.look(b, heads, None if root is None else root[heads], memory, step)
                 told.append((found, sketch))
             mean = {name: torch.stack([t[0][name] for t in told]).mean(0) for name in told[0][0]}
             # A run adds the same share in every row of a batch.
-            mean["fade"], mean["stale"][0] = faded(*mean.pop("sums"))
+            mean["fade"], mean["stale"][:, 0] = faded(*mean.pop("sums").unbind(1))
+            rows = slice(self._rows[layer.name] + heads.start, self._rows[layer.name] + heads.stop)
             for name, x in mean.items():
-                self.found[branch][name][self._rows[layer.name] + head, step] = x
-            self._compare(layer, head, step, branch, told[0][1])
+                self.found[branch][name][rows, step] = x
+            self._compare((layer.name, first), rows, step, branch, told[0][1])
 
-    def _compare(self, layer: Layer, head: int, step: int, branch: str, sketch: Tensor) -> None:
+    def _compare(self, key: tuple[str, int], rows: slice, step: int, branch: str, sketch: Tensor) -> None:
         """Cosines between the errors, of length 1, of this branch and the first, and of this step and the one before;
-        of methods that learn at the second distance, before at the first, of one memory."""
-        row, now = self._rows[layer.name] + head, sketch[: len(ERRORS)]
-        begun, of, first = self._first.get((layer.name, head), (-1, "", now))
+        of methods that learn at the second distance, before at the first, of one memory. key names the heads, which
+        have these rows."""
+        now = sketch[:, : len(ERRORS)]
+        begun, of, first = self._first.get(key, (-1, "", now))
         if begun != step or of == branch:
-            self._first[layer.name, head] = (step, branch, now)
+            self._first[key] = (step, branch, now)
             first = now
-        self.found[branch]["together"][row, step] = (first * now).sum(-1)
-        at, before = self._last.get((layer.name, branch, head), (-2, sketch))
+        self.found[branch]["together"][rows, step] = (first * now).sum(-1)
+        at, before = self._last.get((*key, branch), (-2, sketch))
         if at == step - 1:
-            before = torch.cat([before[: len(METHODS)], before[len(ERRORS) :]])
-            self.found[branch]["persist"][row, step] = (before * now).sum(-1)
-        self._last[layer.name, branch, head] = (step, sketch)
+            before = torch.cat([before[:, : len(METHODS)], before[:, len(ERRORS) :]], 1)
+            self.found[branch]["persist"][rows, step] = (before * now).sum(-1)
+        self._last[(*key, branch)] = (step, sketch)
 
     def _empty(self, device: torch.device) -> dict[str, Tensor]:
         moment, heads = self.generation.moment, 0
@@ -207,6 +212,17 @@ def faded(lacks: Tensor, both: Tensor, had: Tensor) -> tuple[Tensor, Tensor]:
     return fade, (lacks - fade * (2 * both - fade * had)).clamp(min=0)
 
 
+def _heads_at_once(numbers: int, device: torch.device) -> int:
+    """How many heads of so many numbers are looked at together: of a GPU's time most would be launches, while one head
+    fills a CPU's cache."""
+    return 1 if device.type == "cpu" else max(1, AT_ONCE // numbers)
+
+
+def squares(x: Tensor) -> Tensor:
+    """Mean over rows of the squared length, [H, P] for [H, n, P, r, D]."""
+    return x.square().sum(-1).mean((1, 3))
+
+
 class Bank:
     """Routing of one call at every rung, and what each head's sampled rows would get by it."""
 
@@ -225,6 +241,8 @@ class Bank:
         # [n, r] rows, [n, r]
         self.rows = self.blocks[:, None] * layout.block + inside.round().long()
         self.lengths = layout.lengths(device)
+        widest = max(k.shape[2], layout.blocks * v.shape[-1])
+        self.at_once = _heads_at_once(self.rows.numel() * widest, device)
         mass, error, fine = (self._config(method) for method in ("rectify", "tail", "anchor"))
         # What each routing takes, in one pass over the tokens.
         wants: tuple[Want, ...] = ("all", "all", "mean+var")
@@ -264,123 +282,125 @@ class Bank:
         return torch.stack([routing.plan.mask() for routing in routings], dim=3)
 
     def look(
-        self, b: int, h: int, root: Tensor | None, memory: dict[int, Memory], step: int
+        self, b: int, heads: slice, root: Tensor | None, memory: dict[int, Memory], step: int
     ) -> tuple[dict[str, Tensor], Memory, Tensor]:
-        """The statistics of one head, what it would remember of this step, and its errors along random directions,
-        each of length 1: those of ERRORS, then of LEARNERS at the first distance."""
+        """The statistics of some heads, [H, ...], what they would remember of this step, and their errors along random
+        directions, each of length 1: those of ERRORS, then of LEARNERS at the first distance."""
         n, r = self.rows.shape
         blocks, size, vision = self.layout.blocks, self.layout.block, self.layout.grid.tokens
-        q, k, v = self.q[b, h, self.rows.flatten()].float(), self.k[b, h].float(), self.v[b, h].float()
-        dim = v.shape[-1]
-        means = self.tail.values[b, h].float()
+        q, k, v = self.q[b, heads, self.rows.flatten()].float(), self.k[b, heads].float(), self.v[b, heads].float()
+        h, _, dim = v.shape
+        means = self.tail.values[b, heads].float()
         if root is not None:
             v, means = v @ root, means @ root
         logits = (q @ k.mT).mul_(self.scale)
         if self.text_mask is not None:
-            logits[:, vision:].masked_fill_(~self.text_mask[b], float("-inf"))
+            logits[..., vision:].masked_fill_(~self.text_mask[b], float("-inf"))
         lse = logits.logsumexp(-1, keepdim=True)
         shares = logits.sub_(lse).clamp_(min=FLOOR).exp_()
-        # By key block: softmax mass [n, r, N], what it adds to the output [n, N, r * D]; the last block padded.
+        # By key block: softmax mass [H, n, r, N], what it adds to the output [H, n, N, r * D]; the last block padded.
         pad = blocks * size - vision
-        mine = F.pad(shares[:, :vision], (0, pad)).unflatten(1, (blocks, size))
-        mass = mine.sum(-1).view(n, r, blocks)
-        values = F.pad(v[:vision], (0, 0, 0, pad)).unflatten(0, (blocks, size))
-        parts = (mine.transpose(0, 1) @ values).view(blocks, n, r * dim).transpose(0, 1)
-        text_mass = shares[:, vision:].sum(-1).view(n, 1, r)
-        text = (shares[:, vision:] @ v[vision:]).view(n, 1, r, dim)
-        dense = parts.sum(1).view(n, 1, r, dim) + text
+        mine = F.pad(shares[..., :vision], (0, pad)).unflatten(-1, (blocks, size))
+        mass = mine.sum(-1).view(h, n, r, blocks)
+        values = F.pad(v[:, :vision], (0, 0, 0, pad)).unflatten(1, (blocks, size))
+        parts = (mine.transpose(1, 2) @ values).view(h, blocks, n, r * dim).transpose(1, 2)
+        text_mass = shares[..., vision:].sum(-1).view(h, n, 1, r)
+        text = (shares[..., vision:] @ v[:, vision:]).view(h, n, 1, r, dim)
+        dense = parts.sum(2).view(h, n, 1, r, dim) + text
         # The same for each block as one pooled key.
-        added = tail_weights(self.tail, (b, h, self.blocks), scale=self.scale)
-        if added.shape[0] > 1:
-            added = added.repeat_interleave(r, 0)
-        pooled = (q @ self.tail.keys[b, h].mT).mul_(self.scale) + added
-        weights = (pooled - lse).clamp_(FLOOR, 30).exp_().view(n, r, blocks)
-        stand_ins = (weights.permute(0, 2, 1)[..., None] * means[None, :, None]).reshape(n, blocks, r * dim)
+        added = tail_weights(self.tail, (b, heads, self.blocks), scale=self.scale)
+        if added.shape[1] > 1:
+            added = added.repeat_interleave(r, 1)
+        pooled = (q @ self.tail.keys[b, heads].mT).mul_(self.scale) + added
+        weights = (pooled - lse).clamp_(FLOOR, 30).exp_().view(h, n, r, blocks)
+        stand_ins = (weights.mT[..., None] * means[:, None, :, None]).reshape(h, n, blocks, r * dim)
 
         def exact(masks: Tensor) -> tuple[Tensor, Tensor]:
-            """Mass [n, P, r] in the routed blocks and text, and what it adds [n, P, r, D]."""
+            """Mass [H, n, P, r] in the routed blocks and text, and what it adds [H, n, P, r, D]."""
             kept = masks.float()
-            return kept @ mass.mT + text_mass, (kept @ parts).view(n, -1, r, dim) + text
+            return kept @ mass.mT + text_mass, (kept @ parts).view(h, n, -1, r, dim) + text
 
         def rest(masks: Tensor) -> tuple[Tensor, Tensor]:
             """The same of the other blocks, pooled."""
             left = (~masks).float()
-            return left @ weights.mT, (left @ stand_ins).view(n, -1, r, dim)
+            return left @ weights.mT, (left @ stand_ins).view(h, n, -1, r, dim)
 
-        def with_tail(masks: Tensor) -> Tensor:
+        def with_tail(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """What `exact` says, and the output with the other blocks pooled."""
             (held, out), (missing, pooled_out) = exact(masks), rest(masks)
-            return (out + pooled_out) / (held + missing)[..., None]
+            return held, out, (out + pooled_out) / (held + missing)[..., None]
 
-        def square(x: Tensor) -> Tensor:
-            """Mean over rows of the squared length, one number for each of [n, P, r, D]'s P."""
-            return x.square().sum(-1).mean((0, 2))
-
-        by_mass, by_error, by_fine = (self.masks[name][b, h] for name in ("mass", "error", "fine"))
+        by_mass, by_error, by_fine = (self.masks[name][b, heads] for name in ("mass", "error", "fine"))
         held, out = exact(by_mass)
         alone = out / held.clamp(min=1e-20)[..., None]
-        bins = F.adaptive_avg_pool1d(held.mean(-1).T, self.plan.bins)
-        rho = per_block(bins, blocks)[:, self.blocks].T
+        bins = F.adaptive_avg_pool1d(held.mean(-1).mT, self.plan.bins)
+        rho = per_block(bins.flatten(0, 1), blocks)[:, self.blocks].unflatten(0, (h, -1)).mT
         missing, direction = rest(by_mass)
         all_kept = by_mass.all(-1)
         rho = torch.where(all_kept, 1.0, rho)[..., None, None]
         weighed = rho * alone + (1 - rho) * torch.where(
             all_kept[..., None, None], 0.0, direction / missing.clamp(min=1e-20)[..., None]
         )
-        added = self.compensable[b, h][:, None].masked_fill(by_mass, 0)
-        rectified = (1 - added.sum(-1))[..., None, None] * alone + (added @ means)[:, :, None]
-        soft, (learned_mass, learned_part) = with_tail(by_fine), exact(by_fine)
-        told = (alone, rectified, with_tail(by_error), weighed, learned_part, soft)
-        errors = torch.stack([x - dense for x in told])
+        added = self.compensable[b, heads][:, :, None].masked_fill(by_mass, 0)
+        rectified = (1 - added.sum(-1))[..., None, None] * alone + (added @ means[:, None])[..., None, :]
+        learned_mass, learned_part, soft = with_tail(by_fine)
+        told = (alone, rectified, with_tail(by_error)[-1], weighed, learned_part, soft)
+        errors = torch.stack([x - dense for x in told], 1)
         found = {
             "rho": bins,
             "recall": self._recall(by_mass, mass, held - text_mass),
-            "kept": torch.stack([x.float().mean((0, 2)) for x in (by_mass, by_error, by_fine)]),
-            "error": torch.stack([square(error) for error in errors]),
-            "energy": square(dense)[0],
+            "kept": torch.stack([x.float().mean((1, 3)) for x in (by_mass, by_error, by_fine)], 1),
+            "error": torch.stack([squares(error) for error in errors.unbind(1)], 1),
+            "energy": squares(dense)[:, 0],
         }
         now = Memory(by_fine, (dense - soft).bfloat16(), (dense - learned_part).bfloat16(), learned_mass)
         found["coarse"] = torch.stack(
-            [self._coarse(x[:, self.plan.middle].float()) for x in (now.anchor, now.reshape)]
+            [self._coarse(x[:, :, self.plan.middle].float()) for x in (now.anchor, now.reshape)], 1
         )
-        aged, learned = self._aged(memory, step, dense, exact, with_tail, square)
-        vectors = torch.einsum("enkrd,rds->eknrs", torch.cat([errors, learned]), self.directions)
-        return found | aged, now, F.normalize(vectors.flatten(2), dim=-1)
+        aged, learned = self._aged(memory, step, dense, with_tail)
+        vectors = torch.einsum("henkrd,rds->heknrs", torch.cat([errors, learned], 1), self.directions)
+        return found | aged, now, F.normalize(vectors.flatten(3), dim=-1)
 
     def _recall(self, masks: Tensor, mass: Tensor, held: Tensor) -> Tensor:
-        """[K]: mass found over what the best blocks of that number hold, the mean over query blocks."""
-        ranked = mass.mean(1).sort(-1, descending=True).values.cumsum(-1)
+        """[H, K]: mass found over what the best blocks of that number hold, the mean over query blocks."""
+        ranked = mass.mean(2).sort(-1, descending=True).values.cumsum(-1)
         best = ranked.gather(-1, masks.sum(-1) - 1)
-        return (held.mean(-1) / best.clamp(min=1e-20)).mean(0)
+        return (held.mean(-1) / best.clamp(min=1e-20)).mean(1)
 
     def _coarse(self, residual: Tensor) -> Tensor:
-        """[storages]: relative error of the stored residual [n, r, D]."""
-        whole = residual.square().sum().clamp(min=1e-30)
-        stored: list[Residual] = [pack(residual, storage) for storage in STORAGES]  # type: ignore[arg-type]
-        return torch.stack([((unpack(x) - residual).square().sum() / whole).sqrt() for x in stored])
+        """[H, storages]: relative error of the stored residual [H, n, r, D]."""
 
-    def _aged(self, memory, step: int, dense: Tensor, exact, with_tail, square) -> tuple[dict[str, Tensor], Tensor]:
+        def size(x: Tensor) -> Tensor:
+            return x.square().sum((1, 2, 3))
+
+        whole = size(residual).clamp(min=1e-30)
+        stored: list[Residual] = [pack(residual, storage) for storage in STORAGES]  # type: ignore[arg-type]
+        return torch.stack([(size(unpack(x) - residual) / whole).sqrt() for x in stored], -1)
+
+    def _aged(self, memory, step: int, dense: Tensor, with_tail) -> tuple[dict[str, Tensor], Tensor]:
         """Errors of following a memory but an anchor's, of which there is what `faded` takes, and how far rho of its
-        plan has moved, for each distance there is; and the errors [n, K, r, D] of all learners at the second distance
-        and then at the first, NaN where there is none."""
-        shape = (len(LEARNERS), len(self.plan.distances), len(self.plan.ladder))
-        stale, drift = dense.new_full(shape, float("nan")), dense.new_full(shape[1:2], float("nan"))
-        sums = dense.new_full((3, *shape[1:]), float("nan"))
+        plan has moved, for each distance there is; and the errors [H, ..., n, K, r, D] of all learners at the second
+        distance and then at the first, NaN where there is none."""
+        distances, k, middle = len(self.plan.distances), len(self.plan.ladder), self.plan.middle
+        h, n, _, r, dim = dense.shape
+
+        def nothing(*shape: int) -> Tensor:
+            return dense.new_full(shape, float("nan"))
+
+        stale, drift = nothing(h, len(LEARNERS), distances, k), nothing(h, distances)
+        sums, learned = nothing(h, 3, distances, k), nothing(h, 2, len(LEARNERS), n, k, r, dim)
         old = [(at, memory[step - back]) for at, back in enumerate(self.plan.distances) if step - back in memory]
-        learned = dense.new_full((2, len(LEARNERS), dense.shape[0], shape[2], *dense.shape[2:]), float("nan"))
-        if not old:
-            return {"stale": stale, "sums": sums, "drift": drift}, learned.flatten(0, 1)
-        k, middle = len(self.plan.ladder), self.plan.middle
-        plans = torch.cat([m.plan for _, m in old], 1)
-        tails = with_tail(plans).split(k, 1)
-        held, out = (x.split(k, 1) for x in exact(plans))
+        if old:
+            plans = torch.cat([m.plan for _, m in old], 2)
+            held, out, tails = (x.split(k, 2) for x in with_tail(plans))
         for i, (at, m) in enumerate(old):
             scaled = out[i] * (m.rho / held[i].clamp(min=1e-20))[..., None]
             lacks, had = dense - tails[i], m.anchor.float()
-            sums[:, at] = torch.stack([square(lacks), (lacks * had).sum(-1).mean((0, 2)), square(had)])
-            fade, _ = faded(*sums[:, at])
-            errors = torch.stack([fade[:, None, None] * had - lacks, scaled + m.reshape.float() - dense])
-            stale[1, at] = square(errors[1])
+            sums[:, :, at] = torch.stack([squares(lacks), (lacks * had).sum(-1).mean((1, 3)), squares(had)], 1)
+            fade, _ = faded(*sums[:, :, at].unbind(1))
+            errors = [fade[:, None, :, None, None] * had - lacks, scaled + m.reshape.float() - dense]
+            stale[:, 1, at] = squares(errors[1])
             if at <= 1:
-                learned[1 - at] = errors
-            drift[at] = (held[i][:, middle] - m.rho[:, middle]).abs().mean()
-        return {"stale": stale, "sums": sums, "drift": drift}, learned.flatten(0, 1)
+                learned[:, 1 - at] = torch.stack(errors, 1)
+            drift[:, at] = (held[i][:, :, middle] - m.rho[:, :, middle]).abs().mean((1, 2))
+        return {"stale": stale, "sums": sums, "drift": drift}, learned.flatten(1, 2)

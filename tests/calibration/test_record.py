@@ -157,6 +157,17 @@ def test_rho_recall_and_density_are_those_of_the_softmax():
         assert found["recall"][:, 0, i].mean().item() == pytest.approx(recall.mean().item(), abs=0.05)
 
 
+def test_heads_looked_at_together_are_as_those_looked_at_apart(monkeypatch):
+    metric = {LAYER.name: torch.randn(2, 16, 16)}
+    inputs = sequence()
+    apart = recorded(inputs, plan(rows=20), metric).found
+    monkeypatch.setattr(record, "_heads_at_once", lambda *_: 2)
+    together = recorded(inputs, plan(rows=20), metric).found
+    for branch, named in apart.items():
+        for name, x in named.items():
+            torch.testing.assert_close(together[branch][name], x, equal_nan=True, msg=name)
+
+
 def test_everything_kept_has_no_error_and_all_mass():
     found = recorded(sequence(2), plan(ladder=(Rung(0.2), Rung(1.0)))).found["cond"]
     assert found["error"][..., 1].max() < 1e-9 and found["error"][..., 0].min() > 1e-6
