@@ -1,3 +1,4 @@
+import threading
 import time
 
 import pytest
@@ -52,3 +53,26 @@ def test_as_many_dense_calls_as_keep_a_gpu_busy(seconds, calls):
 def test_what_is_queued_before_a_call_is_not_counted():
     seconds = costs._least(lambda: time.sleep(0.01), 2, torch.device("cpu"), lambda: time.sleep(0.3))
     assert 0.01 <= seconds < 0.2
+
+
+def test_kernels_are_compiled_side_by_side_before_anything_is_timed(monkeypatch):
+    q = torch.randn(1, 2, GRID.tokens, 32)
+    said, own = [], costs.attend_part
+
+    def spy(q, k, v, part, generation, mask):
+        said.append((threading.current_thread() is threading.main_thread(), part.config.method, part.phase))
+        return own(q, k, v, part, generation, mask)
+
+    monkeypatch.setattr(costs, "attend_part", spy)
+    monkeypatch.setattr(costs, "_compiles", lambda device: True)
+    costs.measure(LAYER, (q, q, q), GRID, (Rung(0.1), Rung(0.5)), SparseConfig("tail", block=16), repeats=1)
+    apart = [(method, phase) for main, method, phase in said if not main]
+    assert [main for main, _, _ in said] == [False] * len(apart) + [True] * (len(said) - len(apart))
+    assert sorted(set(apart)) == sorted({(method, phase) for main, method, phase in said if main})
+
+
+def test_what_goes_wrong_while_compiling_is_raised():
+    ran = []
+    with pytest.raises(ZeroDivisionError):
+        costs._side_by_side([lambda: 1 / 0, lambda: ran.append(1)], 0.3)
+    assert ran == [1]
