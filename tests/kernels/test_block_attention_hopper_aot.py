@@ -154,7 +154,7 @@ def test_8_bits():
     """Products in both 8-bit types that do not wait for one another, no copy through shared memory between them, and
     few registers too many."""
     bare, anchor, everything = compile_kernels([build_8bit(BARE), build_8bit(ANCHOR), build_8bit(EVERYTHING)])
-    for used, spill in ((bare, 160), (anchor, 168), (everything, 480)):
+    for used, spill in ((bare, 160), (anchor, 176), (everything, 480)):
         assert "IGMMA" in used.sass and "QGMMA" in used.sass and "UTMALDG" in used.sass
         assert used.registers == 168 and used.spill_bytes <= spill and used.shared_bytes <= 227 * 1024
         # Where registers do not suffice, the assembler waits behind each product.
