@@ -34,8 +34,8 @@ FLOOR = -60.0
 ROWS_PER_BLOCK = 4
 # Random directions that errors of two branches are compared along: their angle is wanted to some per cent only.
 SKETCH = 16
-# Logits, or parts of outputs by block, of the heads that a GPU looks at together: 256 MiB in float32.
-AT_ONCE = 1 << 26
+# Logits, or parts of outputs by block, of the heads that a GPU looks at together: 128 MiB in float32.
+AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
