@@ -13,12 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dit_sparse.choices import Choice, Group, Groups, Place, Rung, Table, bracket, grouped, laid_out, nearest
+from dit_sparse.codes import decoded, encoded
 from dit_sparse.config import SparseConfig
 from dit_sparse.kernels.dense_attention import LONG
 from dit_sparse.layout import TokenGrid
 from dit_sparse.video import whole
 
-SCHEMA = 4
+SCHEMA = 5
+# Files of schema 4 have statistics as float16.
+READ = (4, 5)
 # Noise levels this close are the same step: rounding of a scheduler in another precision.
 SAME_LEVEL = 1e-3
 # Numbers of each weight that identify a model.
@@ -135,8 +138,8 @@ class Profile:
     persist   cosine between the errors of this step and of the one before; of methods that learn, from one anchor
     energy  mean square of the output, after the output projection
     choice  uint8, index into the header's choices; anchor is 1 where a memory begins
-    All but the last two are float16 or float32, and NaN where a component did not run. Errors are after the output
-    projection.
+    All but the last two are float16 or float32, and NaN where a component did not run; in the file they are bytes, see
+    `codes`. Errors are after the output projection.
     """
 
     header: Header
@@ -166,18 +169,19 @@ class Profile:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} was damaged: its header is not JSON ({error}).") from None
         schema, digest = told.pop("schema", None), told.pop("digest", None)
-        if schema != SCHEMA:
-            raise ValueError(f"{path} has schema {schema!r}, and this version of dit-sparse reads {SCHEMA}.")
+        if schema not in READ:
+            known = " and ".join(map(str, READ))
+            raise ValueError(f"{path} has schema {schema!r}, and this version of dit-sparse reads {known}.")
         if digest != _digest(told, tensors):
             raise ValueError(f"{path} was damaged or changed after it was written: its digest does not fit.")
         header = Header(**{name: _frozen(value) for name, value in told.items()})
-        return cls(header, tensors, str(path))
+        return cls(header, decoded(tensors), str(path))
 
     def save(self, path: str | Path) -> None:
         """The whole file or none. Raises ValueError where it cannot be written."""
         path = Path(path)
         told = json.loads(json.dumps(asdict(self.header)))
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        tensors = encoded(self.tensors)
         told |= {"schema": SCHEMA, "digest": _digest(told, tensors)}
         try:
             with whole(path) as part:
