@@ -39,9 +39,9 @@ def _bytes(name: str, x: Tensor) -> Tensor:
 
 
 def _numbers(name: str, x: Tensor) -> Tensor:
-    codes = x.float()
     if x.dtype != torch.uint8 or name not in (*BETWEEN, *ERRORS):
         return x
+    codes = x.float()
     if name in BETWEEN:
         low, high = BETWEEN[name]
         found = low + codes * ((high - low) / (NOTHING - 1))
