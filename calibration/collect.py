@@ -181,7 +181,7 @@ def _band(job: Job, work: Path, place: int) -> None:
     if place < len(known["bands"]):
         job.tick("bands", job.steps)
         return
-    number, _, _ = trials.bands(len(job.prompts), job.steps)[place]
+    number, *_ = trials.bands(len(job.prompts), job.steps)[place]
     _keep(work, "bands", trials.band(job, work, place, _profile(job, work, unseen=number)))
 
 

@@ -19,7 +19,7 @@ Done = Callable[[Tensor | None], None]
 # Numbers of the latents that are looked at after each step.
 LATENTS = 1 << 16
 # Of what is kept to be resumed; of another format nothing can be.
-_FORMAT = 6
+_FORMAT = 7
 
 
 @dataclass(frozen=True)

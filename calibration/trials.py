@@ -25,8 +25,9 @@ from dit_sparse.profile import Header, Profile
 # Qualities in dB that the trials of a prompt aim at, one prompt after the other: what comes of them is right where
 # targets are. Two of one prompt say how quality grows with what is spent, whatever the prompt.
 TRIED = ((30.0, 36.0), (33.0, 27.0), (27.0, 33.0), (36.0, 30.0))
-# Into how many parts the steps of a run are cut, each of which is tried alone.
-BANDS = 5
+# Into how many parts the steps of a run are cut, and how many of these are tried alone with each prompt: with all of
+# them a calibration would take five to six times as long as the dense runs.
+BANDS, OF_A_PROMPT = 5, 2
 
 
 def trials(prompts: int) -> list[tuple[int, float]]:
@@ -37,15 +38,19 @@ def trials(prompts: int) -> list[tuple[int, float]]:
     return [(number, aim) for turn in range(count) for number, aim in enumerate(each[turn] for each in aims)]
 
 
-def bands(prompts: int, steps: int) -> list[tuple[int, float, range]]:
-    """Number of the prompt, the quality to try, and the steps that are not dense: each prompt once in each band.
-    Of a single prompt none, for which they would take longer than all the rest."""
+def bands(prompts: int, steps: int) -> list[tuple[int, float, int, range]]:
+    """Number of the prompt, the quality to try, and the part of the steps that is not dense: for each prompt other
+    parts, and each part as often as others, or once less. Of a single prompt none, which could not be compared."""
     count = min(BANDS, steps)
     if prompts == 1 or count < 2:
         return []
     ends = [round(i * steps / count) for i in range(count + 1)]
-    spans = [range(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    return [(number, TRIED[number % len(TRIED)][0], span) for number in range(prompts) for span in spans]
+    parts = [sorted((number + i * (count // 2)) % count for i in range(OF_A_PROMPT)) for number in range(prompts)]
+    return [
+        (number, TRIED[number % len(TRIED)][0], part, range(ends[part], ends[part + 1]))
+        for number, tried in enumerate(parts)
+        for part in tried
+    ]
 
 
 def trial(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
@@ -65,11 +70,9 @@ def trial(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
 def band(job: Job, work: Path, place: int, profile: Profile) -> dict[str, Any]:
     """The same where all but the steps of `bands` at this place are dense: what the errors of these alone come to in
     the end."""
-    planned = bands(len(job.prompts), job.steps)
-    number, aim, span = planned[place]
+    number, aim, part, span = bands(len(job.prompts), job.steps)[place]
     fitted, told = try_out(profile, aim, span)
     measured, _ = _play(job, work, number, fitted, told, "bands")
-    part = place % (len(planned) // len(job.prompts))
     return {"prompt": number, "part": part, "direct": told["direct"], "error": measured["error"]}
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,10 +121,10 @@ def test_a_profile_holds_what_was_measured(calibrated):
         # Until the first sparse step there is nothing to find; after it errors stay.
         start = trial["start"]
         assert max(trial["found"][:start], default=0.0) == 0 and min(trial["found"][start:]) > 0
-    # Each prompt once in each band; before and after that all is dense.
-    assert [band["prompt"] for band in h.effects["bands"]] == [0] * 5 + [1] * 5
-    assert [band["part"] for band in h.effects["bands"]] == [*range(5)] * 2
-    for step, band in zip([*range(5)] * 2, h.effects["bands"], strict=True):
+    # Each prompt in two bands; before and after them all is dense.
+    assert [band["prompt"] for band in h.effects["bands"]] == [0, 0, 1, 1]
+    assert [band["part"] for band in h.effects["bands"]] == [0, 2, 1, 3]
+    for step, band in zip([0, 2, 1, 3], h.effects["bands"], strict=True):
         sparse = [i for i, added in enumerate(band["direct"]) if added > 0]
         assert sparse in ([step], []) and (band["error"] > 1e-12) == bool(sparse)
     assert any(sum(band["direct"]) > 0 for band in h.effects["bands"])
@@ -266,12 +267,21 @@ def test_the_metric_is_the_output_projection():
     assert found and not any("single" in name for name in found)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_bands_are_all_of_the_steps_once(count):
-    found = {}
-    for number, _, span in trials.bands(count, 13):
-        found.setdefault(number, []).extend(span)
-    assert found == ({} if count == 1 else {number: list(range(13)) for number in range(count)})
+@pytest.mark.parametrize("steps", [2, 3, 13])
+@pytest.mark.parametrize("count", range(2, 9))
+def test_every_prompt_is_in_two_bands_and_every_band_as_often(count, steps):
+    found = trials.bands(count, steps)
+    spans = {part: span for *_, part, span in found}
+    tried = Counter(part for *_, part, _ in found)
+    assert [number for number, *_ in found] == [number for number in range(count) for _ in range(2)]
+    assert len({(number, part) for number, _, part, _ in found}) == len(found)
+    assert max(tried.values()) - min(tried.values()) <= 1
+    # Of three prompts on, together they are all of the steps.
+    assert count < 3 or [step for part in sorted(spans) for step in spans[part]] == list(range(steps))
+
+
+def test_a_single_prompt_has_no_bands():
+    assert trials.bands(1, 13) == [] and trials.bands(2, 1) == []
 
 
 @pytest.mark.parametrize("at", ["dense", "probe", "trial", "band"])
@@ -308,7 +318,7 @@ def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
         assert torch.equal(made.tensors[name].nan_to_num(), expected.tensors[name].nan_to_num())
     assert made.header.effects["gain"] == expected.header.effects["gain"]
     tried = [[trial["prompt"] for trial in made.header.effects[kind]] for kind in ("trials", "bands")]
-    assert tried == [[0, 1, 0, 1], [0] * 5 + [1] * 5]
+    assert tried == [[0, 1, 0, 1], [0, 0, 1, 1]]
     tried, before = (x.header.effects["trials"] for x in (made, expected))
     assert tried[0]["direct"] == pytest.approx(before[0]["direct"])
     assert tried[0]["error"] == pytest.approx(before[0]["error"])
