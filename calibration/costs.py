@@ -19,7 +19,7 @@ from dit_sparse.state import Generation, Layer, Part
 
 # Seconds that a GPU is busy for when the kernels of a choice are launched: more than that takes.
 QUEUED = 5e-3
-# Tensors as large as the queries that a call has at a time, and some more.
+# Tensors as large as the queries that a call has at a time, by count, and some more.
 COPIES = 12
 METHODS: tuple[ChoiceMethod, ...] = ("none", "rectify", "tail", "calibrated", "anchor", "reshape")
 
@@ -35,7 +35,7 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds per head: "dense", and for each other method a list by rung. For methods that learn the list under
     "METHOD" is of the steps that follow an anchor, and under "METHOD at anchor" of the anchor. Least of `repeats`, by
-    default two, on a GPU three, of which the first compiles. And as "kernel" what block attention ran on."""
+    default two, on a GPU three, whose kernels are compiled before. And as "kernel" what block attention ran on."""
     q, k, v = qkv
     if q.device.type == "cpu":
         # The CPU computes one head after the other, so one tells as much as all.
@@ -67,6 +67,7 @@ def measure(
         attend_part(q, k, v, part, generation, None)
 
     def once(choice: Choice) -> None:
+        # Which another thread does not inherit.
         with torch.no_grad():
             own = entered()
             if choice.method in LEARNING:

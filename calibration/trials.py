@@ -25,8 +25,8 @@ from dit_sparse.profile import Header, Profile
 # Qualities in dB that the trials of a prompt aim at, one prompt after the other: what comes of them is right where
 # targets are. Two of one prompt say how quality grows with what is spent, whatever the prompt.
 TRIED = ((30.0, 36.0), (33.0, 27.0), (27.0, 33.0), (36.0, 30.0))
-# Into how many parts the steps of a run are cut, and how many of these are tried alone with each prompt: with all of
-# them a calibration would take five to six times as long as the dense runs.
+# Into how many parts the steps of a run are cut, and how many of these are tried alone with each prompt: all of them
+# would take longer than all the rest, and prompts that have two in common with others can be compared.
 BANDS, OF_A_PROMPT = 5, 2
 
 

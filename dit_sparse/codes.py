@@ -13,7 +13,7 @@ BETWEEN = dict.fromkeys(("rho", "recall", "kept", "fade", "drift"), SHARE) | dic
     ("together", "persist"), COSINE
 )
 # Relative errors in steps of a sixteenth of an octave, 4 %, from 2^-12, below which they are 0, to 14.
-ERRORS = ("error", "stale", "coarse")
+RELATIVE = ("error", "stale", "coarse")
 PER_OCTAVE, LEAST = 16, -12
 
 
@@ -31,7 +31,7 @@ def _bytes(name: str, x: Tensor) -> Tensor:
     if name in BETWEEN:
         low, high = BETWEEN[name]
         codes = (x.float() - low) * ((NOTHING - 1) / (high - low))
-    elif name in ERRORS:
+    elif name in RELATIVE:
         codes = (x.float().log2() - LEAST) * PER_OCTAVE + 1
     else:
         return x
@@ -39,7 +39,7 @@ def _bytes(name: str, x: Tensor) -> Tensor:
 
 
 def _numbers(name: str, x: Tensor) -> Tensor:
-    if x.dtype != torch.uint8 or name not in (*BETWEEN, *ERRORS):
+    if x.dtype != torch.uint8 or name not in (*BETWEEN, *RELATIVE):
         return x
     codes = x.float()
     if name in BETWEEN:
