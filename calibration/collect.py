@@ -6,6 +6,7 @@ Every part is on disk when it is finished, in a directory beside the output file
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,11 +24,15 @@ from dit_sparse.calibration.job import Job, Latents, weights_of
 from dit_sparse.calibration.probe import put_in_place
 from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
-from dit_sparse.calibration.steady import steady, timed_again
+from dit_sparse.calibration.steady import sampled, steady, waits
 from dit_sparse.choices import Choice
 from dit_sparse.pipelines.session import FAMILIES, Session, levels_of, sparsify
 from dit_sparse.profile import ERRORS, METHODS, Header, Profile
 from dit_sparse.video import whole, write_record
+
+# Scales on which layers are between others, and the way back: gains differ by orders of magnitude.
+_LOGARITHMS = (lambda gains: np.log(gains.clip(min=1e-30)), np.exp)
+_PLAIN = (np.asarray, np.asarray)
 
 # (component, step, branch) -> what its blocks said in the dense run.
 Heard = dict[tuple[str, int, str], effects.Blocks]
@@ -51,10 +56,11 @@ def collect(job: Job, work: Path) -> Profile:
 
 def ticks(job: Job) -> int:
     """Of the whole calibration: a tick is a step of a run, or a probe."""
-    layers = sum(len(_layers(part, module)) for part, module in job.transformers.items())
+    layers = [len(_layers(part, module)) for part, module in job.transformers.items()]
+    probed = sum(len(effects.probed_layers(count, job.steps)) for count in layers)
     prompts = len(job.prompts)
     runs = prompts + len(trials.trials(prompts)) + len(trials.bands(prompts, job.steps))
-    return runs * job.steps + layers * len(effects.probe_steps(job.steps))
+    return runs * job.steps + probed * len(effects.probe_steps(job.steps))
 
 
 def _begin(job: Job, work: Path) -> None:
@@ -126,8 +132,8 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
             with torch.no_grad():
                 told["costs"] = costs.measure(layer, (q, k, v), grid, job.plan.ladder, job.plan.base)
             told["kernel"] = f"{told['costs'].pop('kernel')}, dense {report.dense_backend}"
-    if timed_again(job.pipe._execution_device, told["seconds"]["transformers"]):
-        told["seconds"] |= _unrecorded(job, number)
+    if waits(job.pipe._execution_device):
+        told["seconds"] |= _unrecorded(job, number, tape)
     stats = {f"{branch}/{name}": x.cpu() for branch, named in recorder.found.items() for name, x in named.items()} | {
         "frames": torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)),
         "latents": latents.seen(),
@@ -136,13 +142,26 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
     _save(stats, file, {"told": json.dumps(told)})
 
 
-def _unrecorded(job: Job, number: int) -> dict[str, float]:
-    """Seconds of a prompt's dense run that nothing else is done in."""
-    with sparsify(job.pipe, "dense") as session:
+def _unrecorded(job: Job, number: int, tape: Tape) -> dict[str, float]:
+    """Seconds of a prompt's dense run that nothing else is done in, by some of its steps."""
+    forwards_at = Counter(step for _, step, _ in tape.outputs)
+    computed = sampled(sorted(forwards_at))
+    found: list[Session] = []
+
+    def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return tape.play(found[0].generation, computed.__contains__)(part, original, *args, **kwargs)
+
+    with forwards(job.transformers, wrap), sparsify(job.pipe, "dense") as session:
+        found.append(session)
         probe = put_in_place(job.transformers, session.generation)
         job.run(job.prompts[number], job.seed + number, lambda _: None)
-        steps = [step.seconds for step in session.report().steps]
-    return {"transformers": steady(steps), "attention": steady(list(probe.by_step().values()))}
+        steps = {step.step: step.seconds for step in session.report().steps}
+        attention = probe.by_step()
+    all_of = forwards_at.total() / sum(forwards_at[step] for step in computed)
+    return {
+        "transformers": steady([steps[step] for step in computed]) * all_of,
+        "attention": steady([attention[step] for step in computed]) * all_of,
+    }
 
 
 def _probes(job: Job, work: Path, heard: Heard) -> None:
@@ -159,8 +178,8 @@ def _probes(job: Job, work: Path, heard: Heard) -> None:
             said = {branch: heard.pop((part, step, branch), None) or effects.Blocks(module) for branch in branches}
             own = [name.removeprefix(f"{part}.") for name in layers]
             # The last first: what ran before it is then known, if it was not heard in the dense run.
-            for index, name in reversed(list(enumerate(layers))):
-                key = f"{name}@{step}"
+            for index in reversed(effects.probed_layers(len(layers), job.steps)):
+                key = f"{layers[index]}@{step}"
                 if key not in known["probes"]:
                     known["probes"][key] = effects.probe(part, module, tape, step, index, own, said, config)
                     write_record(file, known)
@@ -261,7 +280,23 @@ def _felt(
                 for along, own, said in zip(change["along"], change["squares"], alike.tolist(), strict=True)
             ]
         start += heads
+    for part in {name.partition(".")[0] for name in gains}:
+        for told, scale in ((gains, _LOGARITHMS), (agree, _PLAIN)):
+            _fill([steps for name, steps in told.items() if name.partition(".")[0] == part], *scale)
     return {"gain": gains, "agree": agree, "trials": known["trials"], "bands": known["bands"]}
+
+
+def _fill(
+    layers: Sequence[dict[str, list[float]]], to: Callable[[np.ndarray], np.ndarray], back: Callable[[Any], Any]
+) -> None:
+    """Step -> a number for each branch, of a transformer's layers in order: those that were not probed at a step get
+    what is between those before and behind, on the scale that `to` leads to."""
+    for step in {step for steps in layers for step in steps}:
+        known = [index for index, steps in enumerate(layers) if step in steps]
+        rows = to(np.array([layers[index][step] for index in known]))
+        for index, steps in enumerate(layers):
+            if step not in steps:
+                steps[step] = [float(back(np.interp(index, known, row))) for row in rows.T]
 
 
 def _scale(work: Path) -> float:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from dit_sparse.calibration.replay import CPU, Tape, forward_once, forwards
 from dit_sparse.calibration.values import bytes_of, copied, sample_of
 from dit_sparse.config import SparseConfig
+from dit_sparse.memory import free_bytes
 from dit_sparse.pipelines.session import FAMILIES, sparsify
 
-# What the outputs of blocks may take while a step is probed; where they need more, every probe is a whole forward.
-KEPT_BYTES = 1 << 30
+# What the outputs of blocks may take while a step is probed: on a GPU this share of what is free there, where that is
+# more than these bytes of the CPU's memory. Blocks whose outputs find no room run again in every probe.
+KEPT_SHARE, KEPT_BYTES = 1 / 8, 1 << 30
 
 
 def probe_steps(steps: int) -> tuple[int, ...]:
@@ -22,11 +24,18 @@ def probe_steps(steps: int) -> tuple[int, ...]:
     return tuple(sorted({round(0.2 * (steps - 1)), round(0.75 * (steps - 1))}))
 
 
+def probed_layers(layers: int, steps: int) -> list[int]:
+    """The numbers of those that are probed at such a step: as many as the run has steps, so that probes, each half a
+    step on average, take no longer than the run. They are evenly spaced, the first and the last among them."""
+    count = min(layers, max(2, steps))
+    return [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
+
+
 @dataclass
 class Blocks:
     """What the blocks of a transformer say in a dense forward, so that those before a probed layer need not run again.
 
-    known  block -> its output, on the CPU, of the first blocks in the order in which they ran;
+    known  block -> its output, of the first blocks in the order in which they ran;
            None before anything was heard
     """
 
@@ -34,10 +43,19 @@ class Blocks:
     known: dict[str, Any] | None = None
     _heard: dict[str, Any] = field(default_factory=dict)
     _deaf: bool = False
+    _where: torch.device = CPU
+    _room: float = 0.0
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Around a dense forward."""
+        device = self._device
+        room = 0.0 if device.type == "cpu" else free_bytes(device) * KEPT_SHARE
+        self._where, self._room = (device, room) if room > KEPT_BYTES else (CPU, KEPT_BYTES)
         with forwards(self._blocks(), self._listen):
             yield
         self.known, self._heard = self._heard, {}
@@ -78,10 +96,10 @@ class Blocks:
         if name in self._heard:
             # What runs twice has no one output.
             self._heard, self._deaf = {}, True
-        self._deaf = self._deaf or sum(map(bytes_of, self._heard.values())) + bytes_of(out) > KEPT_BYTES
+        self._deaf = self._deaf or sum(map(bytes_of, self._heard.values())) + bytes_of(out) > self._room
         if not self._deaf:
             try:
-                self._heard[name] = copied(out, CPU)
+                self._heard[name] = copied(out, self._where)
             except TypeError:
                 # It runs again in every probe, and so does what follows.
                 self._deaf = True
@@ -89,7 +107,7 @@ class Blocks:
 
     def _recall(self, name: str, _original: Any, *_args: Any, **_kwargs: Any) -> Any:
         assert self.known is not None
-        return copied(self.known[name], next(self.transformer.parameters()).device)
+        return copied(self.known[name], self._device)
 
 
 def probe(

@@ -5,6 +5,7 @@ number of tokens squared. Everything is computed from float32 logits and their l
 """
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ FLOOR = -60.0
 ROWS_PER_BLOCK = 4
 # Random directions that errors of two branches are compared along: their angle is wanted to some per cent only.
 SKETCH = 16
-# Logits, or parts of outputs by block, of the heads that a GPU looks at together: 128 MiB in float32.
-AT_ONCE = 1 << 25
+# Logits, or parts of outputs by block, of the heads that a GPU looks at together: 256 MiB in float32.
+AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -223,26 +224,44 @@ def squares(x: Tensor) -> Tensor:
     return x.square().sum(-1).mean((1, 3))
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What of a call is looked at.
+
+    numbers, blocks  of query blocks, [n] int64
+    rows             in them, [n, r] int64
+    directions       along which errors in these rows are compared, [r, D, SKETCH] float32
+    """
+
+    numbers: tuple[int, ...]
+    blocks: Tensor
+    rows: Tensor
+    directions: Tensor
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def drawn(rows: int, layout: Layout, dim: int, device: torch.device) -> Sample:
+    """Made once: a copy to a GPU waits for all that it was asked for before."""
+    per = min(layout.block, max(ROWS_PER_BLOCK, rows // layout.blocks))
+    blocks = torch.linspace(0, layout.blocks - 1, min(layout.blocks, max(1, rows // per))).round().long()
+    inside = torch.linspace(0, 1, per) * (layout.lengths("cpu")[blocks][:, None] - 1)
+    signs = torch.randint(0, 2, (per, dim, SKETCH), generator=torch.Generator().manual_seed(0))
+    places = blocks[:, None] * layout.block + inside.round().long()
+    return Sample(tuple(blocks.tolist()), blocks.to(device), places.to(device), (2.0 * signs - 1).to(device))
+
+
 class Bank:
     """Routing of one call at every rung, and what each head's sampled rows would get by it."""
 
     def __init__(self, plan: Plan, layout: Layout, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None):
         self.plan, self.layout, self.q, self.k, self.v, self.text_mask = plan, layout, q, k, v, text_mask
         self.scale = q.shape[-1] ** -0.5
-        per = min(layout.block, max(ROWS_PER_BLOCK, plan.rows // layout.blocks))
-        signs = torch.randint(0, 2, (per, v.shape[-1], SKETCH), generator=torch.Generator().manual_seed(0))
-        self.directions = (2.0 * signs - 1).to(q.device)
-        count = min(layout.blocks, max(1, plan.rows // per))
-        device = q.device
-        blocks = torch.linspace(0, layout.blocks - 1, count).round().long()
-        self.blocks = blocks.to(device)
-        lengths = layout.lengths(device)[self.blocks]
-        inside = torch.linspace(0, 1, per, device=device) * (lengths[:, None] - 1)
-        # [n, r] rows, [n, r]
-        self.rows = self.blocks[:, None] * layout.block + inside.round().long()
-        self.lengths = layout.lengths(device)
+        sample = drawn(plan.rows, layout, v.shape[-1], q.device)
+        self.blocks, self.rows, self.directions = sample.blocks, sample.rows, sample.directions
+        self.lengths = layout.lengths(q.device)
         widest = max(k.shape[2], layout.blocks * v.shape[-1])
-        self.at_once = _heads_at_once(self.rows.numel() * widest, device)
+        self.at_once = _heads_at_once(self.rows.numel() * widest, q.device)
         mass, error, fine = (self._config(method) for method in ("rectify", "tail", "anchor"))
         # What each routing takes, in one pass over the tokens.
         wants: tuple[Want, ...] = ("all", "all", "mean+var")
@@ -254,7 +273,7 @@ class Bank:
         sampled = replace(pooled, q=BlockStats(*(x[:, :, self.blocks] for x in of_q)))
         by_mass = [self._route(sampled, mass, rung) for rung in plan.ladder]
         self.masks = {"mass": self._masks(by_mass)}
-        scores = fine_scores(q, k, layout, scale=self.scale, blocks=blocks.tolist())
+        scores = fine_scores(q, k, layout, scale=self.scale, blocks=sample.numbers)
         for name, config in (("error", error), ("fine", fine)):
             self.masks[name] = self._masks([self._route(sampled, config, rung, scores) for rung in plan.ladder])
         # What Rectified SpaAttn adds, and how much it leaves to the exact part; routing's estimate of the mass.

@@ -73,13 +73,13 @@ class Tape:
 
         return forward
 
-    def play(self, generation: Generation, until: int) -> Callable[..., Any]:
-        """To be given to `forwards`: steps before `until` say what is on the tape, the others are computed."""
+    def play(self, generation: Generation, computed: Callable[[int], bool]) -> Callable[..., Any]:
+        """To be given to `forwards`: steps say what is on the tape, where they are not `computed`."""
 
         def forward(part: str, original: Forward, *args: Any, **kwargs: Any) -> Any:
             moment = generation.moment
             assert moment is not None
-            if moment.step >= until:
+            if computed(moment.step):
                 return original(*args, **kwargs)
             return copied(self.outputs[part, moment.step, moment.branch], generation.device)
 

@@ -7,14 +7,27 @@ import torch
 
 # Times as long as usual from which a step did more than compute: more than two forwards where most have one.
 FAR = 2.5
-# Seconds of transformers in a run below which steps are short.
-SHORT = 60.0
+# Seconds of transformers in a run below which what is done once shows.
+SHORT = 20.0
+# Steps of a run that stand for all of it, where these are alike.
+SAMPLED = 4
 
 
 def timed_again(device: torch.device, seconds: float) -> bool:
-    """Whether a run of so many seconds is made once more to be timed. Where a GPU's steps are short it shows in them
-    that kernels are loaded when they are first used, and that recording makes the GPU wait for launches."""
+    """Whether a run of so many seconds is made once more to be timed: where a GPU's steps are short it shows in them
+    that kernels are loaded when they are first used."""
     return device.type == "cuda" and seconds < SHORT
+
+
+def waits(device: torch.device) -> bool:
+    """Whether what is done beside a run makes it slower: a GPU that has nothing to do waits for launches."""
+    return device.type == "cuda"
+
+
+def sampled(steps: Sequence[int]) -> list[int]:
+    """The steps, evenly spaced, that stand for all."""
+    places = np.linspace(0, len(steps) - 1, min(SAMPLED, len(steps)))
+    return [steps[round(place)] for place in places]
 
 
 def steady(

@@ -166,7 +166,9 @@ def route(
     return Routing(BlockPlan(plan.counts - 1, plan.indices, layout.key_blocks), made)
 
 
-def fine_scores(q: Tensor, k: Tensor, layout: Layout, *, scale: float, blocks: Sequence[int] | None = None) -> Tensor:
+def fine_scores(
+    q: Tensor, k: Tensor, layout: Layout, *, scale: float, blocks: tuple[int, ...] | None = None
+) -> Tensor:
     """[B, H, Nq, Nk]: ln of what the mean queries of each quarter of a block find in the single keys of a block.
 
     q, k [B, H, L, D] in routing order; blocks are those of queries that are asked, ascending, None for all. In blocks
@@ -177,9 +179,16 @@ def fine_scores(q: Tensor, k: Tensor, layout: Layout, *, scale: float, blocks: S
     means = block_stats(q[:, :, :vision], block_lengths(vision, part, q.device), block=part, want="mean").mean
     parts = layout.block // part
     if blocks is not None:
-        rows = [row for block in blocks for row in range(block * parts, min((block + 1) * parts, means.shape[2]))]
-        means = means[:, :, torch.tensor(rows, device=q.device)]
+        means = means[:, :, _rows_of(blocks, parts, means.shape[2], q.device)]
     return block_mass(means, k[:, :, :vision], parts=parts, key_block=layout.key_size, scale=scale)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _rows_of(blocks: tuple[int, ...], parts: int, rows: int, device: torch.device) -> Tensor:
+    """The `parts` rows of each block, of so many in all: made once, a copy to a GPU waits for all before it."""
+    listed = [row for block in blocks for row in range(block * parts, min((block + 1) * parts, rows))]
+    return torch.tensor(listed, device=device)
 
 
 def _of_text(q: Tensor, keys: Tensor | None, mask: Tensor | None, scale: float) -> Tensor | None:

@@ -337,7 +337,7 @@ def test_fine_scores(layout, key_block):
 @pytest.mark.parametrize("method", ["none", "rectify", "tail", "anchor"])
 def test_some_query_blocks_are_routed_as_among_all(layout, method):
     q, k, v = inputs(layout, text=6, batch=2)
-    blocks = [0, 2, layout.blocks - 1]
+    blocks = (0, 2, layout.blocks - 1)
     config, rows = SparseConfig(method), torch.tensor(blocks)
     pooled = pool(q, k, v, layout, config)
     sampled = replace(pooled, q=pooled.q._replace(mean=pooled.q.mean[:, :, rows]))

@@ -86,8 +86,8 @@ def listened(monkeypatch, module, name) -> list:
 def test_where_steps_are_short_runs_are_made_again_to_be_timed(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("p.txt").write_text("a red ball\n")
-    for module in (collect, trials):
-        monkeypatch.setattr(module, "timed_again", lambda *_: True)
+    monkeypatch.setattr(collect, "waits", lambda *_: True)
+    monkeypatch.setattr(trials, "timed_again", lambda *_: True)
     monkeypatch.setattr(trials, "lasted", lambda problem, path, took: took)
     dense, played = listened(monkeypatch, collect, "_unrecorded"), listened(monkeypatch, trials, "_play")
     assert main(command(model)) == 0
@@ -172,7 +172,7 @@ def test_the_statistics_of_a_run_do_not_change_it(model, here):
     assert again.outputs.keys() == tape.outputs.keys() and again.calls.keys() == tape.calls.keys()
 
     def play(part, original, *args, **kwargs):
-        return again.play(found[1].generation, 3)(part, original, *args, **kwargs)
+        return again.play(found[1].generation, lambda step: step == 3)(part, original, *args, **kwargs)
 
     with forwards({"transformer": pipe.transformer}, play), sparsify(pipe, "none", density=0.1, dense_steps=3) as one:
         found.append(one)
@@ -252,6 +252,29 @@ def test_blocks_before_a_probed_layer_do_not_run_again(model):
     for hook in hooks:
         hook.remove()
     assert all("forward" not in block.__dict__ for block in pipe.transformer.blocks)
+
+
+@pytest.mark.parametrize(
+    ("layers", "steps", "probed"),
+    [(3, 50, [0, 1, 2]), (1, 1, [0]), (2, 1, [0, 1]), (7, 4, [0, 2, 4, 6]), (30, 2, [0, 29])],
+)
+def test_no_more_layers_are_probed_than_a_run_has_steps(layers, steps, probed):
+    assert effects.probed_layers(layers, steps) == probed
+
+
+def test_layers_that_are_not_probed_are_between_those_around(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_wan(vae="1x1", layers=3).save_pretrained("wan")
+    Path("p.txt").write_text("a red ball\n")
+    probes = listened(monkeypatch, effects, "probe")
+    assert main(command(Path("wan"), "--num_inference_steps", "2")) == 0
+    effect = Profile.load(FILE).header.effects
+    assert len(probes) == 4
+    for step in ("0", "1"):
+        first, second, third = (np.array(gain[step]) for gain in effect["gain"].values())
+        assert second == pytest.approx(np.sqrt(first * third)) and (first != third).all()
+        first, second, third = (np.array(agree[step]) for agree in effect["agree"].values())
+        assert second == pytest.approx((first + third) / 2)
 
 
 def test_the_metric_is_the_output_projection():

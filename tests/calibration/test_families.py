@@ -137,7 +137,7 @@ def test_what_was_said_is_played_to_the_pipeline(case):
             ran.append(found[0].generation.moment.step)
             return original(*args, **kwargs)
 
-        return again.play(found[0].generation, STEPS - 1)(part, watched, *args, **kwargs)
+        return again.play(found[0].generation, lambda step: step == STEPS - 1)(part, watched, *args, **kwargs)
 
     with forwards(case.transformers, wrap), sparsify(case.pipe, "dense") as session:
         found.append(session)

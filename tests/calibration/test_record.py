@@ -300,3 +300,25 @@ def test_rows_of_a_batch_share_what_is_best_for_both():
     assert faded(torch.tensor(2.0), torch.tensor(-0.1), torch.tensor(1.0)) == (0.0, 2.0)
     assert faded(torch.tensor(2.0), torch.tensor(1.5), torch.tensor(1.0)) == (1.0, 0.0)
     assert faded(torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0.0)) == (0.0, 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("text", [0, 33])
+def test_recording_never_waits_for_a_gpu(text):
+    """It would find nothing to do while the next layer's kernels are launched."""
+    cuda, grid = torch.device("cuda"), TokenGrid(5, 24, 24)
+    layer = Layer("transformer.blocks.0.attn1", 0, 1, 2, 64)
+    g = Generation(SparseConfig("dense"), [layer])
+    looked = plan(ladder=(Rung(0.1), Rung(0.1, 0.6), Rung(0.4)), rows=128, base=SparseConfig("tail"))
+    g.dense = Recorder(looked, g, 6, {layer.name: torch.eye(64, device=cuda).repeat(2, 1, 1)})
+    try:
+        for step in range(6):
+            q, k, v = torch.randn(3, 1, 2, grid.tokens + text, 64, device=cuda, dtype=torch.bfloat16)
+            g.enter(grid, batch=1, device=cuda, timestep=0.0, step=step, total=6, branch="cond", text=(0, text))
+            torch.cuda.synchronize()
+            # Compilation, tables that are made once, and memories of each age are behind.
+            torch.cuda.set_sync_debug_mode("error" if step == 5 else "default")
+            sparse_attention(q, k, v, layer, g)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
