@@ -143,7 +143,7 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
 
 
 def _unrecorded(job: Job, number: int, tape: Tape) -> dict[str, float]:
-    """Seconds of a prompt's dense run that nothing else is done in, by some of its steps."""
+    """Seconds of a prompt's dense run that nothing else is done in, by what forwards usually take in some steps."""
     forwards_at = Counter(step for _, step, _ in tape.outputs)
     computed = sampled(sorted(forwards_at))
     found: list[Session] = []
@@ -157,11 +157,11 @@ def _unrecorded(job: Job, number: int, tape: Tape) -> dict[str, float]:
         job.run(job.prompts[number], job.seed + number, lambda _: None)
         steps = {step.step: step.seconds for step in session.report().steps}
         attention = probe.by_step()
-    all_of = forwards_at.total() / sum(forwards_at[step] for step in computed)
-    return {
-        "transformers": steady([steps[step] for step in computed]) * all_of,
-        "attention": steady([attention[step] for step in computed]) * all_of,
-    }
+
+    def in_all(seconds: Mapping[int, float]) -> float:
+        return float(np.median([seconds[step] / forwards_at[step] for step in computed])) * forwards_at.total()
+
+    return {"transformers": in_all(steps), "attention": in_all(attention)}
 
 
 def _probes(job: Job, work: Path, heard: Heard) -> None:

@@ -14,9 +14,10 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.memory import free_bytes
 from dit_sparse.pipelines.session import FAMILIES, sparsify
 
-# What the outputs of blocks may take while a step is probed: on a GPU this share of what is free there, where that is
-# more than these bytes of the CPU's memory. Blocks whose outputs find no room run again in every probe.
-KEPT_SHARE, KEPT_BYTES = 1 / 8, 1 << 30
+# What the outputs of blocks may take in a forward that is probed: on a GPU this share of what is free there, of which
+# the decoder will want much, where that is more than these bytes of the CPU's memory. Blocks whose outputs find no room
+# run again in every probe.
+KEPT_SHARE, KEPT_BYTES = 1 / 24, 1 << 30
 
 
 def probe_steps(steps: int) -> tuple[int, ...]:

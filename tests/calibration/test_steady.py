@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_sparse.calibration.fit import Targets, Verified, fit, learned
-from dit_sparse.calibration.steady import FAR, steady
+from dit_sparse.calibration.steady import FAR, sampled, steady
 from tests import profiles
 
 
@@ -20,6 +20,14 @@ def test_a_step_that_compiled_counts_as_any_other(took, at, more):
 def test_steps_of_two_forwards_are_no_outliers():
     took = [1.0] * 15 + [2.0] * 5
     assert steady(took) == pytest.approx(sum(took)) and steady([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "found"),
+    [(range(10), [0, 3, 6, 9]), (range(3), [0, 1, 2]), ([4], [4]), ([1, 2, 3, 5, 8, 13], [1, 3, 5, 13])],
+)
+def test_sampled_steps_are_spread_over_all(steps, found):
+    assert sampled(steps) == found
 
 
 def test_anchors_beside_what_follows_them():
