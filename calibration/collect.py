@@ -25,6 +25,7 @@ from dit_sparse.calibration.probe import put_in_place
 from dit_sparse.calibration.record import Plan, Recorder
 from dit_sparse.calibration.replay import Tape, forwards
 from dit_sparse.calibration.steady import sampled, steady, waits
+from dit_sparse.calibration.values import sample_of
 from dit_sparse.choices import Choice
 from dit_sparse.pipelines.session import FAMILIES, Session, levels_of, sparsify
 from dit_sparse.profile import ERRORS, METHODS, Header, Profile
@@ -42,9 +43,11 @@ def collect(job: Job, work: Path) -> Profile:
     """The profile, without choices. `work` is where finished parts are kept; the caller removes it."""
     _begin(job, work)
     heard: Heard = {}
-    for number in range(len(job.prompts)):
-        _dense(job, work, number, heard)
+    _dense(job, work, 0, heard)
+    # Of the first prompt, whose blocks' outputs take memory until then.
     _probes(job, work, heard)
+    for number in range(1, len(job.prompts)):
+        _dense(job, work, number, heard)
     for place in range(len(job.prompts)):
         _trial(job, work, place)
     for place in range(len(trials.bands(len(job.prompts), job.steps))):
@@ -56,8 +59,8 @@ def collect(job: Job, work: Path) -> Profile:
 
 def ticks(job: Job) -> int:
     """Of the whole calibration: a tick is a step of a run, or a probe."""
-    layers = [len(_layers(part, module)) for part, module in job.transformers.items()]
-    probed = sum(len(effects.probed_layers(count, job.steps)) for count in layers)
+    layers = [_layers(part, module) for part, module in job.transformers.items()]
+    probed = sum(len(effects.probed_layers(names, job.steps)) for names in layers)
     prompts = len(job.prompts)
     runs = prompts + len(trials.trials(prompts)) + len(trials.bands(prompts, job.steps))
     return runs * job.steps + probed * len(effects.probe_steps(job.steps))
@@ -143,9 +146,12 @@ def _dense(job: Job, work: Path, number: int, heard: Heard) -> None:
 
 
 def _unrecorded(job: Job, number: int, tape: Tape) -> dict[str, float]:
-    """Seconds of a prompt's dense run that nothing else is done in, by what forwards usually take in some steps."""
-    forwards_at = Counter(step for _, step, _ in tape.outputs)
-    computed = sampled(sorted(forwards_at))
+    """Seconds of a prompt's dense run that nothing else is done in: of some steps the one whose forwards take least,
+    since transformers' weights may have to come before the first of each, times all forwards."""
+    rows: Counter[int] = Counter()
+    for (_, step, _), said in tape.outputs.items():
+        rows[step] += len(sample_of(said))
+    computed = sampled(sorted(rows))
     found: list[Session] = []
 
     def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -157,15 +163,15 @@ def _unrecorded(job: Job, number: int, tape: Tape) -> dict[str, float]:
         job.run(job.prompts[number], job.seed + number, lambda _: None)
         steps = {step.step: step.seconds for step in session.report().steps}
         attention = probe.by_step()
-
-    def in_all(seconds: Mapping[int, float]) -> float:
-        return float(np.median([seconds[step] / forwards_at[step] for step in computed])) * forwards_at.total()
-
-    return {"transformers": in_all(steps), "attention": in_all(attention)}
+    best = min(computed, key=lambda step: steps[step] / rows[step])
+    return {
+        "transformers": steps[best] / rows[best] * rows.total(),
+        "attention": attention[best] / rows[best] * rows.total(),
+    }
 
 
 def _probes(job: Job, work: Path, heard: Heard) -> None:
-    """Each layer of the first prompt, written down as it is finished."""
+    """Layers of the first prompt, each written down as it is finished."""
     file, known = _effects(work)
     tape = Tape.from_tensors(load_file(work / "tape-0.safetensors"))
     branches = _told(work, 0)["branches"]
@@ -178,7 +184,7 @@ def _probes(job: Job, work: Path, heard: Heard) -> None:
             said = {branch: heard.pop((part, step, branch), None) or effects.Blocks(module) for branch in branches}
             own = [name.removeprefix(f"{part}.") for name in layers]
             # The last first: what ran before it is then known, if it was not heard in the dense run.
-            for index in reversed(effects.probed_layers(len(layers), job.steps)):
+            for index in reversed(effects.probed_layers(layers, job.steps)):
                 key = f"{layers[index]}@{step}"
                 if key not in known["probes"]:
                     known["probes"][key] = effects.probe(part, module, tape, step, index, own, said, config)
@@ -259,7 +265,8 @@ def _felt(
 ) -> dict[str, Any]:
     """gain: layer -> step -> for each branch, how much a unit of its squared error changes the transformer's output;
     agree: likewise, how much of what its error has in common with that of the first branch is still in common there,
-    from 0 to 1; trials and bands: see dit_sparse.calibration.fit.try_out, and what was measured."""
+    from 0 to 1; of layers that were not probed both lie between those of others. trials and bands: see
+    dit_sparse.calibration.fit.try_out, and what was measured."""
     tail, start = METHODS.index("tail"), 0
     gains: dict[str, dict[str, list[float]]] = {}
     agree: dict[str, dict[str, list[float]]] = {}
@@ -280,17 +287,17 @@ def _felt(
                 for along, own, said in zip(change["along"], change["squares"], alike.tolist(), strict=True)
             ]
         start += heads
-    for part in {name.partition(".")[0] for name in gains}:
+    for kind in {effects.kind_of(name) for name in gains}:
         for told, scale in ((gains, _LOGARITHMS), (agree, _PLAIN)):
-            _fill([steps for name, steps in told.items() if name.partition(".")[0] == part], *scale)
+            _fill([steps for name, steps in told.items() if effects.kind_of(name) == kind], *scale)
     return {"gain": gains, "agree": agree, "trials": known["trials"], "bands": known["bands"]}
 
 
 def _fill(
     layers: Sequence[dict[str, list[float]]], to: Callable[[np.ndarray], np.ndarray], back: Callable[[Any], Any]
 ) -> None:
-    """Step -> a number for each branch, of a transformer's layers in order: those that were not probed at a step get
-    what is between those before and behind, on the scale that `to` leads to."""
+    """Step -> a number for each branch, of layers of one kind in order: those that were not probed at a step get what
+    is between those before and behind, on the scale that `to` leads to."""
     for step in {step for steps in layers for step in steps}:
         known = [index for index, steps in enumerate(layers) if step in steps]
         rows = to(np.array([layers[index][step] for index in known]))

@@ -1,5 +1,6 @@
 """How much an error inside attention is felt in what guidance makes of a transformer's outputs, measured."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +15,9 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.memory import free_bytes
 from dit_sparse.pipelines.session import FAMILIES, sparsify
 
-# What the outputs of blocks may take in a forward that is probed: on a GPU this share of what is free there, of which
-# the decoder will want much, where that is more than these bytes of the CPU's memory. Blocks whose outputs find no room
-# run again in every probe.
+# What the outputs of blocks may take in a forward that is probed: this share of a GPU's free memory, much of which the
+# decoder will want, or, if that is less, these bytes of the CPU's. Blocks whose outputs find no room run again in
+# every probe.
 KEPT_SHARE, KEPT_BYTES = 1 / 24, 1 << 30
 
 
@@ -25,11 +26,23 @@ def probe_steps(steps: int) -> tuple[int, ...]:
     return tuple(sorted({round(0.2 * (steps - 1)), round(0.75 * (steps - 1))}))
 
 
-def probed_layers(layers: int, steps: int) -> list[int]:
-    """The numbers of those that are probed at such a step: as many as the run has steps, so that probes, each half a
-    step on average, take no longer than the run. They are evenly spaced, the first and the last among them."""
-    count = min(layers, max(2, steps))
-    return [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
+def kind_of(name: str) -> str:
+    """What layers of a transformer have in common that are alike but for their place."""
+    return re.sub(r"\.\d+", ".", name)
+
+
+def probed_layers(names: Sequence[str], steps: int) -> list[int]:
+    """Places of the layers to probe at one of `probe_steps`: about as many as the run has steps, so that all probes,
+    each a step or, where all blocks' outputs are kept, half of one, take no longer than two runs. Of each kind a
+    share, evenly spaced, its first and its last among them."""
+    kinds: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        kinds.setdefault(kind_of(name), []).append(place)
+    found: list[int] = []
+    for places in kinds.values():
+        count = min(len(places), max(2, round(steps * len(places) / len(names))))
+        found += [places[round(i * (len(places) - 1) / max(1, count - 1))] for i in range(count)]
+    return sorted(found)
 
 
 @dataclass
@@ -54,9 +67,7 @@ class Blocks:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Around a dense forward."""
-        device = self._device
-        room = 0.0 if device.type == "cpu" else free_bytes(device) * KEPT_SHARE
-        self._where, self._room = (device, room) if room > KEPT_BYTES else (CPU, KEPT_BYTES)
+        self._where, self._room = room_for_outputs(self._device)
         with forwards(self._blocks(), self._listen):
             yield
         self.known, self._heard = self._heard, {}
@@ -109,6 +120,12 @@ class Blocks:
     def _recall(self, name: str, _original: Any, *_args: Any, **_kwargs: Any) -> Any:
         assert self.known is not None
         return copied(self.known[name], self._device)
+
+
+def room_for_outputs(device: torch.device) -> tuple[torch.device, float]:
+    """Where the outputs of a transformer's blocks are kept, which is on this device, and how many bytes of them."""
+    room = 0.0 if device.type == "cpu" else free_bytes(device) * KEPT_SHARE
+    return (device, room) if room > KEPT_BYTES else (CPU, KEPT_BYTES)
 
 
 def probe(

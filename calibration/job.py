@@ -19,7 +19,7 @@ Done = Callable[[Tensor | None], None]
 # Numbers of the latents that are looked at after each step.
 LATENTS = 1 << 16
 # Of what is kept to be resumed; of another format nothing can be.
-_FORMAT = 7
+_FORMAT = 8
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 FAR = 2.5
 # Seconds of transformers in a run below which what is done once shows.
 SHORT = 20.0
-# Steps of a run that stand for all of it, where these are alike: weights may have to come before the first of them.
+# Steps of a run that stand for all of it, where these are alike.
 SAMPLED = 4
 
 

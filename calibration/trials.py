@@ -90,7 +90,7 @@ def _play(
     found: list[Session] = []
 
     def wrap(part: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return tape.play(found[0].generation, start.__le__)(part, original, *args, **kwargs)
+        return tape.play(found[0].generation, lambda step: step >= start)(part, original, *args, **kwargs)
 
     with forwards(job.transformers, wrap), sparsify(job.pipe, profile=str(work / "trial.safetensors")) as session:
         found.append(session)

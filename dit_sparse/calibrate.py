@@ -33,11 +33,12 @@ class CalibrateOptions:
 
     For each layer, head, branch of guidance and step: the share of softmax mass in the blocks kept, how much of the
     best it is, and the error of every method at every density, on a sample of rows. Then one forward of each branch
-    for each layer at two steps, to learn what such an error does to the outputs, and two runs of fitted choices for
-    each prompt, or one of a single prompt, and with several prompts two more of each for a fifth of the steps, with
-    all others dense, to learn how errors grow until the end and to correct what is predicted. Where a GPU's dense run
-    takes less than a minute, it and the fitted runs, not those of a fifth, are made once more to be timed. It can be
-    interrupted: the same command goes on where it stopped.
+    for each layer at two steps, or for as many layers as there are steps, to learn what such an error does to the
+    outputs, and two runs of fitted choices for each prompt, or one of a single prompt, and with several prompts two
+    more of each for a fifth of the steps, with all others dense, to learn how errors grow until the end and to correct
+    what is predicted. On a GPU four steps of each dense run are computed once more to be timed, and where the run
+    takes less than 20 s, all of each fitted run, but nothing of those of a fifth. It can be interrupted: the same
+    command goes on where it stopped.
     """
 
     model_id: str | None = None

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -97,6 +98,37 @@ def test_where_steps_are_short_runs_are_made_again_to_be_timed(model, tmp_path, 
     assert unrecorded.items() <= header.seconds.items() and header.seconds["recording"] > 0
     [trial] = header.effects["trials"]
     assert trial["seconds"] == {str(step): min(seconds, second[step]) for step, seconds in first.items()}
+
+
+def test_a_run_is_timed_by_a_step_that_no_weights_had_to_come_before(monkeypatch):
+    """With two transformers and weights that are elsewhere, two of the steps that are timed wait for them."""
+    pipe = tiny.tiny_wan("1x1", text=False, wan22=True)
+    transformers = {"transformer": pipe.transformer, "transformer_2": pipe.transformer_2}
+    tape, found, ran = Tape(), [], []
+
+    def run(*_):
+        tiny.generate(pipe, steps=8, size=16, frames=2)
+
+    def wrap(part, original, *args, **kwargs):
+        return tape.record(found[0].generation, frozenset())(part, original, *args, **kwargs)
+
+    with forwards(transformers, wrap), sparsify(pipe, "dense") as session:
+        found.append(session)
+        run()
+    reported = type(session).report
+
+    def report(self):
+        told = reported(self)
+        ran.extend(step.step for step in told.steps)
+        slow = {0: 3.0, 5: 9.0}
+        return replace(told, steps=[replace(step, seconds=slow.get(step.step, 0.5)) for step in told.steps])
+
+    monkeypatch.setattr(type(session), "report", report)
+    monkeypatch.setattr("dit_sparse.calibration.probe.Probe.by_step", lambda _: {0: 0.9, 2: 0.2, 5: 0.9, 7: 0.3})
+    job = SimpleNamespace(transformers=transformers, pipe=pipe, prompts=("a",), seed=0, run=run)
+    # Two branches at each of eight steps, and no step but those that are timed.
+    assert collect._unrecorded(job, 0, tape) == pytest.approx({"transformers": 8 * 0.5, "attention": 8 * 0.2})
+    assert ran == [0, 2, 5, 7]
 
 
 @pytest.mark.parametrize(
@@ -254,12 +286,41 @@ def test_blocks_before_a_probed_layer_do_not_run_again(model):
     assert all("forward" not in block.__dict__ for block in pipe.transformer.blocks)
 
 
+def blocks(count: int, kind: str = "blocks") -> list[str]:
+    return [f"transformer_2.{kind}.{i}.attn" for i in range(count)]
+
+
 @pytest.mark.parametrize(
-    ("layers", "steps", "probed"),
-    [(3, 50, [0, 1, 2]), (1, 1, [0]), (2, 1, [0, 1]), (7, 4, [0, 2, 4, 6]), (30, 2, [0, 29])],
+    ("names", "steps", "probed"),
+    [
+        (blocks(3), 50, [0, 1, 2]),
+        (blocks(1), 1, [0]),
+        (blocks(2), 1, [0, 1]),
+        (blocks(7), 4, [0, 2, 4, 6]),
+        (blocks(30), 2, [0, 29]),
+        # Errors of one kind may be before a projection, and of another behind it.
+        (blocks(4) + blocks(8, "single"), 6, [0, 3, 4, 6, 9, 11]),
+        (blocks(2) + blocks(4, "single"), 2, [0, 1, 2, 5]),
+    ],
 )
-def test_no_more_layers_are_probed_than_a_run_has_steps(layers, steps, probed):
-    assert effects.probed_layers(layers, steps) == probed
+def test_about_as_many_layers_are_probed_as_a_run_has_steps(names, steps, probed):
+    assert effects.probed_layers(names, steps) == probed
+
+
+def test_layers_are_of_a_kind_whatever_their_number():
+    assert len({effects.kind_of(name) for name in blocks(12)}) == 1
+    others = ["transformer_3.blocks.0.attn", "transformer_2.blocks.0.attn2", "transformer_2.single.0.attn"]
+    assert len({effects.kind_of(name) for name in [*blocks(1), *others]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "expected"),
+    [("cpu", 1e12, ("cpu", 1 << 30)), ("cuda:1", 48e9, ("cuda:1", 2e9)), ("cuda:1", 24e9, ("cpu", 1 << 30))],
+)
+def test_outputs_of_blocks_stay_on_a_gpu_with_room(device, free, expected, monkeypatch):
+    monkeypatch.setattr(effects, "free_bytes", lambda _: free)
+    where, room = effects.room_for_outputs(torch.device(device))
+    assert (str(where), room) == (expected[0], pytest.approx(expected[1]))
 
 
 def test_layers_that_are_not_probed_are_between_those_around(tmp_path, monkeypatch):
@@ -334,7 +395,7 @@ def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
     monkeypatch.setattr(collect.Recorder, "__call__", lambda self, *a: ran.append(1) or dense(self, *a))
     assert main(command(model)) == 0
     # What was finished is not done again: two prompts of five steps, two branches and two layers, or none of it.
-    assert len(ran) == (40 if at == "dense" else 0)
+    assert len(ran) == {"dense": 40, "probe": 20}.get(at, 0)
     assert not (here / f"{FILE}.parts").exists()
     made = Profile.load(FILE)
     for name in ("rho", "error", "stale"):

@@ -74,7 +74,7 @@ def test_torch_is_the_reference_in_float64(case, parts):
     ("case", "parts"),
     [
         *((case, ("tail", "second", "scale", "residual")) for case in CASES),
-        *(("text, key mask", parts) for parts in PARTS),
+        *(pytest.param("text, key mask", parts, marks=pytest.mark.slow) for parts in PARTS),
         *((case, parts) for case in ("text mask", "key blocks") for parts in PARTS),
     ],
     ids=lambda x: x if isinstance(x, str) else "+".join(x),
