@@ -4,6 +4,7 @@ Only a sample of query blocks, and of rows in them, is looked at, with all keys:
 number of tokens squared. Everything is computed from float32 logits and their log-sum-exp.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -334,49 +335,42 @@ class Bank:
         weights = (pooled - lse).clamp_(FLOOR, 30).exp_().view(h, n, r, blocks)
         stand_ins = (weights.mT[..., None] * means[:, None, :, None]).reshape(h, n, blocks, r * dim)
 
-        def exact(masks: Tensor) -> tuple[Tensor, Tensor]:
-            """Mass [H, n, P, r] in the routed blocks and text, and what it adds [H, n, P, r, D]."""
-            kept = masks.float()
-            return kept @ mass.mT + text_mass, (kept @ parts).view(h, n, -1, r, dim) + text
-
-        def rest(masks: Tensor) -> tuple[Tensor, Tensor]:
-            """The same of the other blocks, pooled."""
-            left = (~masks).float()
-            return left @ weights.mT, (left @ stand_ins).view(h, n, -1, r, dim)
-
-        def with_tail(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            """What `exact` says, and the output with the other blocks pooled."""
-            (held, out), (missing, pooled_out) = exact(masks), rest(masks)
-            return held, out, (out + pooled_out) / (held + missing)[..., None]
-
         by_mass, by_error, by_fine = (self.masks[name][b, heads] for name in ("mass", "error", "fine"))
-        held, out = exact(by_mass)
-        alone = out / held.clamp(min=1e-20)[..., None]
-        bins = F.adaptive_avg_pool1d(held.mean(-1).mT, self.plan.bins)
+        old = {at: memory[step - back] for at, back in enumerate(self.plan.distances) if step - back in memory}
+        # One product for all masks: it reads what every block adds, which is much.
+        masks = torch.cat([by_mass, by_error, by_fine, *(m.plan for m in old.values())], 2)
+        kept, left = masks.float(), (~masks).float()
+        # Mass [H, n, P, r] in the routed blocks and text, and what it adds [H, n, P, r, D]; of the others, pooled.
+        mass_kept, out = kept @ mass.mT + text_mass, (kept @ parts).view(h, n, -1, r, dim) + text
+        mass_left, pooled_out = left @ weights.mT, (left @ stand_ins).view(h, n, -1, r, dim)
+        tails = (out + pooled_out) / (mass_kept + mass_left)[..., None]
+        held, missing, out, direction, tails = (
+            x.split(len(self.plan.ladder), 2) for x in (mass_kept, mass_left, out, pooled_out, tails)
+        )
+        alone = out[0] / held[0].clamp(min=1e-20)[..., None]
+        bins = F.adaptive_avg_pool1d(held[0].mean(-1).mT, self.plan.bins)
         rho = per_block(bins.flatten(0, 1), blocks)[:, self.blocks].unflatten(0, (h, -1)).mT
-        missing, direction = rest(by_mass)
         all_kept = by_mass.all(-1)
         rho = torch.where(all_kept, 1.0, rho)[..., None, None]
         weighed = rho * alone + (1 - rho) * torch.where(
-            all_kept[..., None, None], 0.0, direction / missing.clamp(min=1e-20)[..., None]
+            all_kept[..., None, None], 0.0, direction[0] / missing[0].clamp(min=1e-20)[..., None]
         )
         added = self.compensable[b, heads][:, :, None].masked_fill(by_mass, 0)
         rectified = (1 - added.sum(-1))[..., None, None] * alone + (added @ means[:, None])[..., None, :]
-        learned_mass, learned_part, soft = with_tail(by_fine)
-        told = (alone, rectified, with_tail(by_error)[-1], weighed, learned_part, soft)
+        told = (alone, rectified, tails[1], weighed, out[2], tails[2])
         errors = torch.stack([x - dense for x in told], 1)
         found = {
             "rho": bins,
-            "recall": self._recall(by_mass, mass, held - text_mass),
+            "recall": self._recall(by_mass, mass, held[0] - text_mass),
             "kept": torch.stack([x.float().mean((1, 3)) for x in (by_mass, by_error, by_fine)], 1),
             "error": torch.stack([squares(error) for error in errors.unbind(1)], 1),
             "energy": squares(dense)[:, 0],
         }
-        now = Memory(by_fine, (dense - soft).bfloat16(), (dense - learned_part).bfloat16(), learned_mass)
+        now = Memory(by_fine, (dense - tails[2]).bfloat16(), (dense - out[2]).bfloat16(), held[2].clone())
         found["coarse"] = torch.stack(
             [self._coarse(x[:, :, self.plan.middle].float()) for x in (now.anchor, now.reshape)], 1
         )
-        aged, learned = self._aged(memory, step, dense, with_tail)
+        aged, learned = self._aged(old, dense, held[3:], out[3:], tails[3:])
         vectors = torch.einsum("henkrd,rds->heknrs", torch.cat([errors, learned], 1), self.directions)
         return found | aged, now, F.normalize(vectors.flatten(3), dim=-1)
 
@@ -396,10 +390,18 @@ class Bank:
         stored: list[Residual] = [pack(residual, storage) for storage in STORAGES]  # type: ignore[arg-type]
         return torch.stack([(size(unpack(x) - residual) / whole).sqrt() for x in stored], -1)
 
-    def _aged(self, memory, step: int, dense: Tensor, with_tail) -> tuple[dict[str, Tensor], Tensor]:
+    def _aged(
+        self,
+        old: dict[int, Memory],
+        dense: Tensor,
+        held: Sequence[Tensor],
+        out: Sequence[Tensor],
+        tails: Sequence[Tensor],
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Errors of following a memory but an anchor's, of which there is what `faded` takes, and how far rho of its
         plan has moved, for each distance there is; and the errors [H, ..., n, K, r, D] of all learners at the second
-        distance and then at the first, NaN where there is none."""
+        distance and then at the first, NaN where there is none. old is by distance's number, and held, out and tails
+        are of its plans, see `look`."""
         distances, k, middle = len(self.plan.distances), len(self.plan.ladder), self.plan.middle
         h, n, _, r, dim = dense.shape
 
@@ -408,11 +410,7 @@ class Bank:
 
         stale, drift = nothing(h, len(LEARNERS), distances, k), nothing(h, distances)
         sums, learned = nothing(h, 3, distances, k), nothing(h, 2, len(LEARNERS), n, k, r, dim)
-        old = [(at, memory[step - back]) for at, back in enumerate(self.plan.distances) if step - back in memory]
-        if old:
-            plans = torch.cat([m.plan for _, m in old], 2)
-            held, out, tails = (x.split(k, 2) for x in with_tail(plans))
-        for i, (at, m) in enumerate(old):
+        for i, (at, m) in enumerate(old.items()):
             scaled = out[i] * (m.rho / held[i].clamp(min=1e-20))[..., None]
             lacks, had = dense - tails[i], m.anchor.float()
             sums[:, :, at] = torch.stack([squares(lacks), (lacks * had).sum(-1).mean((1, 3)), squares(had)], 1)
