@@ -394,7 +394,8 @@ def test_an_interrupted_run_is_resumed(model, here, monkeypatch, capsys, at):
     dense = collect.Recorder.__call__
     monkeypatch.setattr(collect.Recorder, "__call__", lambda self, *a: ran.append(1) or dense(self, *a))
     assert main(command(model)) == 0
-    # What was finished is not done again: two prompts of five steps, two branches and two layers, or none of it.
+    # What was finished is not done again: five steps, two branches and two layers of each prompt, or of the second
+    # one, which comes after the probes, or none of it.
     assert len(ran) == {"dense": 40, "probe": 20}.get(at, 0)
     assert not (here / f"{FILE}.parts").exists()
     made = Profile.load(FILE)

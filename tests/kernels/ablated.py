@@ -6,7 +6,6 @@ What these kernels compute is wrong on purpose; only how long they take is of us
 
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
@@ -15,11 +14,9 @@ from types import ModuleType
 
 import torch
 
-from dit_sparse.bench import CASES, random_plan
+from dit_sparse.bench import CASES, Bench, BenchOptions, random_plan
 from dit_sparse.kernels import block_attention_hopper, block_attention_hopper8
-from dit_sparse.layout import TokenGrid
 from dit_sparse.plan import Correction
-from dit_sparse.report import Mark
 
 # What is written instead of a part of a step, and a maximum that exponents of any step bear.
 PARTS = {
@@ -68,42 +65,30 @@ def without(parts: tuple[str, ...], folder: Path) -> ModuleType:
 
 
 def main() -> None:
-    device, case = torch.device("cuda"), CASES["wan-14b-720p"]
-    torch.manual_seed(0)
-    shape = 1, TokenGrid(*case.grid).tokens, case.heads, case.head_dim
-    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-    every = torch.arange(-(-shape[1] // block_attention_hopper.BLOCK), dtype=torch.int32, device=device)
+    bench, case = Bench(BenchOptions(repeats=3)), CASES["wan-14b-720p"]
+    q, k, v = bench.qkv(case)
+    every = torch.arange(-(-q.shape[2] // block_attention_hopper.BLOCK), dtype=torch.int32, device=bench.device)
     left_out = [
         (),
         *((part,) for part in PARTS),
         tuple(part for part in PARTS if part != "exponentials"),
         tuple(PARTS),
     ]
+    rest = {"scale": case.head_dim**-0.5, "text_mask": None, "text": 0, "every": every, "scatter": None}
+    print(torch.cuda.get_device_name(), torch.__version__)
     with tempfile.TemporaryDirectory() as folder:
         kernels = {
             f"without {', '.join(parts) or 'nothing'}": without(parts, Path(folder)).attend for parts in left_out
         }
         kernels["in 16 bits"] = partial(block_attention_hopper.attend, key_block=block_attention_hopper.BLOCK)
-        rest = {"scale": shape[-1] ** -0.5, "text_mask": None, "text": 0, "every": every, "scatter": None}
-        calls: dict[float, dict[str, Callable[[], object]]] = {}
         for density in (0.1, 1.0):
-            plan = random_plan(case, density, device)
-            calls[density] = {
-                name: partial(attend, q, k, v, plan, correction=Correction(), **rest)
-                for name, attend in kernels.items()
-            }
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda call: call(), calls[0.1].values()))
-    print(torch.cuda.get_device_name(), torch.__version__)
-    for density, named in calls.items():
-        took: dict[str, list[float]] = {name: [] for name in named}
-        for turn in range(12):
-            for name in sorted(named, reverse=turn % 2 == 1):
-                start = Mark(device)
-                named[name]()
-                took[name].append(start.until(Mark(device)))
-        for name, seconds in took.items():
-            print(f"{density:4.0%} {name}: {sorted(seconds)[len(seconds) // 2] * 1e3:.2f} ms", flush=True)
+            plan = random_plan(case, density, bench.device)
+            calls = [partial(attend, q, k, v, plan, correction=Correction(), **rest) for attend in kernels.values()]
+            with ThreadPoolExecutor() as pool:
+                # Kernels are compiled side by side.
+                list(pool.map(lambda call: call(), calls))
+            for name, ms in zip(kernels, bench.milliseconds(*calls), strict=True):
+                print(f"{density:4.0%} {name}: {ms:.2f} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,13 @@ ncu --import report.ncu-rep --page source --csv
 
 import torch
 
-from dit_sparse.bench import CASES, random_plan
+from dit_sparse.bench import CASES, Bench, BenchOptions, random_plan
 from dit_sparse.kernels.block_attention import block_attention
-from dit_sparse.layout import TokenGrid
 
 if __name__ == "__main__":
-    device, case = torch.device("cuda"), CASES["wan-14b-720p"]
-    torch.manual_seed(0)
-    shape = 1, TokenGrid(*case.grid).tokens, case.heads, case.head_dim
-    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-    plan = random_plan(case, 0.1, device)
+    bench, case = Bench(BenchOptions()), CASES["wan-14b-720p"]
+    q, k, v = bench.qkv(case)
+    plan = random_plan(case, 0.1, bench.device)
     for _ in range(2):
         block_attention(q, k, v, plan, block=128, impl="gluon")
         block_attention(q, k, v, plan, block=128, precision="8bit")
